@@ -1,0 +1,2 @@
+//! The `mxeval` command.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The `mxrewrite` command.
+fn main() {}

@@ -1,0 +1,2 @@
+//! mxrewrite.
+pub mod onnx;

@@ -1,0 +1,2 @@
+//! ONNX files in and out.
+pub mod proto;
