@@ -1,2 +1,3 @@
 //! mxrewrite.
 pub mod onnx;
+pub mod rewrite;

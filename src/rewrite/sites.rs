@@ -1,0 +1,197 @@
+//! What the search for Linear layers returns: [`Site`]s to replace and [`Skipped`] candidates.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::onnx::proto::DataType;
+
+/// One Linear layer of the main graph, whichever way the exporter spelled it:
+/// `Y[.., n] = alpha * X[.., k] * W^T (+ beta * bias)`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    /// Index of the MatMul-like node in the main graph's node list.
+    pub node: usize,
+    /// Name of that node; the replacement keeps it. `#<index>` when the node has none.
+    pub node_name: String,
+    /// Its operator: `MatMul`, `Gemm` or `com.microsoft.FusedMatMul`.
+    pub op: String,
+    /// Every node of the main graph that the replacement stands for, ascending: [`Self::node`] and,
+    /// when its bias is folded in, the Add behind it. The replacement takes the place of the last one.
+    pub replaces: Vec<usize>,
+    /// The Linear's module path (`model.layers.0.mlp.up_proj`), when the model says one.
+    pub module_path: Option<String>,
+    /// Where the path was found.
+    pub path_source: PathSource,
+    /// What the layer is for.
+    pub role: Role,
+    /// Name of the value X.
+    pub x: String,
+    /// X is [k, m] (a Gemm with transA=1) and goes through a Transpose first.
+    pub transpose_x: bool,
+    /// Name of the value Y: the MatMul's output or, with a folded bias, the Add's.
+    pub y: String,
+    /// The constant weight.
+    pub weight: Weight,
+    /// Output features.
+    pub n: usize,
+    /// Input features: the contraction axis.
+    pub k: usize,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// The bias that the operator itself adds.
+    pub bias: Option<Bias>,
+    /// A Gemm's C in a shape that the operator cannot take: an Add of this value has to follow.
+    pub residual: Option<String>,
+    /// Index of the [`Filter`](super::Filter) rule that chose the site.
+    pub rule: usize,
+}
+
+/// A constant rank-2 weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight {
+    /// Name of the initialiser, or of the output of the `Constant` node, that holds the numbers.
+    pub initializer: String,
+    /// Which of the two it is.
+    pub origin: Origin,
+    /// How the stored numbers run, whatever transposes lie between them and the node.
+    pub layout: Layout,
+    /// The stored element type: float32, float16 or bfloat16.
+    pub dtype: DataType,
+    /// The element type at the node, which is X's. Differs from [`Self::dtype`] only when an exact
+    /// widening Cast lies between.
+    pub operand_dtype: DataType,
+    /// Name of the value that the node reads: the initialiser itself or the end of [`Self::via`].
+    pub operand: String,
+    /// Nodes (Identity, Cast, Transpose, Reshape ...) from the initialiser to the operand, in order.
+    pub via: Vec<usize>,
+    /// The weight's initialiser is also read by a Gather: it is the embedding's and stays.
+    pub tied: bool,
+}
+
+/// Where a constant lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Origin {
+    /// An initialiser of the main graph.
+    Initializer,
+    /// A `Constant` node of the main graph, by index.
+    Constant(usize),
+}
+
+/// Storage order of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub enum Layout {
+    /// Row-major [n, k]: the order in which the operator's rows run.
+    NK,
+    /// Row-major [k, n]: the transpose has to be taken when packing.
+    KN,
+}
+
+/// A bias that becomes the operator's own input.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bias {
+    /// Name of the value that the node reads. It has X's element type.
+    pub value: String,
+    /// The constant behind it (through Identity nodes), when there is one.
+    pub constant: Option<(String, Origin)>,
+    /// What has to happen to it to become [n].
+    pub shape: BiasShape,
+    /// Its factor (a Gemm's beta).
+    pub beta: f32,
+}
+
+/// Shape of a bias as stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BiasShape {
+    /// [n]: usable as it is.
+    Vector,
+    /// n elements in another shape ([1, n]); only for constants. Rewritten as [n].
+    Row,
+    /// One element, broadcast; only for constants. Rewritten as [n].
+    Scalar,
+}
+
+/// What a Linear is for. Decides which tiers take it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Feed-forward projection.
+    Mlp,
+    /// Projection of an attention layer.
+    Attention,
+    /// The language-model head: produces the logits. Taken only when named.
+    Head,
+    /// A mixture-of-experts gate. Taken only when named.
+    Router,
+    /// Feed-forward projection of one expert.
+    Expert,
+    /// Anything else, or unknown.
+    Other,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mlp => "mlp",
+            Self::Attention => "attention",
+            Self::Head => "head",
+            Self::Router => "router",
+            Self::Expert => "expert",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// Where a module path was found, most to least reliable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PathSource {
+    /// Node metadata that torch.onnx (dynamo) writes.
+    Metadata,
+    /// The weight initialiser's name.
+    Initializer,
+    /// The node's own name (`/model/layers.0/mlp/up_proj/MatMul`).
+    Node,
+    /// The bias initialiser's name. Exporters merge equal biases, so it may be another layer's.
+    Bias,
+    /// The graph's structure: it produces `logits`, so it is the head.
+    Structure,
+    /// Nowhere.
+    None,
+}
+
+impl fmt::Display for PathSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Metadata => "metadata",
+            Self::Initializer => "initializer",
+            Self::Node => "node",
+            Self::Bias => "bias",
+            Self::Structure => "structure",
+            Self::None => "none",
+        })
+    }
+}
+
+/// A candidate that is left alone, and why.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Skipped {
+    /// Node name.
+    pub node: String,
+    /// Operator.
+    pub op: String,
+    /// Why it is not replaced.
+    pub reason: String,
+    /// Its module path, when it is known. Not part of the JSON contract.
+    #[serde(skip)]
+    pub module_path: Option<String>,
+}
+
+/// Every candidate of a model, in one of two lists.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SiteScan {
+    /// To replace, in node order.
+    pub sites: Vec<Site>,
+    /// To leave alone, in node order; those of sub-graphs and functions last.
+    pub skipped: Vec<Skipped>,
+}
