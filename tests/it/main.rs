@@ -1,0 +1,5 @@
+//! What crosses crates or runs a binary; one module an area.
+#![allow(clippy::print_stdout, reason = "tests say what they skipped and what they measured")]
+
+mod judges;
+mod support;
