@@ -1,1 +1,51 @@
-//! MX kernels.
+//! OCP Microscaling (MX) on the CPU: element formats, shared scales, packing, quantisation, the
+//! linear layer on packed weights and the scores of predicted tokens. No ONNX and no files.
+//!
+//! ```text
+//! f32 rows --quantize--> codes + scales --pack--> bytes --linear(x)--> y
+//! ```
+//!
+//! [`reference`] is the specification; everything else is held against it. [`pack`] alone knows the
+//! order of packed bytes, [`formats`] holds the one table of formats, [`scale`] the shared exponents.
+//!
+//! Source: OCP Microscaling Formats (MX) Specification v1.0.
+
+pub mod cpu;
+pub mod error;
+pub mod formats;
+pub mod pack;
+pub mod parallel;
+pub mod quantize;
+pub mod reference;
+pub mod scale;
+pub mod scores;
+pub mod tensor;
+
+pub use error::Error;
+pub use formats::ElementFormat;
+pub use parallel::{Parallel, Serial, StdThreads};
+pub use quantize::{Rounding, dequantize_rows, fake_quantize_rows, quantize_rows};
+pub use scale::{ScaleKind, ScaleRule};
+pub use scores::{BaselineScores, TokenScores, token_scores};
+pub use tensor::{Float, FloatMut, LinearProblem, PackedWeight, QuantSpec};
+
+/// y[m, n] = alpha * x[m, k] * w[n, k]^T (+ beta * bias[n]), x quantised on the fly where the
+/// problem says so.
+///
+/// The sum runs in fp32 in a fixed order, whatever the threads: the same input gives the same bits
+/// again. It differs from the exact one by at most (k/16 + 32) * 2^-23 * sum |x_i w_i|; results
+/// below 2^-126 may be flushed to zero. y is rounded half to even to its type.
+///
+/// # Errors
+/// A specification, length or dimension that does not fit; y is untouched then.
+pub fn linear(
+    problem: &LinearProblem,
+    x: Float<'_>,
+    w: &PackedWeight<'_>,
+    bias: Option<Float<'_>>,
+    y: FloatMut<'_>,
+    par: &dyn Parallel,
+) -> Result<(), Error> {
+    let _ = par;
+    reference::linear(problem, x, w, bias, y)
+}
