@@ -1,1 +1,37 @@
-//! MX operators.
+//! The MX operators as one ONNX Runtime custom-op library.
+//!
+//! [`contract`] says what a node of domain `mx` looks like; the rewriter writes nodes through it.
+//! Everybody else loads `libmx_custom_ops.so` with `register_custom_ops_library`; a Rust program
+//! that links this crate adds [`operator_domain`] to its session instead.
+//!
+//! A model that breaks the contract gets an error that names the node, when the session is created
+//! where the model's static shapes show it, else when it runs. No panic leaves this library.
+
+mod abi;
+pub mod contract;
+mod guard;
+mod host;
+mod matmul;
+mod pool;
+mod scores;
+
+pub use abi::RegisterCustomOps;
+use matmul::{MxMatMul, XType};
+use ort::{operator::OperatorDomain, value::TensorElementType};
+use scores::TokenScores;
+
+/// The operators of domain `mx`, for `SessionBuilder::with_operators`.
+///
+/// # Errors
+/// ONNX Runtime refusing the domain, or not loaded.
+pub fn operator_domain() -> ort::Result<OperatorDomain> {
+    let mut domain = OperatorDomain::new(contract::DOMAIN)?;
+    // One operator for each combination of types: ONNX Runtime picks by the node's inputs.
+    for x in XType::ALL {
+        for scales in [TensorElementType::Uint8, TensorElementType::Float32] {
+            domain = domain.add(MxMatMul { x, scales })?;
+        }
+        domain = domain.add(TokenScores { logits: x })?;
+    }
+    Ok(domain)
+}
