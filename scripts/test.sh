@@ -15,6 +15,8 @@ say "cargo test"
 # The operator library must be on disk before tests load it from Python.
 cargo build --workspace --locked
 cargo test --workspace --locked -- --nocapture --test-threads="${MX_TEST_THREADS:-2}"
+say "mini_pile.parquet is what its texts say"
+"$MX_PYTHON" scripts/make_mini_pile.py --check
 say "cargo doc"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 say "all green"
