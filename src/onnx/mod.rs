@@ -1,2 +1,28 @@
 //! ONNX files in and out.
+//!
+//! A model is read through a *lossless shell* of our own: [`Model`] and [`Graph`] keep every field of
+//! the file as the bytes that stand there, in their order, and decode nodes and tensor heads beside
+//! them. What is not touched is written back byte for byte, unknown fields included; an unmodified
+//! model is written back identical. `prost` alone would drop unknown fields, and the published
+//! `onnx-protobuf` crate does not compile with the current protobuf crate (see [`proto`]).
+//!
+//! Files are mapped, so opening a model costs its structure, not its weights. Everything a file says
+//! (lengths, offsets, shapes, names, nesting) is distrusted and checked, and errors name the byte.
+
+mod edit;
+mod encode;
+mod error;
+mod external;
+mod graph;
+mod mmap;
+mod model;
 pub mod proto;
+mod read;
+mod tensor;
+mod wire;
+
+pub use error::{Error, Result};
+pub use graph::{Graph, MAX_DEPTH, NodeId};
+pub use model::{Function, Model};
+pub use proto::DataType;
+pub use tensor::{ExternalRef, Payload, Producer, Storage, TensorInfo, TensorView, element_bits};

@@ -1,0 +1,232 @@
+//! From a model to bytes, as a list of chunks so that no weight is copied on the way.
+
+use super::error::{Error, Result};
+use super::graph::{Entry, Graph, NodeId, Slot, number};
+use super::model::{self, Model, TopField};
+use super::proto::{StringStringEntry, Tensor};
+use super::tensor::{ExternalRef, Payload, Storage, TensorInfo};
+use super::wire;
+use bytes::Bytes;
+use prost::Message as _;
+use std::io::Write;
+
+/// A piece of the output.
+#[derive(Clone, Debug)]
+pub(crate) enum Chunk {
+    Bytes(Bytes),
+    /// Payload of the named tensor.
+    Payload(String, Payload),
+}
+
+/// Pieces of the output and their total length.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Chunks {
+    pub list: Vec<Chunk>,
+    pub len: u64,
+}
+
+impl Chunks {
+    pub(crate) fn push(&mut self, bytes: impl Into<Bytes>) {
+        let bytes = bytes.into();
+        self.len += bytes.len() as u64;
+        self.list.push(Chunk::Bytes(bytes));
+    }
+
+    fn push_payload(&mut self, name: &str, payload: &Payload) {
+        self.len += payload.len();
+        self.list.push(Chunk::Payload(name.to_owned(), payload.clone()));
+    }
+
+    fn append(&mut self, other: Self) {
+        self.len += other.len;
+        self.list.extend(other.list);
+    }
+
+    /// Writes everything; payloads are made one at a time.
+    pub(crate) fn write(
+        &self,
+        out: &mut dyn Write,
+        failed: &dyn Fn(std::io::Error) -> Error,
+    ) -> Result<()> {
+        for chunk in &self.list {
+            match chunk {
+                Chunk::Bytes(bytes) => out.write_all(bytes).map_err(failed)?,
+                Chunk::Payload(name, payload) => {
+                    out.write_all(&payload.get(name)?).map_err(failed)?
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What to write in place of a message that moves to another data file; `None` = as it is.
+pub(crate) struct Placement<'a> {
+    /// New place of an initialiser of the main graph.
+    pub initializer: &'a dyn Fn(usize) -> Option<ExternalRef>,
+    /// Replacement field of a node (external data in attributes or sub-graphs).
+    pub node: &'a dyn Fn(NodeId) -> Option<Bytes>,
+}
+
+impl Placement<'_> {
+    /// Everything stays where it is.
+    pub(crate) const INLINE: Placement<'static> =
+        Placement { initializer: &|_| None, node: &|_| None };
+}
+
+impl Graph {
+    fn encode(&self, place: &Placement<'_>) -> Chunks {
+        let mut out = Chunks::default();
+        for slot in &self.order {
+            match *slot {
+                Slot::Node(index) => {
+                    for id in self.with_neighbours(NodeId(index)) {
+                        match (place.node)(id) {
+                            Some(field) => out.push(field),
+                            None => encode_entry(&self.nodes[id.0], number::NODE, &mut out),
+                        }
+                    }
+                }
+                Slot::Initializer(index) => {
+                    let entry = &self.initializers[index];
+                    if !entry.removed {
+                        encode_initializer(entry, (place.initializer)(index), &mut out);
+                    }
+                }
+                Slot::Input(index) => encode_entry(&self.inputs[index], number::INPUT, &mut out),
+                Slot::Output(index) => encode_entry(&self.outputs[index], number::OUTPUT, &mut out),
+                Slot::ValueInfo(index) => {
+                    encode_entry(&self.value_infos[index], number::VALUE_INFO, &mut out);
+                }
+                Slot::Other(index) => out.push(self.other[index].clone()),
+            }
+        }
+        out
+    }
+}
+
+fn encode_entry<T: prost::Message>(entry: &Entry<T>, number: u32, out: &mut Chunks) {
+    match &entry.raw {
+        _ if entry.removed => {}
+        Some(raw) => out.push(raw.clone()),
+        None => out.push(wire::len_field(number, &entry.value.encode_to_vec())),
+    }
+}
+
+/// Field number of `raw_data` in `TensorProto`.
+const RAW_DATA: u32 = 9;
+
+fn encode_initializer(entry: &Entry<TensorInfo>, moved: Option<ExternalRef>, out: &mut Chunks) {
+    let info = &entry.value;
+    if let Some(reference) = moved {
+        out.push(wire::len_field(number::INITIALIZER, &external_tensor(info, &reference)));
+        return;
+    }
+    let Storage::New(payload) = &info.storage else {
+        match &entry.raw {
+            Some(raw) => out.push(raw.clone()),
+            None => out.push(wire::len_field(number::INITIALIZER, &info.message)),
+        }
+        return;
+    };
+    let mut message = new_tensor_head(info).encode_to_vec();
+    wire::put_header(&mut message, RAW_DATA, payload.len());
+    let mut field = Vec::with_capacity(message.len() + 12);
+    wire::put_header(&mut field, number::INITIALIZER, message.len() as u64 + payload.len());
+    field.append(&mut message);
+    out.push(field);
+    out.push_payload(&info.name, payload);
+}
+
+fn new_tensor_head(info: &TensorInfo) -> Tensor {
+    Tensor {
+        name: Some(info.name.clone()),
+        dims: info.dims.clone(),
+        data_type: Some(info.raw_type),
+        ..Tensor::default()
+    }
+}
+
+/// The message of a tensor whose elements lie at `reference`: everything else it says is kept, unknown
+/// fields included.
+pub(crate) fn external_tensor(info: &TensorInfo, reference: &ExternalRef) -> Vec<u8> {
+    let mut message = Vec::new();
+    if let Storage::New(_) = info.storage {
+        message = new_tensor_head(info).encode_to_vec();
+    }
+    // The head was parsed from these bytes, so every field reads well.
+    for field in wire::fields(&info.message, 0).map_while(Result::ok) {
+        // Element data (4-7, 9-11) and the old place (13, 14) give way.
+        if !matches!(field.number, 4..=7 | 9..=11 | 13 | 14) {
+            message.extend_from_slice(&info.message[field.whole]);
+        }
+    }
+    let entry =
+        |key: &str, value: String| StringStringEntry { key: Some(key.into()), value: Some(value) };
+    let place = Tensor {
+        external_data: vec![
+            entry("location", reference.location.clone()),
+            entry("offset", reference.offset.to_string()),
+            entry("length", reference.length.unwrap_or(0).to_string()),
+        ],
+        data_location: Some(1),
+        ..Tensor::default()
+    };
+    message.extend_from_slice(&place.encode_to_vec());
+    message
+}
+
+impl Model {
+    /// The whole model as chunks.
+    pub(crate) fn encode(&self, place: &Placement<'_>) -> Chunks {
+        let mut out = Chunks::default();
+        for field in &self.fields {
+            match field {
+                TopField::Raw { raw, .. } => out.push(raw.clone()),
+                TopField::Graph { head, len } => {
+                    let graph = self.graph.encode(place);
+                    // An unchanged length keeps the original header, however its varint was written.
+                    if graph.len == *len {
+                        out.push(head.clone());
+                    } else {
+                        let mut head = Vec::new();
+                        wire::put_header(&mut head, model::number::GRAPH, graph.len);
+                        out.push(head);
+                    }
+                    out.append(graph);
+                }
+            }
+        }
+        out
+    }
+
+    /// Length of the model file if everything is written as it stands.
+    pub fn encoded_len(&self) -> u64 {
+        self.encode(&Placement::INLINE).len
+    }
+
+    /// The encoded model. External data of the input stays external (relative to [`Model::dir`]); added
+    /// tensors are inline. An unmodified model gives the bytes it was read from.
+    ///
+    /// # Errors
+    /// A tensor that cannot be made; a model above protobuf's limit of 2 GiB.
+    pub fn to_bytes(&self) -> Result<Bytes> {
+        let chunks = self.encode(&Placement::INLINE);
+        if chunks.len > MAX_MESSAGE {
+            return Err(Error::Payload {
+                tensor: self.graph.name().to_owned(),
+                what: format!("a model of {} bytes exceeds protobuf's limit of 2 GiB", chunks.len),
+            });
+        }
+        let mut out = Vec::with_capacity(chunks.len as usize);
+        chunks.write(&mut out, &|source| Error::Io {
+            action: "write",
+            path: "memory".into(),
+            source,
+        })?;
+        Ok(out.into())
+    }
+}
+
+/// Largest protobuf message that every reader accepts.
+pub(crate) const MAX_MESSAGE: u64 = i32::MAX as u64;
