@@ -1,3 +1,4 @@
 //! mxrewrite.
+pub mod graph;
 pub mod onnx;
 pub mod rewrite;

@@ -10,7 +10,7 @@ use crate::onnx::proto::DataType;
 /// `Y[.., n] = alpha * X[.., k] * W^T (+ beta * bias)`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
-    /// Index of the MatMul-like node in the main graph's node list.
+    /// The MatMul-like node, as the number in its [`NodeId`](crate::onnx::NodeId).
     pub node: usize,
     /// Name of that node; the replacement keeps it. `#<index>` when the node has none.
     pub node_name: String,

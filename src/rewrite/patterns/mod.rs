@@ -1,0 +1,154 @@
+//! The spellings of a Linear layer, one a file. Matching reads the graph and never changes it.
+
+mod bias_add;
+mod fused_matmul;
+mod gemm;
+mod matmul;
+mod trace;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use trace::{Constant, Traced, trace};
+
+use crate::{
+    graph::{GraphView, domain, op_name},
+    onnx::proto::{DataType, Node},
+    rewrite::{Bias, Layout},
+};
+
+/// A Linear, whichever way it is spelled.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Linear {
+    pub node: usize,
+    pub x: String,
+    pub transpose_x: bool,
+    pub y: String,
+    pub weight: Constant,
+    pub operand: String,
+    pub layout: Layout,
+    pub n: usize,
+    pub k: usize,
+    pub alpha: f32,
+    pub bias: Option<Bias>,
+    pub residual: Option<String>,
+    pub replaces: Vec<usize>,
+}
+
+/// What a node is.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Match {
+    /// A Linear.
+    Linear(Box<Linear>),
+    /// It looks like one and is not, or cannot be replaced; the reason.
+    Not(String),
+}
+
+/// Operators that hold a product with a weight and that no pattern takes apart.
+const OPAQUE: &[(&str, &str)] = &[
+    ("com.microsoft", "Attention"),
+    ("com.microsoft", "QAttention"),
+    ("com.microsoft", "FusedGemm"),
+    ("com.microsoft", "GemmFastGelu"),
+    ("com.microsoft", "GemmFloat8"),
+    ("com.microsoft", "TransposeMatMul"),
+    ("com.microsoft", "FusedMatMulActivation"),
+    ("com.microsoft", "MatMulNBits"),
+    ("com.microsoft", "MatMulBnb4"),
+    ("com.microsoft", "MatMulInteger16"),
+    ("com.microsoft", "MatMulIntegerToFloat"),
+    ("com.microsoft", "DynamicQuantizeMatMul"),
+    ("com.microsoft", "QGemm"),
+    ("com.microsoft", "QMoE"),
+    ("com.microsoft", "MoE"),
+    ("", "MatMulInteger"),
+    ("", "QLinearMatMul"),
+];
+
+/// Looks at one node; `None` when it is no product at all.
+pub(crate) fn match_node(view: &GraphView, index: usize) -> Option<Match> {
+    let node = &view.nodes()[index];
+    let found = match (domain(node), node.op_type.as_deref().unwrap_or_default()) {
+        ("", "MatMul") => matmul::find(view, index),
+        ("", "Gemm") => gemm::find(view, index),
+        ("com.microsoft", "FusedMatMul") => fused_matmul::find(view, index),
+        ("mx", _) => Err("it is an mx operator: this layer is rewritten already".to_owned()),
+        _ if is_candidate(node) => Err(format!(
+            "{} is not taken apart: its weights are inside the operator",
+            op_name(node)
+        )),
+        _ => return None,
+    };
+    Some(match found {
+        Ok(linear) => Match::Linear(Box::new(bias_add::fold(view, linear))),
+        Err(reason) => Match::Not(reason),
+    })
+}
+
+/// True for every operator that ends in one of the two lists.
+pub(crate) fn is_candidate(node: &Node) -> bool {
+    let op = node.op_type.as_deref().unwrap_or_default();
+    match domain(node) {
+        "" if matches!(op, "MatMul" | "Gemm") => true,
+        "com.microsoft" if op == "FusedMatMul" => true,
+        "mx" => matches!(op, "MxMatMul"),
+        domain => OPAQUE.contains(&(domain, op)),
+    }
+}
+
+/// The two operands of a product, told apart: X and the constant weight.
+struct Operands<'a> {
+    x: &'a str,
+    weight: Constant,
+    operand: &'a str,
+}
+
+/// Operand 0 dynamic and operand 1 a constant matrix; anything else is a reason.
+fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String> {
+    let [a, b, ..] = &node.input[..] else {
+        return Err(format!("it has {} inputs and needs two", node.input.len()));
+    };
+    if a.is_empty() || b.is_empty() || node.output.first().is_none_or(String::is_empty) {
+        return Err("one of its operands or its output is absent".to_owned());
+    }
+    let weight = match (trace(view, a), trace(view, b)) {
+        (Traced::Dynamic, Traced::Constant(weight)) => weight,
+        (Traced::Dynamic, Traced::Dynamic) => {
+            return Err("two dynamic operands: an attention product, not a Linear".to_owned());
+        }
+        (Traced::Dynamic, Traced::Unusable(reason)) => return Err(reason),
+        (_, Traced::Dynamic) => {
+            return Err("its constant is the left operand: not a Linear".to_owned());
+        }
+        (_, _) => {
+            return Err("both operands are constant: nothing to quantise at run time".to_owned());
+        }
+    };
+    use DataType::{Bfloat16, Float, Float16};
+    if !matches!(weight.dtype, Float | Float16 | Bfloat16) {
+        return Err(format!(
+            "its weight '{}' is {:?}; float32, float16 and bfloat16 can be quantised",
+            weight.root, weight.dtype
+        ));
+    }
+    if weight.axes.len() != 2 {
+        return Err(format!(
+            "its weight '{}' has shape {:?}, rank {}; a Linear's has rank 2",
+            weight.root,
+            weight.dims(),
+            weight.axes.len()
+        ));
+    }
+    Ok(Operands { x: a, weight, operand: b })
+}
+
+/// n and k of a weight; `k_first` when its first axis is the contracted one.
+fn extents(weight: &Constant, k_first: bool) -> Result<(usize, usize), String> {
+    let dims: Vec<usize> =
+        weight.dims().iter().filter_map(|&d| usize::try_from(d).ok().filter(|&d| d > 0)).collect();
+    match dims[..] {
+        [k, n] if k_first => Ok((n, k)),
+        [n, k] => Ok((n, k)),
+        _ => Err(format!("its weight '{}' has the empty shape {:?}", weight.root, weight.dims())),
+    }
+}

@@ -1,0 +1,128 @@
+//! The plan of a rewrite: which node becomes what. Pure and serialisable; making one changes nothing.
+
+use serde::{Serialize, Serializer, ser::SerializeMap};
+
+use super::{
+    recipe::{Recipe, SiteFormat},
+    sites::{Site, SiteScan, Skipped},
+};
+
+/// A site and what it becomes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedSite {
+    /// The layer.
+    pub site: Site,
+    /// Its format.
+    pub format: SiteFormat,
+    /// Bytes of the weight as stored now.
+    pub bytes_before: u64,
+    /// Bytes of the weight (codes and scales) as stored afterwards.
+    pub bytes_after: u64,
+}
+
+/// What a rewrite does to a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RewritePlan {
+    /// Layers to replace, in node order.
+    pub sites: Vec<PlannedSite>,
+    /// Candidates left alone.
+    pub skipped: Vec<Skipped>,
+    /// The recipe that decided.
+    pub recipe: Recipe,
+}
+
+impl RewritePlan {
+    /// Gives every site of `scan` the format of the recipe's rule that took it. The scan has to come
+    /// from the same recipe's filter.
+    pub fn new(scan: SiteScan, recipe: Recipe) -> Self {
+        let sites = scan
+            .sites
+            .into_iter()
+            .filter_map(|site| {
+                let format = recipe.rules.get(site.rule)?.format;
+                let bytes_before = weight_bytes(&site);
+                let bytes_after = planned_bytes(&site, &format);
+                Some(PlannedSite { site, format, bytes_before, bytes_after })
+            })
+            .collect();
+        Self { sites, skipped: scan.skipped, recipe }
+    }
+
+    /// Sums of `bytes_before` and `bytes_after` over all sites.
+    pub fn bytes(&self) -> (u64, u64) {
+        self.sites.iter().fold((0, 0), |(before, after), planned| {
+            (before.saturating_add(planned.bytes_before), after.saturating_add(planned.bytes_after))
+        })
+    }
+}
+
+fn weight_bytes(site: &Site) -> u64 {
+    let element = crate::onnx::element_bits(site.weight.dtype).unwrap_or(32) / 8;
+    (site.n as u64).saturating_mul(site.k as u64).saturating_mul(element)
+}
+
+fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
+    match format {
+        SiteFormat::Mx { weight, .. } => {
+            let scales = match weight.scale {
+                mx_kernels::ScaleKind::E8M0 => weight.scales_len(site.n, site.k),
+                mx_kernels::ScaleKind::Tensor => 4,
+                mx_kernels::ScaleKind::None => 0,
+            };
+            (weight.codes_len(site.n, site.k) as u64).saturating_add(scales as u64)
+        }
+        // One scale of X's type an output channel.
+        SiteFormat::Int8 => {
+            let scale = crate::onnx::element_bits(site.weight.operand_dtype).unwrap_or(32) / 8;
+            (site.n as u64).saturating_mul((site.k as u64).saturating_add(scale))
+        }
+        // Rounded in place.
+        SiteFormat::Bf16 => weight_bytes(site),
+    }
+}
+
+/// The JSON of one site; the keys are a contract with scripts.
+#[derive(Serialize)]
+struct SiteRecord<'a> {
+    node: &'a str,
+    op: &'a str,
+    module_path: Option<&'a str>,
+    path_source: super::PathSource,
+    role: super::Role,
+    initializer: &'a str,
+    n: usize,
+    k: usize,
+    weight_format: &'a str,
+    activation_format: &'a str,
+    block_size: Option<usize>,
+}
+
+impl Serialize for PlannedSite {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Site { node_name, op, module_path, path_source, role, weight, n, k, .. } = &self.site;
+        SiteRecord {
+            node: node_name,
+            op,
+            module_path: module_path.as_deref(),
+            path_source: *path_source,
+            role: *role,
+            initializer: &weight.initializer,
+            n: *n,
+            k: *k,
+            weight_format: self.format.weight_name(),
+            activation_format: self.format.activation_name(),
+            block_size: self.format.block_size(),
+        }
+        .serialize(serializer)
+    }
+}
+
+impl Serialize for RewritePlan {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(3))?;
+        map.serialize_entry("sites", &self.sites)?;
+        map.serialize_entry("skipped", &self.skipped)?;
+        map.serialize_entry("recipe", &self.recipe)?;
+        map.end()
+    }
+}
