@@ -8,6 +8,7 @@ use super::tensor::{ExternalRef, Payload, Storage, TensorInfo};
 use super::wire;
 use bytes::Bytes;
 use prost::Message as _;
+use std::collections::HashMap;
 use std::io::Write;
 
 /// A piece of the output.
@@ -32,7 +33,7 @@ impl Chunks {
         self.list.push(Chunk::Bytes(bytes));
     }
 
-    fn push_payload(&mut self, name: &str, payload: &Payload) {
+    pub(crate) fn push_payload(&mut self, name: &str, payload: &Payload) {
         self.len += payload.len();
         self.list.push(Chunk::Payload(name.to_owned(), payload.clone()));
     }
@@ -60,29 +61,27 @@ impl Chunks {
     }
 }
 
-/// What to write in place of a message that moves to another data file; `None` = as it is.
-pub(crate) struct Placement<'a> {
-    /// New place of an initialiser of the main graph.
-    pub initializer: &'a dyn Fn(usize) -> Option<ExternalRef>,
-    /// Replacement field of a node (external data in attributes or sub-graphs).
-    pub node: &'a dyn Fn(NodeId) -> Option<Bytes>,
-}
-
-impl Placement<'_> {
-    /// Everything stays where it is.
-    pub(crate) const INLINE: Placement<'static> =
-        Placement { initializer: &|_| None, node: &|_| None };
+/// What to write in place of messages whose elements move to another data file; the rest is written
+/// as it stands.
+#[derive(Debug, Default)]
+pub(crate) struct Placement {
+    /// New places of initialisers of the main graph, by index.
+    pub initializers: HashMap<usize, ExternalRef>,
+    /// Fields of nodes that hold external tensors.
+    pub nodes: HashMap<NodeId, Bytes>,
+    /// Fields of functions that hold external tensors, by index of the top-level field.
+    pub functions: HashMap<usize, Bytes>,
 }
 
 impl Graph {
-    fn encode(&self, place: &Placement<'_>) -> Chunks {
+    fn encode(&self, place: &Placement) -> Chunks {
         let mut out = Chunks::default();
         for slot in &self.order {
             match *slot {
                 Slot::Node(index) => {
                     for id in self.with_neighbours(NodeId(index)) {
-                        match (place.node)(id) {
-                            Some(field) => out.push(field),
+                        match place.nodes.get(&id) {
+                            Some(field) => out.push(field.clone()),
                             None => encode_entry(&self.nodes[id.0], number::NODE, &mut out),
                         }
                     }
@@ -90,7 +89,7 @@ impl Graph {
                 Slot::Initializer(index) => {
                     let entry = &self.initializers[index];
                     if !entry.removed {
-                        encode_initializer(entry, (place.initializer)(index), &mut out);
+                        encode_initializer(entry, place.initializers.get(&index), &mut out);
                     }
                 }
                 Slot::Input(index) => encode_entry(&self.inputs[index], number::INPUT, &mut out),
@@ -116,10 +115,10 @@ fn encode_entry<T: prost::Message>(entry: &Entry<T>, number: u32, out: &mut Chun
 /// Field number of `raw_data` in `TensorProto`.
 const RAW_DATA: u32 = 9;
 
-fn encode_initializer(entry: &Entry<TensorInfo>, moved: Option<ExternalRef>, out: &mut Chunks) {
+fn encode_initializer(entry: &Entry<TensorInfo>, moved: Option<&ExternalRef>, out: &mut Chunks) {
     let info = &entry.value;
     if let Some(reference) = moved {
-        out.push(wire::len_field(number::INITIALIZER, &external_tensor(info, &reference)));
+        out.push(wire::len_field(number::INITIALIZER, &external_tensor(info, reference)));
         return;
     }
     let Storage::New(payload) = &info.storage else {
@@ -178,11 +177,13 @@ pub(crate) fn external_tensor(info: &TensorInfo, reference: &ExternalRef) -> Vec
 
 impl Model {
     /// The whole model as chunks.
-    pub(crate) fn encode(&self, place: &Placement<'_>) -> Chunks {
+    pub(crate) fn encode(&self, place: &Placement) -> Chunks {
         let mut out = Chunks::default();
-        for field in &self.fields {
+        for (index, field) in self.fields.iter().enumerate() {
             match field {
-                TopField::Raw { raw, .. } => out.push(raw.clone()),
+                TopField::Raw { raw, .. } => {
+                    out.push(place.functions.get(&index).unwrap_or(raw).clone());
+                }
                 TopField::Graph { head, len } => {
                     let graph = self.graph.encode(place);
                     // An unchanged length keeps the original header, however its varint was written.
@@ -202,7 +203,7 @@ impl Model {
 
     /// Length of the model file if everything is written as it stands.
     pub fn encoded_len(&self) -> u64 {
-        self.encode(&Placement::INLINE).len
+        self.encode(&Placement::default()).len
     }
 
     /// The encoded model. External data of the input stays external (relative to [`Model::dir`]); added
@@ -211,7 +212,7 @@ impl Model {
     /// # Errors
     /// A tensor that cannot be made; a model above protobuf's limit of 2 GiB.
     pub fn to_bytes(&self) -> Result<Bytes> {
-        let chunks = self.encode(&Placement::INLINE);
+        let chunks = self.encode(&Placement::default());
         if chunks.len > MAX_MESSAGE {
             return Err(Error::Payload {
                 tensor: self.graph.name().to_owned(),

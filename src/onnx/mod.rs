@@ -16,8 +16,11 @@ mod external;
 mod graph;
 mod mmap;
 mod model;
+mod output;
 pub mod proto;
 mod read;
+mod relocate;
+mod save;
 mod tensor;
 mod wire;
 
@@ -25,4 +28,5 @@ pub use error::{Error, Result};
 pub use graph::{Graph, MAX_DEPTH, NodeId};
 pub use model::{Function, Model};
 pub use proto::DataType;
+pub use save::{SaveOptions, Saved};
 pub use tensor::{ExternalRef, Payload, Producer, Storage, TensorInfo, TensorView, element_bits};

@@ -1,0 +1,229 @@
+//! Linear -> `mx::MxMatMul` with packed codes and scales. Also the target of `bfp16` and the fp8
+//! emulations, which differ in the operands' specification only.
+//!
+//! Weights are quantised while the model is written, one at a time; a weight that several layers
+//! share is quantised once.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use mx_custom_ops::contract::{AttributeValue, DOMAIN, DOMAIN_VERSION, MxMatMulAttrs, op};
+use mx_kernels::{QuantSpec, ScaleKind};
+
+use super::{float, int, ints, node, string};
+use crate::{
+    onnx::{
+        self, DataType, NodeId, Payload,
+        proto::{Attribute, Node},
+    },
+    rewrite::{
+        error::RewriteError,
+        patch::{Patch, add_module_path},
+        plan::PlannedSite,
+        sites::{Bias, BiasShape, Layout, Site},
+        weights::{Rows, Threads},
+    },
+};
+
+/// The lowering; remembers the weights that it has packed.
+#[derive(Default)]
+pub(crate) struct Mx {
+    packed: Vec<Packed>,
+}
+
+/// A packed weight: names of its initialisers, and what they were made from.
+#[derive(Clone)]
+struct Packed {
+    source: (String, Layout, usize, usize),
+    spec: QuantSpec,
+    codes: String,
+    scales: Option<String>,
+}
+
+impl Mx {
+    /// Replaces the nodes of one layer.
+    pub(crate) fn lower(
+        &mut self,
+        patch: &mut Patch<'_>,
+        planned: &PlannedSite,
+        weight: &QuantSpec,
+        activation: Option<&QuantSpec>,
+    ) -> Result<(), RewriteError> {
+        let site = &planned.site;
+        let beta = site.bias.as_ref().map_or(1.0, |bias| bias.beta);
+        let attrs = MxMatMulAttrs::new(site.n, site.k, *weight, activation.map(|a| a.format))
+            .and_then(|attrs| attrs.with_factors(site.alpha, beta))
+            .map_err(|error| RewriteError::Site {
+                node: site.node_name.clone(),
+                reason: error.to_string(),
+            })?;
+        let packed = self.pack(patch, site, weight)?;
+        let bias = site.bias.as_ref().map(|bias| vector(patch, site, bias)).transpose()?;
+        let at = NodeId(site.replaces.last().copied().unwrap_or(site.node));
+        let x = match site.transpose_x {
+            true => transposed(patch, site, at),
+            false => site.x.clone(),
+        };
+        let mut inputs = vec![x, packed.codes, packed.scales.unwrap_or_default()];
+        inputs.extend(bias);
+        while inputs.last().is_some_and(String::is_empty) {
+            inputs.pop();
+        }
+        let original = patch.model.graph().node(NodeId(site.node));
+        let mut replacement = Node {
+            op_type: Some(op::MX_MATMUL.to_owned()),
+            domain: Some(DOMAIN.to_owned()),
+            name: original.name.clone(),
+            input: inputs,
+            output: vec![site.y.clone()],
+            attribute: attributes(&attrs),
+            doc_string: original.doc_string.clone(),
+            metadata_props: original.metadata_props.clone(),
+            ..Node::default()
+        };
+        add_module_path(&mut replacement, planned);
+        if let Some(residual) = &site.residual {
+            let product = patch.fresh(&format!("{}.mx_product", site.y));
+            let name = patch.fresh(&format!("{}.mx_add", site.node_name));
+            let add = node("Add", &name, &[&product, residual], &[&site.y]);
+            replacement.output = vec![product];
+            patch.out.graph_mut().insert_after(at, add);
+        }
+        for &index in site.replaces.iter().filter(|&&index| NodeId(index) != at) {
+            patch.out.graph_mut().remove_node(NodeId(index));
+        }
+        patch.out.graph_mut().replace_node(at, replacement);
+        patch.drop_weight(&site.weight);
+        patch.out.import_opset(DOMAIN, DOMAIN_VERSION);
+        Ok(())
+    }
+
+    /// The packed initialisers of a site's weight, made if they are not there yet.
+    fn pack(
+        &mut self,
+        patch: &mut Patch<'_>,
+        site: &Site,
+        spec: &QuantSpec,
+    ) -> Result<Packed, RewriteError> {
+        let name = &site.weight.initializer;
+        let source = (name.clone(), site.weight.layout, site.n, site.k);
+        if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
+            return Ok(packed.clone());
+        }
+        let packer = Packer::new(patch.rows(site)?, *spec, patch.threads.clone());
+        let (codes_payload, scales_payload) = packer.payloads();
+        let codes_dims = [site.n, spec.row_bytes(site.k)];
+        let codes =
+            patch.add_tensor(&format!("{name}.mx_codes"), &codes_dims, DataType::Uint8, codes_payload);
+        let scales = match spec.scale {
+            ScaleKind::E8M0 => Some(patch.add_tensor(
+                &format!("{name}.mx_scales"),
+                &[site.n, spec.blocks(site.k)],
+                DataType::Uint8,
+                scales_payload,
+            )),
+            ScaleKind::None => None,
+            ScaleKind::Tensor => {
+                let reason = "one scale a tensor is not available yet".to_owned();
+                return Err(RewriteError::Site { node: site.node_name.clone(), reason });
+            }
+        };
+        let packed = Packed { source, spec: *spec, codes, scales };
+        self.packed.push(packed.clone());
+        Ok(packed)
+    }
+}
+
+/// X of a Gemm with transA=1, turned round.
+fn transposed(patch: &mut Patch<'_>, site: &Site, at: NodeId) -> String {
+    let value = patch.fresh(&format!("{}.mx_transposed", site.x));
+    let name = patch.fresh(&format!("{}.mx_transpose", site.node_name));
+    let mut transpose = node("Transpose", &name, &[&site.x], &[&value]);
+    transpose.attribute.push(ints("perm", &[1, 0]));
+    patch.out.graph_mut().insert_before(at, transpose);
+    value
+}
+
+/// The bias as a value of shape [n].
+fn vector(patch: &mut Patch<'_>, site: &Site, bias: &Bias) -> Result<String, RewriteError> {
+    let (BiasShape::Row | BiasShape::Scalar, Some((name, origin))) = (bias.shape, &bias.constant)
+    else {
+        return Ok(bias.value.clone());
+    };
+    let view = patch.model.tensor(&patch.constant(name, *origin)?)?;
+    let copies = if bias.shape == BiasShape::Scalar { site.n } else { 1 };
+    let bytes = Bytes::from(view.bytes.repeat(copies));
+    patch.drop_constant(name, *origin);
+    let base = format!("{name}.mx_bias");
+    Ok(patch.add_tensor(&base, &[site.n], view.data_type, Payload::Bytes(bytes)))
+}
+
+fn attributes(attrs: &MxMatMulAttrs) -> Vec<Attribute> {
+    let attribute = |(name, value): (&'static str, AttributeValue)| match value {
+        AttributeValue::Int(value) => Some(int(name, value)),
+        AttributeValue::Float(value) => Some(float(name, value)),
+        AttributeValue::Text(value) => Some(string(name, &value)),
+        AttributeValue::Other => None,
+    };
+    attrs.to_attributes().into_iter().filter_map(attribute).collect()
+}
+
+/// Quantises one weight when either of its two tensors is written, and keeps the other one until it
+/// is written too.
+struct Packer {
+    rows: Rows,
+    spec: QuantSpec,
+    threads: Threads,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    codes: Option<Bytes>,
+    scales: Option<Bytes>,
+}
+
+impl Packer {
+    fn new(rows: Rows, spec: QuantSpec, threads: Threads) -> Arc<Self> {
+        Arc::new(Self { rows, spec, threads, waiting: Mutex::default() })
+    }
+
+    fn payloads(self: Arc<Self>) -> (Payload, Payload) {
+        let (n, k) = (self.rows.n, self.rows.k);
+        let codes_len = self.spec.codes_len(n, k) as u64;
+        let scales_len = self.spec.scales_len(n, k) as u64;
+        let other = self.clone();
+        let codes = Payload::Lazy { len: codes_len, make: Arc::new(move || self.take(|w| &mut w.codes)) };
+        let scales =
+            Payload::Lazy { len: scales_len, make: Arc::new(move || other.take(|w| &mut w.scales)) };
+        (codes, scales)
+    }
+
+    fn take(&self, which: impl Fn(&mut Waiting) -> &mut Option<Bytes>) -> onnx::Result<Bytes> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if which(&mut waiting).is_none() {
+            *waiting = self.quantize()?;
+        }
+        Ok(which(&mut waiting).take().unwrap_or_default())
+    }
+
+    fn quantize(&self) -> onnx::Result<Waiting> {
+        let Rows { n, k, .. } = self.rows;
+        let (row_bytes, row_scales) = (self.spec.row_bytes(k), self.spec.scales_len(1, k));
+        let mut codes = vec![0u8; n * row_bytes];
+        let mut scales = vec![0u8; n * row_scales];
+        self.rows.for_tiles(
+            &self.threads,
+            (&mut codes, row_bytes),
+            (&mut scales, row_scales),
+            |values, codes, scales| {
+                mx_kernels::quantize_rows(&self.spec, values, values.len() / k, k, codes, scales)
+                    .map_err(|error| onnx::Error::Payload {
+                        tensor: self.rows.name().to_owned(),
+                        what: error.to_string(),
+                    })
+            },
+        )?;
+        Ok(Waiting { codes: Some(codes.into()), scales: Some(scales.into()) })
+    }
+}
