@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use prost::Message as _;
 
 use super::{
-    error::RewriteError,
+    execute::ExecuteError,
     plan::PlannedSite,
     sites::{Origin, Site, Weight},
     weights::{Rows, Threads},
@@ -36,7 +36,7 @@ pub(crate) struct Patch<'a> {
 }
 
 impl<'a> Patch<'a> {
-    pub(crate) fn new(model: &'a Model, threads: Threads) -> Result<Self, RewriteError> {
+    pub(crate) fn new(model: &'a Model, threads: Threads) -> Result<Self, ExecuteError> {
         let mut names = HashSet::new();
         collect_names(model.graph(), &mut names)?;
         Ok(Self {
@@ -75,7 +75,7 @@ impl<'a> Patch<'a> {
     }
 
     /// The tensor of a constant.
-    pub(crate) fn constant(&self, name: &str, origin: Origin) -> Result<TensorInfo, RewriteError> {
+    pub(crate) fn constant(&self, name: &str, origin: Origin) -> Result<TensorInfo, ExecuteError> {
         let missing = || onnx::Error::Tensor {
             tensor: name.to_owned(),
             what: "is not in the model that the plan was made from".to_owned(),
@@ -99,7 +99,7 @@ impl<'a> Patch<'a> {
     }
 
     /// The rows of a site's weight.
-    pub(crate) fn rows(&self, site: &Site) -> Result<Rows, RewriteError> {
+    pub(crate) fn rows(&self, site: &Site) -> Result<Rows, ExecuteError> {
         let Weight { initializer, origin, .. } = &site.weight;
         let view = self.model.tensor(&self.constant(initializer, *origin)?)?;
         Ok(Rows::new(view, &site.weight, site.n, site.k)?)
@@ -121,7 +121,7 @@ impl<'a> Patch<'a> {
 
     /// Removes the nodes, initialisers and value types that the edits left without a reader. Only
     /// what an edit stopped reading is looked at: a constant that the exporter left unused stays.
-    pub(crate) fn sweep(&mut self) -> Result<(), RewriteError> {
+    pub(crate) fn sweep(&mut self) -> Result<(), ExecuteError> {
         let mut uses = count_uses(self.out.graph())?;
         let before: HashSet<String> = produced(self.model.graph());
         let graph = self.out.graph_mut();

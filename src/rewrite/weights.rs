@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use std::sync::Arc;
 
 use super::{
-    error::RewriteError,
+    execute::ExecuteError,
     sites::{Layout, Weight},
 };
 
@@ -18,11 +18,10 @@ pub(crate) struct Threads(Option<Arc<rayon::ThreadPool>>);
 
 impl Threads {
     /// `None` = one a processor.
-    pub(crate) fn new(threads: Option<usize>) -> Result<Self, RewriteError> {
+    pub(crate) fn new(threads: Option<usize>) -> Result<Self, ExecuteError> {
         let Some(threads) = threads else { return Ok(Self(None)) };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
-        let pool =
-            pool.map_err(|e| RewriteError::Threads { threads, reason: e.to_string() })?;
+        let pool = pool.map_err(|e| ExecuteError::Threads { threads, reason: e.to_string() })?;
         Ok(Self(Some(Arc::new(pool))))
     }
 

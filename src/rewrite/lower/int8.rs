@@ -13,7 +13,7 @@ use super::{int, node};
 use crate::{
     onnx::{self, DataType, NodeId, Payload},
     rewrite::{
-        error::RewriteError,
+        execute::ExecuteError,
         patch::{Patch, add_module_path},
         plan::PlannedSite,
         sites::Site,
@@ -42,10 +42,10 @@ impl Int8 {
         &mut self,
         patch: &mut Patch<'_>,
         planned: &PlannedSite,
-    ) -> Result<(), RewriteError> {
+    ) -> Result<(), ExecuteError> {
         let found = patch.model.opset("").unwrap_or(0);
         if found < OPSET {
-            return Err(RewriteError::Opset { lowering: "int8", needed: OPSET, found });
+            return Err(ExecuteError::Opset { lowering: "int8", needed: OPSET, found });
         }
         let site = &planned.site;
         let id = NodeId(site.node);
@@ -56,7 +56,7 @@ impl Int8 {
             Some(input) if *input == site.weight.operand => *input = operand,
             _ => {
                 let reason = format!("'{}' is not its second operand", site.weight.operand);
-                return Err(RewriteError::Site { node: site.node_name.clone(), reason });
+                return Err(ExecuteError::Site { node: site.node_name.clone(), reason });
             }
         }
         add_module_path(&mut replacement, planned);
@@ -71,7 +71,7 @@ impl Int8 {
         patch: &mut Patch<'_>,
         site: &Site,
         rows_first: bool,
-    ) -> Result<String, RewriteError> {
+    ) -> Result<String, ExecuteError> {
         let (n, k, dtype) = (site.n, site.k, site.weight.operand_dtype);
         let name = &site.weight.initializer;
         let source = (name.clone(), rows_first, n, k, dtype);
@@ -82,7 +82,8 @@ impl Int8 {
         let (codes, scales) = coder.payloads();
         let dims = if rows_first { [n, k] } else { [k, n] };
         let codes = patch.add_tensor(&format!("{name}.int8_codes"), &dims, DataType::Int8, codes);
-        let scales = patch.add_tensor(&format!("{name}.int8_scales"), &[n], DataType::Float, scales);
+        let scales =
+            patch.add_tensor(&format!("{name}.int8_scales"), &[n], DataType::Float, scales);
         let mut operand = patch.fresh(&format!("{name}.int8"));
         let node_name = patch.fresh(&format!("{name}.int8_dequantize"));
         let mut dequantize = node("DequantizeLinear", &node_name, &[&codes, &scales], &[&operand]);
@@ -148,12 +149,17 @@ impl Coder {
         let Rows { n, k, .. } = self.rows;
         let mut codes = vec![0u8; n * k];
         let mut scales = vec![1.0f32; n];
-        self.rows.for_tiles(&self.threads, (&mut codes, k), (&mut scales, 1), |values, codes, scales| {
-            for ((row, codes), scale) in values.chunks(k).zip(codes.chunks_mut(k)).zip(scales) {
-                *scale = quantize_channel(row, codes);
-            }
-            Ok(())
-        })?;
+        self.rows.for_tiles(
+            &self.threads,
+            (&mut codes, k),
+            (&mut scales, 1),
+            |values, codes, scales| {
+                for ((row, codes), scale) in values.chunks(k).zip(codes.chunks_mut(k)).zip(scales) {
+                    *scale = quantize_channel(row, codes);
+                }
+                Ok(())
+            },
+        )?;
         if !self.rows_first {
             codes = transpose(&codes, n, k);
         }

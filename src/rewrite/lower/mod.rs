@@ -1,6 +1,6 @@
 //! What a planned layer becomes: one target a file.
 
-pub mod bf16;
+pub(crate) mod bf16;
 mod int8;
 mod mx;
 

@@ -17,7 +17,7 @@ use crate::{
         proto::{Attribute, Node},
     },
     rewrite::{
-        error::RewriteError,
+        execute::ExecuteError,
         patch::{Patch, add_module_path},
         plan::PlannedSite,
         sites::{Bias, BiasShape, Layout, Site},
@@ -48,12 +48,12 @@ impl Mx {
         planned: &PlannedSite,
         weight: &QuantSpec,
         activation: Option<&QuantSpec>,
-    ) -> Result<(), RewriteError> {
+    ) -> Result<(), ExecuteError> {
         let site = &planned.site;
         let beta = site.bias.as_ref().map_or(1.0, |bias| bias.beta);
         let attrs = MxMatMulAttrs::new(site.n, site.k, *weight, activation.map(|a| a.format))
             .and_then(|attrs| attrs.with_factors(site.alpha, beta))
-            .map_err(|error| RewriteError::Site {
+            .map_err(|error| ExecuteError::Site {
                 node: site.node_name.clone(),
                 reason: error.to_string(),
             })?;
@@ -104,7 +104,7 @@ impl Mx {
         patch: &mut Patch<'_>,
         site: &Site,
         spec: &QuantSpec,
-    ) -> Result<Packed, RewriteError> {
+    ) -> Result<Packed, ExecuteError> {
         let name = &site.weight.initializer;
         let source = (name.clone(), site.weight.layout, site.n, site.k);
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
@@ -113,8 +113,12 @@ impl Mx {
         let packer = Packer::new(patch.rows(site)?, *spec, patch.threads.clone());
         let (codes_payload, scales_payload) = packer.payloads();
         let codes_dims = [site.n, spec.row_bytes(site.k)];
-        let codes =
-            patch.add_tensor(&format!("{name}.mx_codes"), &codes_dims, DataType::Uint8, codes_payload);
+        let codes = patch.add_tensor(
+            &format!("{name}.mx_codes"),
+            &codes_dims,
+            DataType::Uint8,
+            codes_payload,
+        );
         let scales = match spec.scale {
             ScaleKind::E8M0 => Some(patch.add_tensor(
                 &format!("{name}.mx_scales"),
@@ -125,7 +129,7 @@ impl Mx {
             ScaleKind::None => None,
             ScaleKind::Tensor => {
                 let reason = "one scale a tensor is not available yet".to_owned();
-                return Err(RewriteError::Site { node: site.node_name.clone(), reason });
+                return Err(ExecuteError::Site { node: site.node_name.clone(), reason });
             }
         };
         let packed = Packed { source, spec: *spec, codes, scales };
@@ -145,7 +149,7 @@ fn transposed(patch: &mut Patch<'_>, site: &Site, at: NodeId) -> String {
 }
 
 /// The bias as a value of shape [n].
-fn vector(patch: &mut Patch<'_>, site: &Site, bias: &Bias) -> Result<String, RewriteError> {
+fn vector(patch: &mut Patch<'_>, site: &Site, bias: &Bias) -> Result<String, ExecuteError> {
     let (BiasShape::Row | BiasShape::Scalar, Some((name, origin))) = (bias.shape, &bias.constant)
     else {
         return Ok(bias.value.clone());
@@ -193,9 +197,12 @@ impl Packer {
         let codes_len = self.spec.codes_len(n, k) as u64;
         let scales_len = self.spec.scales_len(n, k) as u64;
         let other = self.clone();
-        let codes = Payload::Lazy { len: codes_len, make: Arc::new(move || self.take(|w| &mut w.codes)) };
-        let scales =
-            Payload::Lazy { len: scales_len, make: Arc::new(move || other.take(|w| &mut w.scales)) };
+        let codes =
+            Payload::Lazy { len: codes_len, make: Arc::new(move || self.take(|w| &mut w.codes)) };
+        let scales = Payload::Lazy {
+            len: scales_len,
+            make: Arc::new(move || other.take(|w| &mut w.scales)),
+        };
         (codes, scales)
     }
 
