@@ -19,24 +19,19 @@ accelerate and gguf for --gguf.
 """
 
 import argparse
-import contextlib
 import inspect
-import os
 import sys
 import tempfile
 from pathlib import Path
 
+import exported_onnx
+from exported_onnx import ExportError
+
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Absolute bound, as a part of the logits' range, on |ONNX Runtime - PyTorch|.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-# Metadata that holds file names and source lines of the machine that exported.
-STRIPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.original_node_name")
 # protobuf's limit for one message; beyond it weights must be external data.
 PROTOBUF_LIMIT = 2**31 - 2**20
-
-
-class ExportError(Exception):
-    """A failure the user can act on: printed as one line, exit code 1."""
 
 
 # --------------------------------------------------------------------------------------------- loading
@@ -281,93 +276,7 @@ def export(model, path, exporter="dynamo", opset=None, position_ids=False, kv_ca
             ) from error
         if external is None:
             external = exporter == "dynamo" or size > PROTOBUF_LIMIT
-        finish(raw, path, external, kv_cache)
-
-
-def finish(raw, path, external, kv_cache):
-    """Cleans the exported file's metadata and moves it, with its data in at most one file, to `path`."""
-    import onnx
-
-    model = onnx.load(str(raw), load_external_data=False)
-    strip_metadata(model.graph)
-    for function in model.functions:
-        strip_metadata(function)
-    name_axes(model.graph, kv_cache)
-    data = path.with_name(path.name + ".data")
-    for old in (path, data):
-        old.unlink(missing_ok=True)
-    if external:
-        pack_external(model, raw.parent, data)
-    else:
-        onnx.load_external_data_for_model(model, str(raw.parent))
-    onnx.save(model, str(path))
-
-
-def strip_metadata(graph):
-    """Removes stack traces and documentation strings (which hold file names), in subgraphs too."""
-    for node in graph.node:
-        node.doc_string = ""
-        kept = [(p.key, p.value) for p in node.metadata_props if p.key not in STRIPPED_METADATA]
-        del node.metadata_props[:]
-        for key, value in kept:
-            node.metadata_props.add(key=key, value=value)
-        for attribute in node.attribute:
-            attribute.doc_string = ""
-            for sub in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                strip_metadata(sub)
-
-
-def name_axes(graph, kv_cache):
-    """The dynamo exporter names free axes s12, s34, ...: give them the names that the documentation uses."""
-    for value in list(graph.input) + list(graph.output):
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            name = dynamic_axes(value.name, kv_cache).get(axis)
-            if name and not dim.HasField("dim_value"):
-                dim.dim_param = name
-
-
-def pack_external(model, folder, data):
-    """Gathers every large initialiser, inline or in a file of its own, into the file `data`."""
-    from onnx import TensorProto
-
-    with open(data, "wb") as out:
-        for tensor in model.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                entry = {e.key: e.value for e in tensor.external_data}
-                copy_range(folder / entry["location"], entry, out, tensor)
-            elif len(tensor.raw_data) >= 1024:
-                start = align(out)
-                out.write(tensor.raw_data)
-                point_to(tensor, out.name, start, len(tensor.raw_data))
-                tensor.ClearField("raw_data")
-
-
-def copy_range(source, entry, out, tensor):
-    start = align(out)
-    with open(source, "rb") as file:
-        file.seek(int(entry.get("offset", 0)))
-        left = int(entry["length"]) if "length" in entry else os.fstat(file.fileno()).st_size
-        total = left
-        while left:
-            chunk = file.read(min(left, 1 << 24))
-            if not chunk:
-                raise ExportError(f"{source} ends {left} bytes before the end of tensor {tensor.name!r}")
-            out.write(chunk)
-            left -= len(chunk)
-    point_to(tensor, out.name, start, total)
-
-
-def align(out):
-    """Pads `out` to 64 bytes, so that a mapped file gives aligned tensors."""
-    out.write(b"\0" * (-out.tell() % 64))
-    return out.tell()
-
-
-def point_to(tensor, file, offset, length):
-    del tensor.external_data[:]
-    tensor.data_location = 1
-    for key, value in (("location", os.path.basename(file)), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
+        exported_onnx.finish(raw, path, external, lambda name: dynamic_axes(name, kv_cache))
 
 
 # --------------------------------------------------------------------------------------------- check
@@ -504,9 +413,7 @@ def main(argv=None):
         print(f"error: {error.name} is not installed: pip install torch transformers onnxscript", file=sys.stderr)
         return 1
     try:
-        # The exporters print progress to stdout; stdout is for the result.
-        with contextlib.ExitStack():
-            run(args)
+        run(args)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

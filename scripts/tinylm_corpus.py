@@ -32,7 +32,7 @@ MB = 1_000_000
 SOURCES = (
     Source("r-cran-janeaustenr", "MIT; the novels are in the public domain",
            "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb", "r_strings", 5 * MB),
-    Source("dict-gcide", "GPL-3+ (Webster 1913, public domain, and additions)",
+    Source("dict-gcide", "GPL-1+ (Webster 1913, public domain, and additions)",
            "usr/share/dictd/gcide.dict.dz", "dictionary", 10 * MB),
     Source("dict-foldoc", "GFDL-1.1+, no invariant sections", "usr/share/dictd/foldoc.dict.dz", "dictionary", 6 * MB),
     Source("dict-jargon", "public domain", "usr/share/dictd/jargon.dict.dz", "dictionary", 2 * MB),
@@ -48,8 +48,8 @@ SOURCES = (
     Source("debian-reference-en", "GPL-2+", "usr/share/debian-reference/*.en.html", "html", 2 * MB),
     Source("debian-policy", "GPL-2+", "usr/share/doc/debian-policy/policy.txt.gz", "text", 1 * MB),
     Source("developers-reference", "GPL-2+", "usr/share/developers-reference/*.html", "html", 1 * MB),
-    Source("debian-faq", "GPL-2+", "usr/share/doc/debian/FAQ/*.html", "html", 1 * MB),
-    Source("gimp-help-en", "GFDL-1.2+, no invariant sections", "usr/share/gimp/2.0/help/en/*.html", "html", 4 * MB),
+    Source("debian-faq", "own copyleft notice (copies and changes allowed)", "usr/share/doc/debian/FAQ/*.html", "html", 1 * MB),
+    Source("gimp-help-en", "GFDL-1.2+", "usr/share/gimp/2.0/help/en/*.html", "html", 4 * MB),
     Source("python-sympy-doc", "BSD-3", "usr/share/doc/python-sympy-doc/html/_sources/**/*.txt", "text", 2 * MB),
     Source("maxima-doc", "GPL-2+", "usr/share/doc/maxima-doc/html/*.html", "html", 2 * MB),
 )  # fmt: skip
@@ -67,7 +67,7 @@ def fetch(root):
         have = list(debs.glob(f"{source.package}_*.deb"))
         if not have:
             command = ["apt-get", "download", "-q", source.package]
-            done = subprocess.run(command, cwd=debs, capture_output=True, text=True)
+            done = subprocess.run(command, check=False, cwd=debs, capture_output=True, text=True)
             have = list(debs.glob(f"{source.package}_*.deb"))
             if done.returncode or not have:
                 reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
@@ -84,8 +84,10 @@ def fetch(root):
 class TextOnly(html.parser.HTMLParser):
     """The readable text of a page; blocks end in a newline, <pre> keeps its spaces."""
 
-    BLOCKS = {"p", "div", "li", "tr", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "pre", "br", "table", "ul", "ol"}
-    HIDDEN = {"script", "style", "head", "nav", "title"}
+    BLOCKS = frozenset(
+        {"p", "div", "li", "tr", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "pre", "br", "table", "ul", "ol"}
+    )
+    HIDDEN = frozenset({"script", "style", "head", "nav", "title"})
     # Classes of page furniture in the packages above: the same words on every page teach nothing.
     FURNITURE = re.compile(r"nav|header|footer|toc|sidebar|related|apache|preamble|top-langs|bottomlangs")
 

@@ -285,9 +285,30 @@ def export_fixture(args):
         folder.mkdir(exist_ok=True)
         export_hf.export(model, folder / "model.onnx", exporter)
         export_hf.report_check(model, folder / "model.onnx", "fp32", False, False)
+        check_padding(folder / "model.onnx")
         check_clean(folder)
         for file in sorted(folder.iterdir()):
             print(f"{file.stat().st_size:10,} {file.relative_to(args.fixtures)}")
+
+
+def check_padding(path):
+    """A row's logits must not depend on the padding after it nor on its neighbours."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    random = numpy.random.default_rng(0)
+    ids = random.integers(0, VOCABULARY, (3, 64))
+    lengths = (64, 41, 5)
+    mask = (numpy.arange(64) < numpy.array(lengths)[:, None]).astype(numpy.int64)
+    together = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+    worst = 0.0
+    for row, length in enumerate(lengths):
+        one = {"input_ids": ids[row : row + 1, :length], "attention_mask": mask[row : row + 1, :length]}
+        alone = session.run(None, one)[0]
+        worst = max(worst, float(numpy.abs(alone[0] - together[row, :length]).max()))
+    print(f"max |padded in a batch - alone| = {worst:.3g}")
+    if worst > 1e-3:
+        raise SystemExit(f"error: {path}: padding changes the logits by {worst:.3g}")
 
 
 def compact(path):
@@ -341,15 +362,18 @@ def quantize_linears(model, row):
 
 
 def evaluate(args):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     train_ids, held = numpy.load(args.work / "train.npy"), numpy.load(args.work / "held.npy")
     held = held[: args.tokens]
     print(f"unigram   ppl {math.exp(unigram_nll(train_ids, held)):9.4f}")
-    base = held_out_nll(load(args.work), held, "cpu", batch=8)
+    base = held_out_nll(load(args.work).to(device), held, device, batch=8)
     print(f"fp32      ppl {math.exp(base):9.4f}", flush=True)
     for name, row in FORMATS.items():
-        model = load(args.work)
+        model = load(args.work).to(device)
         quantize_linears(model, row)
-        nll = held_out_nll(model, held, "cpu", batch=8)
+        nll = held_out_nll(model, held, device, batch=8)
         print(f"{name:9} ppl {math.exp(nll):9.4f}  xent {(nll / base - 1) * 100:+.3f} %", flush=True)
 
 
@@ -369,7 +393,12 @@ def main():
     exporting = commands.add_parser("export", help="write the fixture")
     evaluating = commands.add_parser("evaluate", help="perplexities of the held-out text")
     evaluating.add_argument("--tokens", type=int, default=100_000, help="how much of the held-out text")
-    for command, function in ((corpus, make_corpus), (training, train), (exporting, export_fixture), (evaluating, evaluate)):
+    for command, function in (
+        (corpus, make_corpus),
+        (training, train),
+        (exporting, export_fixture),
+        (evaluating, evaluate),
+    ):
         command.add_argument("work", type=Path)
         command.set_defaults(function=function)
     exporting.add_argument("fixtures", type=Path)
