@@ -46,6 +46,5 @@ pub fn linear(
     y: FloatMut<'_>,
     par: &dyn Parallel,
 ) -> Result<(), Error> {
-    let _ = par;
-    reference::linear(problem, x, w, bias, y)
+    cpu::linear(cpu::kernels(), problem, x, w, bias, y, par)
 }

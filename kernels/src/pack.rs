@@ -36,6 +36,26 @@ pub fn pack(format: ElementFormat, codes: &[u16], out: &mut [u8]) {
     }
 }
 
+/// [`pack`] for codes of at most eight bits, one a byte, none with bits above the format's width.
+pub fn pack_bytes(format: ElementFormat, codes: &[u8], out: &mut [u8]) {
+    debug_assert_eq!(codes.len() * format.bits() as usize / 8, out.len());
+    match format.bits() {
+        4 => {
+            for (pair, byte) in codes.chunks_exact(2).zip(out) {
+                *byte = pair[0] | pair[1] << 4;
+            }
+        }
+        6 => {
+            for (quad, bytes) in codes.chunks_exact(4).zip(out.chunks_exact_mut(3)) {
+                bytes[0] = quad[0] | quad[1] << 6;
+                bytes[1] = quad[1] >> 2 | quad[2] << 4;
+                bytes[2] = quad[2] >> 4 | quad[3] << 2;
+            }
+        }
+        _ => out.copy_from_slice(codes),
+    }
+}
+
 /// The inverse of [`pack`]: fills `codes` from `codes.len() * bits / 8` bytes.
 pub fn unpack(format: ElementFormat, bytes: &[u8], codes: &mut [u16]) {
     debug_assert_eq!(codes.len() * format.bits() as usize / 8, bytes.len());
@@ -105,6 +125,11 @@ mod tests {
                     codes[position] = code as u16;
                     let mut bytes = vec![0xaa; 8 * format.bits() as usize / 8];
                     pack(format, &codes, &mut bytes);
+                    if format.bits() <= 8 {
+                        let mut again = vec![0xaa; bytes.len()];
+                        pack_bytes(format, &codes.map(|c| c as u8), &mut again);
+                        assert_eq!(bytes, again, "{format}");
+                    }
                     let mut back = [0xffff; 8];
                     unpack(format, &bytes, &mut back);
                     assert_eq!(codes, back, "{format}");

@@ -1,6 +1,7 @@
 //! Quantisation of rows: blocks along k, one scale a block, tail blocks padded with zero codes.
 
 use crate::{
+    cpu,
     error::{Error, check_len},
     reference,
     scale::names,
@@ -50,7 +51,7 @@ pub fn quantize_rows(
     codes: &mut [u8],
     scales: &mut [u8],
 ) -> Result<(), Error> {
-    reference::quantize_rows(spec, x, rows, k, codes, scales)
+    cpu::quantize_rows(cpu::kernels(), spec, x, rows, k, codes, scales)
 }
 
 /// The values [rows, k] of packed codes and scales, each rounded to f32 (exact unless it lies
@@ -80,7 +81,7 @@ pub fn fake_quantize_rows(
     k: usize,
     out: &mut [f32],
 ) -> Result<(), Error> {
-    reference::fake_quantize_rows(spec, x, rows, k, out)
+    cpu::fake_quantize_rows(cpu::kernels(), spec, x, rows, k, out)
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ fn floor_log2(v: f64) -> i32 {
 }
 
 /// Largest magnitude of a slice and whether all of it is finite.
-fn finite_amax(x: impl Iterator<Item = f32>) -> (f32, bool) {
+pub(crate) fn finite_amax(x: impl Iterator<Item = f32>) -> (f32, bool) {
     x.fold(
         (0.0, true),
         |(amax, finite), v| {
@@ -161,6 +161,29 @@ fn decode_rows(
     (out, factor)
 }
 
+/// The exact quantised values of one row of x; e8m0 only.
+pub(crate) fn fake_row_f64(spec: &QuantSpec, x: &[f32]) -> Vec<f64> {
+    let mut codes = vec![0_u16; spec.block_size];
+    let mut out = Vec::with_capacity(x.len());
+    for block in x.chunks(spec.block_size) {
+        let scale = scale::scale_value(quantize_block(spec, block, &mut codes));
+        let decode = |&code: &u16| f64::from(spec.format.decode(u32::from(code))) * scale;
+        out.extend(codes[..block.len()].iter().map(decode));
+    }
+    out
+}
+
+/// The exact values of row `n` of a weight, without a `tensor` scale.
+pub(crate) fn weight_row_f64(w: &PackedWeight<'_>, n: usize, out: &mut [f64]) {
+    let (spec, k) = (w.spec(), w.k());
+    let (bytes, blocks) = (spec.row_bytes(k), spec.blocks(k));
+    let scales = match spec.scale {
+        ScaleKind::E8M0 => &w.scales()[n * blocks..(n + 1) * blocks],
+        _ => w.scales(),
+    };
+    decode_row(spec, &w.codes()[n * bytes..(n + 1) * bytes], scales, out);
+}
+
 /// See [`crate::dequantize_rows`].
 ///
 /// # Errors
@@ -176,9 +199,17 @@ pub fn dequantize_rows(
     check_rows(spec, rows, k, out.len())?;
     check_len("codes", codes.len(), spec.codes_len(rows, k))?;
     check_len("scales", scales.len(), spec.scales_len(rows, k))?;
-    let (values, factor) = decode_rows(spec, codes, scales, rows, k);
-    for (o, v) in out.iter_mut().zip(values) {
-        *o = (v * factor) as f32;
+    let (row_bytes, blocks) = (spec.row_bytes(k), spec.blocks(k));
+    for (r, out) in out.chunks_exact_mut(k).enumerate() {
+        let scales = match spec.scale {
+            ScaleKind::E8M0 => &scales[r * blocks..(r + 1) * blocks],
+            ScaleKind::None | ScaleKind::Tensor => scales,
+        };
+        let row = &codes[r * row_bytes..(r + 1) * row_bytes];
+        let (values, factor) = decode_rows(spec, row, scales, 1, k);
+        for (o, v) in out.iter_mut().zip(values) {
+            *o = (v * factor) as f32;
+        }
     }
     Ok(())
 }

@@ -1,3 +1,8 @@
 //! Tests of the crate as a whole: golden vectors, and every CPU variant against the reference.
 
+#![allow(clippy::print_stdout)] // what was skipped, and why
+
+mod common;
 mod golden;
+mod linear;
+mod quantize;

@@ -1,0 +1,60 @@
+//! The kernels of one variant, by name: for tests that hold every variant against the reference.
+//!
+//! A name that [`super::available_variants`] does not list runs the scalar variant.
+
+use crate::{
+    error::Error,
+    parallel::Parallel,
+    tensor::{Float, FloatMut, LinearProblem, PackedWeight, QuantSpec},
+};
+
+fn table(variant: &str) -> &'static super::Kernels {
+    super::by_name(variant).or_else(|| super::by_name("scalar")).unwrap_or_else(super::kernels)
+}
+
+/// [`crate::linear`].
+///
+/// # Errors
+/// As there.
+pub fn linear(
+    variant: &str,
+    problem: &LinearProblem,
+    x: Float<'_>,
+    w: &PackedWeight<'_>,
+    bias: Option<Float<'_>>,
+    y: FloatMut<'_>,
+    par: &dyn Parallel,
+) -> Result<(), Error> {
+    super::linear(table(variant), problem, x, w, bias, y, par)
+}
+
+/// [`crate::quantize_rows`].
+///
+/// # Errors
+/// As there.
+pub fn quantize_rows(
+    variant: &str,
+    spec: &QuantSpec,
+    x: &[f32],
+    rows: usize,
+    k: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> Result<(), Error> {
+    super::quantize_rows(table(variant), spec, x, rows, k, codes, scales)
+}
+
+/// [`crate::fake_quantize_rows`].
+///
+/// # Errors
+/// As there.
+pub fn fake_quantize_rows(
+    variant: &str,
+    spec: &QuantSpec,
+    x: &[f32],
+    rows: usize,
+    k: usize,
+    out: &mut [f32],
+) -> Result<(), Error> {
+    super::fake_quantize_rows(table(variant), spec, x, rows, k, out)
+}

@@ -1,0 +1,409 @@
+//! The driver: shapes to tasks, x to its panel, tiles to y.
+//!
+//! Every element of y is a fixed sum: chunks of [`chain`] products each, added in order (or, for up
+//! to four rows of x, lanes along k). Which task computes it, and beside what, makes no difference.
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+use super::{
+    Kernels,
+    panel::{PANEL, ScaleTable, Weight},
+    rows::RowQuant,
+    scratch, simd,
+    tile::{CHUNK, XPanel},
+    variants::BUNCH,
+};
+use crate::{
+    error::Error,
+    pack,
+    parallel::{Parallel, Serial},
+    reference,
+    scale::ScaleKind,
+    tensor::{Float, FloatMut, LinearProblem, PackedWeight},
+};
+
+/// Floats of x kept at a time: 16 MiB.
+const X_FLOATS: usize = 4 << 20;
+/// Rows of x at a time: with COLUMNS columns their sums fill an eighth of a second-level cache.
+const MAX_ROWS: usize = 512;
+/// Rows of x whose chunks (128 KiB) are multiplied by all panels of a task in turn.
+const BLOCK_ROWS: usize = 128;
+/// Output features of a task: four panels of a chunk take 64 KiB.
+const COLUMNS: usize = 64;
+/// Up to so many rows of x are multiplied straight from the codes.
+const DOT_ROWS: usize = 4;
+/// Multiply-adds under which threads cost more than they bring.
+const SERIAL_WORK: usize = 1 << 16;
+
+/// Products in one chain of fp32 additions. With chunks of c the error is at most
+/// (c/2 + k/(2c)) * 2^-23 * sum |x w|; these keep it under (k/16 + 32) * 2^-23 for every k.
+fn chain(k: usize) -> usize {
+    match k {
+        0..704 => 64,
+        704..1600 => 128,
+        _ => CHUNK,
+    }
+}
+
+/// Where results go; tasks write disjoint elements.
+enum Output {
+    F32(*mut f32),
+    F16(*mut half::f16),
+    Bf16(*mut half::bf16),
+}
+
+// SAFETY: each element is written by one task, and the owner waits for all of them.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// Writes `values` from element `at` on.
+    ///
+    /// # Safety
+    /// The elements lie within the output, and no other task writes them.
+    unsafe fn write(&self, at: usize, values: &[f32]) {
+        // SAFETY: the caller vouches for the range.
+        unsafe {
+            match *self {
+                Self::F32(y) => {
+                    std::slice::from_raw_parts_mut(y.add(at), values.len()).copy_from_slice(values);
+                }
+                Self::F16(y) => {
+                    let y = std::slice::from_raw_parts_mut(y.add(at), values.len());
+                    half::slice::HalfFloatSliceExt::convert_from_f32_slice(y, values);
+                }
+                Self::Bf16(y) => {
+                    let y = std::slice::from_raw_parts_mut(y.add(at), values.len());
+                    half::slice::HalfFloatSliceExt::convert_from_f32_slice(y, values);
+                }
+            }
+        }
+    }
+}
+
+/// Some rows of x against the whole weight.
+struct Job<'a> {
+    kernels: &'a Kernels,
+    weight: &'a Weight<'a>,
+    x: XPanel,
+    /// Rows of x whose values do not fit f32, in f64.
+    exact: &'a [OnceLock<Vec<f64>>],
+    any_exact: bool,
+    /// First row of x in y.
+    row0: usize,
+    rows: usize,
+    /// alpha and the `tensor` scales.
+    factor: f64,
+    /// beta * bias, or zeros.
+    bias: &'a [f64],
+    y: &'a Output,
+}
+
+/// See [`crate::linear`].
+pub(crate) fn linear(
+    kernels: &Kernels,
+    problem: &LinearProblem,
+    x: Float<'_>,
+    w: &PackedWeight<'_>,
+    bias: Option<Float<'_>>,
+    y: FloatMut<'_>,
+    par: &dyn Parallel,
+) -> Result<(), Error> {
+    let m = problem.check(&x, w, bias.as_ref(), &y)?;
+    let (n, k) = (problem.n, problem.k);
+    let small = m.saturating_mul(n).saturating_mul(k) < SERIAL_WORK;
+    let par = if small { &Serial } else { par };
+    let shift = simd::shift(w.spec().format);
+    let table = ScaleTable::new(w.spec().format, shift);
+    let uniform = f32::from_bits(((shift + 127) as u32) << 23);
+    let weight = Weight { packed: *w, table: &table, uniform };
+    let divisor = tensor_divisor(problem, &x);
+    let mut factor = f64::from(problem.alpha) * f64::from(divisor);
+    if w.spec().scale == ScaleKind::Tensor {
+        factor *= f64::from(pack::tensor_scale_from_bytes(w.scales()));
+    }
+    let bias: Vec<f64> = match bias {
+        None => vec![0.0; n],
+        Some(b) => (0..n).map(|j| f64::from(problem.beta) * f64::from(b.get(j))).collect(),
+    };
+    let y = match y {
+        FloatMut::F32(y) => Output::F32(y.as_mut_ptr()),
+        FloatMut::F16(y) => Output::F16(y.as_mut_ptr()),
+        FloatMut::Bf16(y) => Output::Bf16(y.as_mut_ptr()),
+    };
+    let padded = k.div_ceil(CHUNK) * CHUNK;
+    let most = (X_FLOATS / padded).clamp(1, MAX_ROWS);
+    let parts = m.div_ceil(most);
+    for part in 0..parts {
+        let (row0, end) = (m * part / parts, m * (part + 1) / parts);
+        let rows = end - row0;
+        scratch::for_call(rows * padded, |buffer| {
+            let exact = prepare_x(kernels, problem, &x, divisor, row0, rows, buffer, par);
+            let any_exact = exact.iter().any(|row| row.get().is_some());
+            let x = XPanel { data: buffer.as_ptr(), rows };
+            let (bias, y, weight) = (&bias[..], &y, &weight);
+            let exact = &exact[..];
+            let job = Job { kernels, weight, x, exact, any_exact, row0, rows, factor, bias, y };
+            if m <= DOT_ROWS { job.run_dots(par) } else { job.run_tiles(par) }
+        });
+    }
+    Ok(())
+}
+
+/// The activation's scale for a whole tensor, else 1.
+fn tensor_divisor(problem: &LinearProblem, x: &Float<'_>) -> f32 {
+    match &problem.activation {
+        Some(spec) if spec.scale == ScaleKind::Tensor => {
+            let finite = (0..x.len()).map(|i| x.get(i).abs()).filter(|v| v.is_finite());
+            reference::tensor_scale(spec.format, finite.fold(0.0, f32::max))
+        }
+        _ => 1.0,
+    }
+}
+
+/// A pointer that tasks write disjoint parts through.
+struct Shared(*mut f32);
+// SAFETY: see the one use below.
+unsafe impl Sync for Shared {}
+
+/// Fills `buffer` with rows `row0..row0 + rows` of x, quantised, in [`XPanel`]'s order. Rows that do
+/// not fit normal f32 come back in f64.
+#[allow(clippy::too_many_arguments)]
+fn prepare_x(
+    kernels: &Kernels,
+    problem: &LinearProblem,
+    x: &Float<'_>,
+    divisor: f32,
+    row0: usize,
+    rows: usize,
+    buffer: &mut [f32],
+    par: &dyn Parallel,
+) -> Vec<OnceLock<Vec<f64>>> {
+    let k = problem.k;
+    let exact: Vec<OnceLock<Vec<f64>>> = (0..rows).map(|_| OnceLock::new()).collect();
+    let quant = problem.activation.map(RowQuant::new);
+    let target = Shared(buffer.as_mut_ptr());
+    let target = &target;
+    let one = |r: usize, scratch: &mut [f32]| {
+        let (raw, quantised) = scratch.split_at_mut(k);
+        x.load((row0 + r) * k, raw);
+        let mut values: &[f32] = raw;
+        if let Some(quant) = &quant {
+            // SAFETY: the table of a variant is only handed out where `detect` says yes.
+            if unsafe { (kernels.fake_row)(quant, raw, divisor, quantised) } {
+                let _ = exact[r].set(reference::fake_row_f64(&quant.spec, raw));
+            }
+            values = quantised;
+        }
+        for (c, part) in values.chunks(CHUNK).enumerate() {
+            // SAFETY: chunk c of row r is in the buffer of rows * ceil(k / CHUNK) chunks, and only
+            // this call writes it.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(target.0.add((c * rows + r) * CHUNK), CHUNK)
+            };
+            to[..part.len()].copy_from_slice(part);
+            to[part.len()..].fill(0.0);
+        }
+    };
+    let per_task = (SERIAL_WORK / 4 / k).max(1);
+    let tasks = rows.div_ceil(per_task);
+    let run = |task: usize| {
+        scratch::for_task(2 * k, |scratch| {
+            for r in task * per_task..((task + 1) * per_task).min(rows) {
+                one(r, scratch);
+            }
+        });
+    };
+    if tasks == 1 {
+        run(0)
+    } else {
+        par.run(tasks, &run)
+    }
+    exact
+}
+
+impl Job<'_> {
+    fn n(&self) -> usize {
+        self.weight.packed.n()
+    }
+
+    fn k(&self) -> usize {
+        self.weight.packed.k()
+    }
+
+    /// Up to [`DOT_ROWS`] rows of x: each task takes a stretch of output features.
+    fn run_dots(&self, par: &dyn Parallel) {
+        let per_task = (self.n().div_ceil(4 * par.threads())).next_multiple_of(4).min(256);
+        par.run(self.n().div_ceil(per_task), &|task| {
+            let n0 = task * per_task;
+            let columns = per_task.min(self.n() - n0);
+            scratch::for_task(DOT_ROWS * 256, |c| self.dots_task(n0, columns, c));
+        });
+    }
+
+    fn dots_task(&self, n0: usize, columns: usize, c: &mut [f32]) {
+        let rows = self.rows;
+        let kernels = &self.kernels.dots[self.weight.packed.spec().format as usize][rows - 1];
+        let bunch = BUNCH[rows - 1];
+        let mut bad = [false; 256];
+        let mut j = 0;
+        while j < columns {
+            let take = if columns - j >= bunch { bunch } else { 1 };
+            let mut out = [0.0; 4 * DOT_ROWS];
+            let (dots, bad) = (kernels[usize::from(take != bunch)], &mut bad[j..j + take]);
+            // SAFETY: the variant runs here; `take` rows of w from n0 + j and all rows of x exist.
+            unsafe { dots(self.weight, self.x, 0, n0 + j, &mut out, bad) };
+            for t in 0..take {
+                for i in 0..rows {
+                    c[i * columns + j + t] = out[t * rows + i];
+                }
+            }
+            j += take;
+        }
+        self.finish(0, rows, n0, columns, &bad, c, columns);
+    }
+
+    /// More rows: tasks take COLUMNS output features, fewer where that leaves threads idle, and
+    /// split the rows too when there are few features.
+    fn run_tiles(&self, par: &dyn Parallel) {
+        let (threads, width) = (par.threads(), self.kernels.panels * PANEL);
+        let mut columns = COLUMNS;
+        while columns > width && self.n().div_ceil(columns) < 3 * threads {
+            columns /= 2;
+        }
+        let stripes = self.n().div_ceil(columns);
+        let tallest = self.kernels.tiles.len();
+        let wanted = if threads > 1 { (3 * threads).div_ceil(stripes) } else { 1 };
+        let splits = wanted.min(self.rows.div_ceil(4 * tallest)).max(1);
+        par.run(stripes * splits, &|task| {
+            let (stripe, split) = (task / splits, task % splits);
+            let (m0, m1) = (self.rows * split / splits, self.rows * (split + 1) / splits);
+            let n0 = stripe * columns;
+            let floats = columns * CHUNK + (m1 - m0) * columns;
+            scratch::for_task(floats, |scratch| {
+                let (panels, c) = scratch.split_at_mut(columns * CHUNK);
+                self.tiles_task(m0, m1, n0, columns, panels, c);
+            });
+        });
+    }
+
+    fn tiles_task(
+        &self,
+        m0: usize,
+        m1: usize,
+        n0: usize,
+        columns: usize,
+        panels: &mut [f32],
+        c: &mut [f32],
+    ) {
+        let used = columns.min(self.n() - n0);
+        let width = self.kernels.panels * PANEL;
+        let panel_count = used.div_ceil(width) * self.kernels.panels;
+        let decode = self.kernels.decode[self.weight.packed.spec().format as usize];
+        let mut bad = [[false; PANEL]; COLUMNS / PANEL];
+        for k0 in (0..self.k()).step_by(CHUNK) {
+            let kc = CHUNK.min(self.k() - k0);
+            for (p, bad) in bad.iter_mut().enumerate().take(panel_count) {
+                let out = panels[p * CHUNK * PANEL..(p + 1) * CHUNK * PANEL].as_mut_ptr();
+                // SAFETY: the variant runs here, k0 + kc <= k, and a panel holds CHUNK rows of 16.
+                unsafe { decode(self.weight, n0 + p * PANEL, k0, kc, out, bad) };
+            }
+            // Blocks of rows, so that their chunk of x stays in the second-level cache for all panels.
+            let blocks = (m1 - m0).div_ceil(BLOCK_ROWS);
+            for block in 0..blocks {
+                let start = (m1 - m0) * block / blocks;
+                let end = (m1 - m0) * (block + 1) / blocks;
+                for p in (0..panel_count).step_by(self.kernels.panels) {
+                    let panel = &panels[p * CHUNK * PANEL..];
+                    let c = &mut c[start * columns + p * PANEL..];
+                    self.tile_column(m0 + start, m0 + end, k0, kc, panel, c, columns);
+                }
+            }
+        }
+        self.finish(m0, m1, n0, used, bad.as_flattened(), c, columns);
+    }
+
+    /// All tiles of one column of panels, over `kc` k from `k0` on.
+    #[allow(clippy::too_many_arguments)]
+    fn tile_column(
+        &self,
+        m0: usize,
+        m1: usize,
+        k0: usize,
+        kc: usize,
+        panel: &[f32],
+        c: &mut [f32],
+        ldc: usize,
+    ) {
+        let rows = m1 - m0;
+        let tiles = rows.div_ceil(self.kernels.tiles.len());
+        for t in 0..tiles {
+            // Evenly high, so that no tile is too low to keep the multipliers busy.
+            let (start, end) = (rows * t / tiles, rows * (t + 1) / tiles);
+            let tile = self.kernels.tiles[end - start - 1];
+            for sub in (0..kc).step_by(chain(self.k())) {
+                let len = chain(self.k()).min(kc - sub);
+                // SAFETY: rows m0 + start.. of x exist and lie CHUNK apart within a chunk; `panel`
+                // holds CHUNK rows for each panel and `c` rows of ldc floats, of which the tile's
+                // columns are used; the variant runs here.
+                unsafe {
+                    let x = self.x.at(m0 + start, k0 + sub);
+                    let panel = panel[sub * PANEL..].as_ptr();
+                    let c = c[start * ldc..].as_mut_ptr();
+                    tile(x, panel, CHUNK * PANEL, len, c, ldc, k0 + sub > 0);
+                }
+            }
+        }
+    }
+
+    /// Puts sums that need f64 right, then scales, adds the bias and writes y.
+    #[allow(clippy::too_many_arguments)]
+    fn finish(
+        &self,
+        m0: usize,
+        m1: usize,
+        n0: usize,
+        columns: usize,
+        bad: &[bool],
+        c: &mut [f32],
+        ldc: usize,
+    ) {
+        if self.any_exact || bad.contains(&true) {
+            self.exact_rows(m0, m1, n0, &bad[..columns], c, ldc);
+        }
+        let mut out = [0.0_f32; 256];
+        let out = &mut out[..columns];
+        for m in m0..m1 {
+            let c = &c[(m - m0) * ldc..][..columns];
+            // SAFETY: the variant runs here; row and columns lie within y and are this task's.
+            unsafe {
+                (self.kernels.scale_row)(c, self.factor, &self.bias[n0..n0 + columns], out);
+                self.y.write((self.row0 + m) * self.n() + n0, out);
+            }
+        }
+    }
+
+    /// Sums in f64 where a row of x or of the weight holds values that no normal f32 is.
+    #[cold]
+    fn exact_rows(&self, m0: usize, m1: usize, n0: usize, bad: &[bool], c: &mut [f32], ldc: usize) {
+        let k = self.k();
+        let mut w = vec![0.0_f64; k];
+        for (j, &bad) in bad.iter().enumerate() {
+            if !bad && !self.any_exact {
+                continue;
+            }
+            reference::weight_row_f64(&self.weight.packed, n0 + j, &mut w);
+            for m in m0..m1 {
+                let sum: f64 = match self.exact[m].get() {
+                    Some(x) => x.iter().zip(&w).map(|(x, w)| x * w).sum(),
+                    None if bad => (0..k)
+                        // SAFETY: row and k lie within the panel.
+                        .map(|i| f64::from(unsafe { *self.x.at(m, i) }) * w[i])
+                        .sum(),
+                    None => continue,
+                };
+                c[(m - m0) * ldc + j] = sum as f32;
+            }
+        }
+    }
+}

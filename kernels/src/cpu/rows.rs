@@ -1,0 +1,216 @@
+//! Rows to their quantised values or codes: plain code that the compiler vectorises once for each
+//! variant's instructions.
+//!
+//! With the block's exponent e inside a window, v / 2^e is exact in f32 wherever it can reach a
+//! non-zero element, and adding C = 2^(exponent + 23 - mantissa bits) rounds it half to even to the
+//! element's mantissa; the low bits of the sum are the mantissa as an integer. Outside the window
+//! the reference does the block.
+
+use crate::{
+    formats::ElementFormat,
+    quantize::Rounding,
+    reference,
+    scale::{self, SCALE_NAN, ScaleKind},
+    tensor::QuantSpec,
+};
+
+/// A specification with the constants of the inner loops.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowQuant {
+    pub spec: QuantSpec,
+    /// Mantissa bits.
+    m: u32,
+    /// Bits of 2^emin as an f32.
+    emin_bits: u32,
+    largest: f32,
+    /// Exponents for which the fast path is exact and every value a normal f32.
+    window: (i32, i32),
+}
+
+impl RowQuant {
+    pub(crate) fn new(spec: QuantSpec) -> Self {
+        let row = spec.format.row();
+        let (low, high) = super::panel::exponent_window(spec.format);
+        Self {
+            spec,
+            m: row.mantissa_bits,
+            emin_bits: ((row.emin() + 127) as u32) << 23,
+            largest: row.largest,
+            // From -100 on, whatever is a subnormal f32 rounds to zero, flushed or not; up to 126,
+            // 2^-e is a normal f32.
+            window: (low.max(-100), high.min(126)),
+        }
+    }
+}
+
+/// 2^e for exponents of normal f32.
+#[inline(always)]
+fn exp2(e: i32) -> f32 {
+    f32::from_bits(((e + 127) as u32) << 23)
+}
+
+/// |v| * inv rounded: the mantissa as an integer and the exponent bits that it belongs to.
+#[inline(always)]
+fn round<const R: u8>(q: &RowQuant, v: f32, inv: f32) -> (u32, u32) {
+    let scaled = f32::from_bits(v.to_bits() & 0x7fff_ffff) * inv;
+    let scaled = if scaled < q.largest { scaled } else { q.largest };
+    let exponent = (scaled.to_bits() & 0x7f80_0000).max(q.emin_bits);
+    let c = f32::from_bits(exponent + ((23 - q.m) << 23));
+    let sum = scaled + c;
+    let mut units = sum.to_bits() - c.to_bits();
+    if R == Rounding::Floor as u8 {
+        units -= u32::from(sum - c > scaled);
+    } else if R == Rounding::Nearest as u8 {
+        // The ties that half to even sent down.
+        let half = f32::from_bits(exponent - ((q.m + 1) << 23));
+        units += u32::from(scaled - (sum - c) == half);
+    }
+    (units, exponent)
+}
+
+/// Largest magnitude as bits: 0x7f80_0000 and above mean infinity and NaN.
+#[inline(always)]
+fn amax_bits(x: &[f32]) -> u32 {
+    x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
+}
+
+const INFINITY: u32 = 0x7f80_0000;
+
+#[inline(always)]
+fn values<const R: u8>(q: &RowQuant, x: &[f32], e: i32, out: &mut [f32]) {
+    let (inv, back) = (exp2(-e), exp2(e));
+    for (o, &v) in out.iter_mut().zip(x) {
+        let (units, exponent) = round::<R>(q, v, inv);
+        let quantum = f32::from_bits(exponent - (q.m << 23));
+        let magnitude = units as i32 as f32 * quantum * back;
+        *o = f32::from_bits(magnitude.to_bits() | v.to_bits() & 0x8000_0000);
+    }
+}
+
+#[inline(always)]
+fn codes<const R: u8>(q: &RowQuant, x: &[f32], e: i32, out: &mut [u8]) {
+    let inv = exp2(-e);
+    let sign_shift = 32 - q.spec.format.bits();
+    let integer = q.spec.format == ElementFormat::MxInt8;
+    for (o, &v) in out.iter_mut().zip(x) {
+        let (units, exponent) = round::<R>(q, v, inv);
+        let code = (((exponent - q.emin_bits) >> 23) << q.m) + units;
+        let negative = v.to_bits() & 0x8000_0000;
+        let signed = code | negative >> sign_shift;
+        let complement = if negative != 0 { code.wrapping_neg() } else { code };
+        *o = if integer { complement } else { signed } as u8;
+    }
+}
+
+macro_rules! by_rounding {
+    ($q:expr, $function:ident($($argument:expr),+)) => {
+        match $q.spec.rounding {
+            Rounding::Even => $function::<{ Rounding::Even as u8 }>($($argument),+),
+            Rounding::Nearest => $function::<{ Rounding::Nearest as u8 }>($($argument),+),
+            Rounding::Floor => $function::<{ Rounding::Floor as u8 }>($($argument),+),
+        }
+    };
+}
+
+/// The quantised values of a row, without the factor of a `tensor` scale (`divisor`, else 1).
+/// Returns whether a block lies outside the window: its values are then not written.
+#[inline(always)]
+pub(crate) fn fake_row(q: &RowQuant, x: &[f32], divisor: f32, out: &mut [f32]) -> bool {
+    match q.spec.scale {
+        ScaleKind::E8M0 => {}
+        _ if q.spec.format == ElementFormat::Bf16 => {
+            bf16_row(q.spec.rounding, x, out);
+            return false;
+        }
+        _ => {
+            for (x, out) in x.chunks(q.spec.block_size).zip(out.chunks_mut(q.spec.block_size)) {
+                unscaled_block(q, x, divisor, out);
+            }
+            return false;
+        }
+    }
+    let mut bad = false;
+    for (x, out) in x.chunks(q.spec.block_size).zip(out.chunks_mut(q.spec.block_size)) {
+        let amax = amax_bits(x);
+        if amax >= INFINITY {
+            out.fill(f32::NAN);
+        } else if amax == 0 {
+            out.copy_from_slice(x);
+        } else {
+            let amax = f32::from_bits(amax);
+            let e = scale::shared_exponent(q.spec.scale_rule, q.spec.format, amax);
+            if e < q.window.0 || e > q.window.1 {
+                bad = true;
+            } else {
+                by_rounding!(q, values(q, x, e, out));
+            }
+        }
+    }
+    bad
+}
+
+#[inline(always)]
+fn unscaled_block(q: &RowQuant, x: &[f32], divisor: f32, out: &mut [f32]) {
+    for (o, &v) in out.iter_mut().zip(x) {
+        *o = v / divisor;
+    }
+    if amax_bits(out) > INFINITY {
+        for o in out {
+            let code = reference::encode(q.spec.format, q.spec.rounding, f64::from(*o));
+            *o = q.spec.format.decode(u32::from(code));
+        }
+    } else {
+        let mut copy = [0.0_f32; 256];
+        let copy = &mut copy[..out.len()];
+        copy.copy_from_slice(out);
+        by_rounding!(q, values(q, copy, 0, out));
+    }
+}
+
+#[inline(always)]
+fn bf16_row(rounding: Rounding, x: &[f32], out: &mut [f32]) {
+    if rounding != Rounding::Even {
+        for (o, &v) in out.iter_mut().zip(x) {
+            let code = reference::encode(ElementFormat::Bf16, rounding, f64::from(v));
+            *o = ElementFormat::Bf16.decode(u32::from(code));
+        }
+        return;
+    }
+    for (o, &v) in out.iter_mut().zip(x) {
+        let bits = v.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
+        let nan = bits & 0x8000_0000 | 0x7fc0_0000;
+        *o = f32::from_bits(if bits & 0x7fff_ffff > INFINITY { nan } else { rounded });
+    }
+}
+
+/// The codes of a row, one a byte, and its scale bytes; e8m0 only. `out` holds whole blocks.
+#[inline(always)]
+pub(crate) fn code_row(q: &RowQuant, x: &[f32], out: &mut [u8], scales: &mut [u8]) {
+    let blocks = out.chunks_exact_mut(q.spec.block_size).zip(scales);
+    for (x, (out, scale)) in x.chunks(q.spec.block_size).zip(blocks) {
+        out[x.len()..].fill(0);
+        let amax = amax_bits(x);
+        if amax >= INFINITY {
+            out.fill(0);
+            *scale = SCALE_NAN;
+            continue;
+        }
+        let e = match amax {
+            0 => -127,
+            bits => {
+                let amax = f32::from_bits(bits);
+                scale::shared_exponent(q.spec.scale_rule, q.spec.format, amax)
+            }
+        };
+        *scale = (e + 127) as u8;
+        if e < q.window.0 || e > q.window.1 {
+            for (o, &v) in out.iter_mut().zip(x) {
+                let exact = f64::from(v) * scale::exp2_f64(-e);
+                *o = reference::encode(q.spec.format, q.spec.rounding, exact) as u8;
+            }
+        } else {
+            by_rounding!(q, codes(q, x, e, &mut out[..x.len()]));
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! Every variant's `linear` against the exact result, within the documented bounds.
+
+use half::{bf16, f16};
+use mx_kernels::{
+    ElementFormat, Error, Float, FloatMut, LinearProblem, PackedWeight, QuantSpec, Rounding,
+    ScaleKind, ScaleRule, Serial, StdThreads, cpu::forced, dequantize_rows, fake_quantize_rows,
+    linear, quantize_rows, reference,
+};
+
+use crate::common::{Guarded, Random, specs, variants};
+
+/// A packed weight in memory that ends at an unreadable page.
+struct Weight {
+    spec: QuantSpec,
+    n: usize,
+    k: usize,
+    codes: Guarded<u8>,
+    scales: Guarded<u8>,
+}
+
+impl Weight {
+    fn quantise(spec: QuantSpec, n: usize, k: usize, values: &[f32]) -> Self {
+        let (mut codes, mut scales) =
+            (vec![0; spec.codes_len(n, k)], vec![0; spec.scales_len(n, k)]);
+        quantize_rows(&spec, values, n, k, &mut codes, &mut scales).unwrap();
+        Self { spec, n, k, codes: Guarded::new(&codes), scales: Guarded::new(&scales) }
+    }
+
+    fn view(&self) -> PackedWeight<'_> {
+        PackedWeight::new(self.spec, self.n, self.k, self.codes.get(), self.scales.get()).unwrap()
+    }
+
+    fn problem(&self, activation: Option<QuantSpec>) -> LinearProblem {
+        LinearProblem { n: self.n, k: self.k, weight: self.spec, activation, alpha: 1.0, beta: 1.0 }
+    }
+}
+
+/// The exact sums and the sums of magnitudes, [m, n], in f64.
+fn exact(problem: &LinearProblem, x: &[f32], w: &PackedWeight<'_>) -> (Vec<f64>, Vec<f64>) {
+    let (n, k) = (problem.n, problem.k);
+    let m = x.len() / k;
+    let mut xs = x.to_vec();
+    if let Some(spec) = &problem.activation {
+        fake_quantize_rows(spec, x, m, k, &mut xs).unwrap();
+    }
+    let mut ws = vec![0.0; n * k];
+    dequantize_rows(w.spec(), w.codes(), w.scales(), n, k, &mut ws).unwrap();
+    let (mut sums, mut magnitudes) = (vec![0.0; m * n], vec![0.0; m * n]);
+    for i in 0..m {
+        for j in 0..n {
+            for (x, w) in xs[i * k..][..k].iter().zip(&ws[j * k..][..k]) {
+                let product = f64::from(*x) * f64::from(*w);
+                sums[i * n + j] += product;
+                magnitudes[i * n + j] += product.abs();
+            }
+        }
+    }
+    (sums, magnitudes)
+}
+
+/// Checks |y - want| <= units * 2^-23 * magnitude, or a flushed result below 2^-126.
+fn assert_close(y: &[f32], want: &[f64], magnitude: &[f64], units: f64, what: &str) {
+    for i in 0..y.len() {
+        let (y, want) = (f64::from(y[i]), want[i]);
+        if want.is_nan() || want.is_infinite() {
+            assert!(y == want || y.is_nan() && want.is_nan(), "{what} [{i}]: {y}, not {want}");
+            continue;
+        }
+        let flushed = want.abs() < 2f64.powi(-126) && y == 0.0;
+        let bound = units * 2f64.powi(-23) * magnitude[i] + 2f64.powi(-149);
+        let error = (y - want).abs();
+        assert!(flushed || error <= bound, "{what} [{i}]: {y:e}, not {want:e}, over {bound:e}");
+    }
+}
+
+fn any_data_units(k: usize) -> f64 {
+    k as f64 / 16.0 + 32.0
+}
+
+/// Rows x columns x k that reach every tile height, ragged panels, chunks and tails.
+const SHAPES: &[(usize, usize, usize)] = &[
+    (1, 1, 1),
+    (1, 5, 31),
+    (1, 33, 300),
+    (2, 7, 64),
+    (2, 18, 257),
+    (3, 40, 96),
+    (4, 9, 530),
+    (5, 17, 33),
+    (6, 16, 256),
+    (7, 31, 255),
+    (8, 64, 512),
+    (9, 65, 49),
+    (13, 3, 700),
+    (14, 32, 17),
+    (15, 100, 128),
+    (29, 20, 768),
+    (64, 48, 96),
+    (130, 70, 320),
+    (3, 4, 2048),
+    (20, 6, 2100),
+];
+
+#[test]
+fn random_data_stays_within_the_tight_bound() {
+    for variant in variants() {
+        let mut random = Random(2);
+        for spec in specs() {
+            for &(m, n, k) in SHAPES {
+                for quantised in [true, false] {
+                    let w = Weight::quantise(spec, n, k, &random.normals(n * k));
+                    let problem = w.problem(quantised.then_some(spec));
+                    let x = Guarded::new(&random.normals(m * k));
+                    let mut y = Guarded::new(&vec![0.0_f32; m * n]);
+                    let out = FloatMut::F32(y.get_mut());
+                    let x = Float::F32(x.get());
+                    forced::linear(variant, &problem, x, &w.view(), None, out, &Serial).unwrap();
+                    let Float::F32(x) = x else { unreachable!() };
+                    let (want, magnitude) = exact(&problem, x, &w.view());
+                    let what = format!("{variant} {spec:?} {m}x{n}x{k} {quantised}");
+                    assert_close(y.get(), &want, &magnitude, 32.0, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Sums of one sign and of equal terms, where rounding errors add up.
+#[test]
+fn systematic_data_stays_within_the_wide_bound() {
+    for variant in variants() {
+        let mut random = Random(3);
+        for spec in specs() {
+            for k in [40, 64, 65, 73, 130, 703, 704, 1599, 1600, 4096] {
+                for m in [1, 4, 7] {
+                    let n = 3;
+                    for constant in [true, false] {
+                        let mut value = || if constant { 1.3 } else { 1.0 + random.normal().abs() };
+                        let w: Vec<f32> = (0..n * k).map(|_| value()).collect();
+                        let x: Vec<f32> = (0..m * k).map(|_| value()).collect();
+                        let w = Weight::quantise(spec, n, k, &w);
+                        let problem = w.problem(None);
+                        let mut y = vec![0.0; m * n];
+                        let out = FloatMut::F32(&mut y);
+                        let view = w.view();
+                        let input = Float::F32(&x);
+                        forced::linear(variant, &problem, input, &view, None, out, &Serial)
+                            .unwrap();
+                        let (want, magnitude) = exact(&problem, &x, &view);
+                        let what = format!("{variant} {spec:?} m={m} k={k}");
+                        assert_close(&y, &want, &magnitude, any_data_units(k), &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Scales at both ends of E8M0 whose product is ordinary, subnormal inputs, zero and NaN blocks.
+#[test]
+fn extreme_scales_and_special_blocks() {
+    for variant in variants() {
+        let mut random = Random(4);
+        for spec in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
+            for m in [1, 3, 6, 20] {
+                for (up, down) in [(120, -120), (-120, 120), (-126, 100), (126, -126), (60, 60)] {
+                    let (n, k) = (18, 160);
+                    let scaled = |random: &mut Random, len, e| -> Vec<f32> {
+                        let mut v = random.normals(len);
+                        v.iter_mut().for_each(|v| *v *= 2f32.powi(e));
+                        v
+                    };
+                    let (mut x, mut w) =
+                        (scaled(&mut random, m * k, up), scaled(&mut random, n * k, down));
+                    // Row 0 of both keeps ordinary blocks beside the extreme ones.
+                    x[..32].copy_from_slice(&random.normals(32));
+                    w[..32].copy_from_slice(&random.normals(32));
+                    x[32..64].fill(0.0);
+                    w[64..96].fill(-0.0);
+                    w[(n - 1) * k + 7] = f32::NAN;
+                    x[(m - 1) * k + 130] = f32::INFINITY;
+                    check_reference(variant, spec, m, n, k, &x, &w, &mut random);
+                }
+            }
+        }
+    }
+}
+
+/// Against the reference, which never leaves f64; the bound uses its own sum of magnitudes.
+#[allow(clippy::too_many_arguments)]
+fn check_reference(
+    variant: &str,
+    spec: QuantSpec,
+    m: usize,
+    n: usize,
+    k: usize,
+    x: &[f32],
+    w: &[f32],
+    random: &mut Random,
+) {
+    let w = Weight::quantise(spec, n, k, w);
+    let magnitudes = {
+        let absolute = |v: &[f32]| -> Vec<f32> { v.iter().map(|v| v.abs()).collect() };
+        let mut values = vec![0.0; n * k];
+        dequantize_rows(&spec, w.codes.get(), w.scales.get(), n, k, &mut values).unwrap();
+        let w = Weight::quantise(spec, n, k, &absolute(&values));
+        let mut y = vec![0.0_f32; m * n];
+        let problem = w.problem(Some(spec));
+        let out = FloatMut::F32(&mut y);
+        reference::linear(&problem, Float::F32(&absolute(x)), &w.view(), None, out).unwrap();
+        y.into_iter().map(f64::from).collect::<Vec<f64>>()
+    };
+    let problem = w.problem(Some(spec));
+    let (mut got, mut want) = (vec![0.0_f32; m * n], vec![0.0_f32; m * n]);
+    let (x, view) = (Float::F32(x), w.view());
+    let threads = StdThreads(1 + random.below(3));
+    let out = FloatMut::F32(&mut got);
+    forced::linear(variant, &problem, x, &view, None, out, &threads).unwrap();
+    reference::linear(&problem, x, &view, None, FloatMut::F32(&mut want)).unwrap();
+    let want: Vec<f64> = want.into_iter().map(f64::from).collect();
+    let what = format!("{variant} {spec:?} {m}x{n}x{k}");
+    assert_close(&got, &want, &magnitudes, any_data_units(k), &what);
+}
+
+/// Imported weights may hold any bytes: all codes, all scale bytes, garbage behind the row's end.
+#[test]
+fn every_code_and_scale_byte_means_what_the_reference_says() {
+    for variant in variants() {
+        let mut random = Random(5);
+        for spec in specs() {
+            for (m, n, k) in [(1, 24, 250), (3, 10, 63), (7, 40, 250), (2, 300, 33)] {
+                let codes: Vec<u8> =
+                    (0..spec.codes_len(n, k)).map(|_| random.bits() as u8).collect();
+                let scales: Vec<u8> = match spec.scale {
+                    ScaleKind::Tensor => 0.37_f32.to_le_bytes().to_vec(),
+                    _ => (0..spec.scales_len(n, k)).map(|_| random.bits() as u8).collect(),
+                };
+                let (codes, scales) = (Guarded::new(&codes), Guarded::new(&scales));
+                let w = Weight { spec, n, k, codes, scales };
+                // One-hot x: each result is one weight, so that extremes do not hide each other.
+                let mut x = vec![0.0_f32; m * k];
+                for i in 0..m {
+                    x[i * k + (i * 17 + random.below(k)) % k] = 1.0;
+                }
+                let problem = w.problem(None);
+                let (mut got, mut want) = (vec![0.0_f32; m * n], vec![0.0_f32; m * n]);
+                let (x, view) = (Float::F32(&x), w.view());
+                let out = FloatMut::F32(&mut got);
+                forced::linear(variant, &problem, x, &view, None, out, &Serial).unwrap();
+                reference::linear(&problem, x, &view, None, FloatMut::F32(&mut want)).unwrap();
+                for (i, (a, b)) in got.iter().zip(&want).enumerate() {
+                    let same = a == b || a.is_nan() && b.is_nan();
+                    assert!(same, "{variant} {spec:?} {m}x{n}x{k} [{i}]: {a:e}, not {b:e}");
+                }
+            }
+        }
+    }
+}
+
+/// f16 and bf16 in and out, with bias, alpha and beta, in guarded memory.
+#[test]
+fn half_types_bias_alpha_and_beta() {
+    for variant in variants() {
+        let mut random = Random(6);
+        for spec in specs() {
+            for (m, n, k) in [(1, 37, 70), (5, 37, 70), (17, 16, 300)] {
+                let w = Weight::quantise(spec, n, k, &random.normals(n * k));
+                let activation = (random.below(2) == 0).then_some(spec);
+                let problem = LinearProblem { alpha: -1.5, beta: 0.25, ..w.problem(activation) };
+                let (x, bias) = (random.normals(m * k), random.normals(n));
+                macro_rules! check {
+                    ($kind:ident, $type:ty, $epsilon:expr) => {{
+                        let of = |v: &[f32]| -> Vec<$type> {
+                            v.iter().map(|&v| <$type>::from_f32(v)).collect()
+                        };
+                        let (x, bias) = (Guarded::new(&of(&x)), Guarded::new(&of(&bias)));
+                        let mut y = Guarded::new(&vec![<$type>::from_f32(9.0); m * n]);
+                        let mut want = vec![<$type>::from_f32(9.0); m * n];
+                        let (x, bias) = (Float::$kind(x.get()), Some(Float::$kind(bias.get())));
+                        let (view, out) = (w.view(), FloatMut::$kind(y.get_mut()));
+                        forced::linear(variant, &problem, x, &view, bias, out, &Serial).unwrap();
+                        let out = FloatMut::$kind(&mut want);
+                        reference::linear(&problem, x, &view, bias, out).unwrap();
+                        for (a, b) in y.get().iter().zip(&want) {
+                            let (a, b) = (f64::from(*a), f64::from(*b));
+                            // One step of the type, or the sum's own error near zero.
+                            let bound = $epsilon * b.abs() + 1e-4;
+                            assert!((a - b).abs() <= bound, "{variant} {spec:?}: {a}, not {b}");
+                        }
+                    }};
+                }
+                check!(F16, f16, 2f64.powi(-10));
+                check!(Bf16, bf16, 2f64.powi(-7));
+                // f32 goes through the same code; its bias too must end at the guard page.
+                let bias = Guarded::new(&bias);
+                let (mut y, mut want) = (vec![0.0_f32; m * n], vec![0.0_f32; m * n]);
+                let (x, bias, view) = (Float::F32(&x), Some(Float::F32(bias.get())), w.view());
+                let out = FloatMut::F32(&mut y);
+                forced::linear(variant, &problem, x, &view, bias, out, &Serial).unwrap();
+                let out = FloatMut::F32(&mut want);
+                reference::linear(&problem, x, &view, bias, out).unwrap();
+                for (a, b) in y.iter().zip(&want) {
+                    assert!((a - b).abs() <= 1e-4, "{variant} {spec:?}: {a}, not {b}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn same_bits_whatever_the_threads() {
+    for variant in variants() {
+        let mut random = Random(7);
+        for format in [ElementFormat::Fp8E4M3, ElementFormat::Fp6E2M3, ElementFormat::Fp4E2M1] {
+            let spec = QuantSpec::mx(format).unwrap();
+            for (m, n, k) in [(1, 1000, 200), (3, 200, 700), (70, 90, 300), (600, 16, 130)] {
+                let w = Weight::quantise(spec, n, k, &random.normals(n * k));
+                let (problem, x) = (w.problem(Some(spec)), random.normals(m * k));
+                let run = |threads: usize| -> Vec<u32> {
+                    let mut y = vec![0.0; m * n];
+                    let (x, out) = (Float::F32(&x), FloatMut::F32(&mut y));
+                    let par = StdThreads(threads);
+                    forced::linear(variant, &problem, x, &w.view(), None, out, &par).unwrap();
+                    y.into_iter().map(f32::to_bits).collect()
+                };
+                let once = run(1);
+                for threads in [1, 2, 3, 8] {
+                    assert_eq!(once, run(threads), "{variant} {format} {m}x{n}x{k} {threads}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn more_rows_than_fit_at_once() {
+    let mut random = Random(8);
+    let spec = QuantSpec::mx(ElementFormat::Fp4E2M1).unwrap();
+    let (m, n, k) = (1100, 5, 40);
+    let w = Weight::quantise(spec, n, k, &random.normals(n * k));
+    let (problem, x) = (w.problem(Some(spec)), random.normals(m * k));
+    let mut y = vec![0.0; m * n];
+    linear(&problem, Float::F32(&x), &w.view(), None, FloatMut::F32(&mut y), &Serial).unwrap();
+    let (want, magnitude) = exact(&problem, &x, &w.view());
+    assert_close(&y, &want, &magnitude, 32.0, "1100 rows");
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    let spec = QuantSpec::mx(ElementFormat::Fp8E4M3).unwrap();
+    let w = Weight::quantise(spec, 4, 40, &[1.0; 160]);
+    let problem = w.problem(None);
+    let run = |problem: &LinearProblem, x: usize, bias: usize, y: usize| {
+        let (x, bias, mut y) = (vec![0.0; x], vec![0.0; bias], vec![0.0; y]);
+        let (x, bias) = (Float::F32(&x), Some(Float::F32(&bias)));
+        linear(problem, x, &w.view(), bias, FloatMut::F32(&mut y), &Serial)
+    };
+    assert_eq!(run(&problem, 80, 4, 8), Ok(()));
+    assert_eq!(run(&problem, 0, 4, 0), Ok(()));
+    assert!(matches!(run(&problem, 81, 4, 8), Err(Error::Rows { .. })));
+    assert!(matches!(run(&problem, 80, 3, 8), Err(Error::Length { what: "bias", .. })));
+    assert!(matches!(run(&problem, 80, 4, 9), Err(Error::Length { what: "y", .. })));
+    let other = LinearProblem { k: 80, ..problem };
+    assert!(matches!(run(&other, 80, 4, 4), Err(Error::Mismatch { .. })));
+    let invalid = QuantSpec { block_size: 0, ..spec };
+    let other = LinearProblem { activation: Some(invalid), ..problem };
+    assert_eq!(run(&other, 80, 4, 8), Err(Error::BlockSize(0)));
+    let short = PackedWeight::new(spec, 4, 40, &w.codes.get()[1..], w.scales.get());
+    assert!(matches!(short, Err(Error::Length { what: "codes", .. })));
+    let huge = PackedWeight::new(spec, usize::MAX, usize::MAX, &[], &[]);
+    assert!(matches!(huge, Err(Error::Length { .. })));
+    let unscaled = QuantSpec::new(
+        ElementFormat::Fp4E2M1,
+        ScaleKind::None,
+        32,
+        Rounding::Even,
+        ScaleRule::Floor,
+    );
+    assert!(matches!(unscaled, Err(Error::Combination { .. })));
+}

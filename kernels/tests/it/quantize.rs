@@ -1,0 +1,119 @@
+//! Every variant's quantisation, byte for byte against the reference.
+
+use mx_kernels::{
+    ElementFormat, QuantSpec, Rounding, ScaleKind, ScaleRule, cpu::forced, reference,
+};
+
+use crate::common::{Guarded, Random, specs, variants};
+
+/// Blocks that reach every branch: ordinary, wide, tiny, huge, ties, zeros, special values.
+fn nasty(random: &mut Random, len: usize) -> Vec<f32> {
+    let mut x = Vec::with_capacity(len);
+    while x.len() < len {
+        let kind = random.below(9);
+        let exponent = random.below(250) as i32 - 125;
+        for _ in 0..16 {
+            let v = random.normal();
+            x.push(match kind {
+                0 | 1 => v,
+                2 => v * 2f32.powi(exponent),
+                3 => v * 2f32.powi(random.below(40) as i32 - 20),
+                4 => f32::from_bits(random.bits() as u32 & 0x807f_ffff),
+                5 => (random.below(65) as f32 - 32.0) / 4.0 * 2f32.powi(exponent / 2),
+                6 => {
+                    if random.below(2) == 0 {
+                        0.0
+                    } else {
+                        -0.0
+                    }
+                }
+                7 => f32::from_bits(random.bits() as u32),
+                _ => f32::MAX * v.clamp(-1.0, 1.0),
+            });
+        }
+        if random.below(60) == 0 {
+            let at = x.len() - 1 - random.below(16);
+            x[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][random.below(3)];
+        }
+    }
+    x.truncate(len);
+    x
+}
+
+#[test]
+fn every_variant_writes_the_references_bytes() {
+    let mut random = Random(1);
+    for variant in variants() {
+        for base in specs() {
+            for rounding in Rounding::ALL {
+                for rule in ScaleRule::ALL {
+                    if base.scale != ScaleKind::E8M0 && *rule != ScaleRule::Floor {
+                        continue;
+                    }
+                    let block_size = [16, 32, 64, 128, 256][random.below(5)];
+                    let spec =
+                        QuantSpec::new(base.format, base.scale, block_size, *rounding, *rule);
+                    check(variant, &spec.unwrap(), &mut random);
+                }
+            }
+        }
+    }
+}
+
+fn check(variant: &str, spec: &QuantSpec, random: &mut Random) {
+    for k in [1, 5, 16, 49, 64, 300, 1024] {
+        let rows = 1 + random.below(6);
+        let x = Guarded::new(&nasty(random, rows * k));
+        let (bytes, scale_bytes) = (spec.codes_len(rows, k), spec.scales_len(rows, k));
+        let (mut codes, mut scales) = (vec![0x55; bytes], vec![0x55; scale_bytes]);
+        reference::quantize_rows(spec, x.get(), rows, k, &mut codes, &mut scales).unwrap();
+        let mut got = (Guarded::new(&vec![0xaa; bytes]), Guarded::new(&vec![0xaa; scale_bytes]));
+        let (c, s) = (got.0.get_mut(), got.1.get_mut());
+        forced::quantize_rows(variant, spec, x.get(), rows, k, c, s).unwrap();
+        assert_eq!(c, codes, "{variant} {spec:?} k={k}");
+        assert_eq!(s, scales, "{variant} {spec:?} k={k}");
+
+        let mut want = vec![0.0; rows * k];
+        reference::fake_quantize_rows(spec, x.get(), rows, k, &mut want).unwrap();
+        let mut out = Guarded::new(&vec![7.0_f32; rows * k]);
+        forced::fake_quantize_rows(variant, spec, x.get(), rows, k, out.get_mut()).unwrap();
+        for (i, (a, b)) in out.get().iter().zip(&want).enumerate() {
+            let same = a == b || a.is_nan() && b.is_nan();
+            assert!(same, "{variant} {spec:?} k={k} [{i}]: {a:e}, not {b:e}");
+        }
+    }
+}
+
+/// Every mid-point of every format, and its neighbours, through the fast path.
+#[test]
+fn every_tie_of_every_format() {
+    for variant in variants() {
+        for format in ElementFormat::ALL.into_iter().filter(|f| *f != ElementFormat::Bf16) {
+            let half = format.code_count() / 2;
+            let mut x = Vec::new();
+            for code in 0..half - 1 {
+                let (a, b) = (format.decode(code), format.decode(code + 1));
+                if a.is_finite() && b.is_finite() {
+                    for v in [a, (a + b) / 2.0] {
+                        x.extend([v.next_down().abs(), v, v.next_up(), -v]);
+                    }
+                }
+            }
+            // The largest in front of each fifteen keeps the block's exponent at zero.
+            let rows: Vec<f32> = x
+                .chunks(15)
+                .flat_map(|c| std::iter::once(format.largest()).chain(c.iter().copied()))
+                .collect();
+            for rounding in Rounding::ALL {
+                let spec = QuantSpec::new(format, ScaleKind::E8M0, 16, *rounding, ScaleRule::Floor);
+                let (spec, k) = (spec.unwrap(), rows.len());
+                let (n, s) = (spec.codes_len(1, k), spec.scales_len(1, k));
+                let (mut a, mut b) = ((vec![0; n], vec![0; s]), (vec![0; n], vec![0; s]));
+                reference::quantize_rows(&spec, &rows, 1, k, &mut a.0, &mut a.1).unwrap();
+                forced::quantize_rows(variant, &spec, &rows, 1, k, &mut b.0, &mut b.1).unwrap();
+                assert!(a.1.iter().all(|&s| s == 127));
+                assert_eq!(a, b, "{variant} {spec:?}");
+            }
+        }
+    }
+}
