@@ -359,6 +359,8 @@ def check_model(args, name: str, path: Path, truth: dict | None) -> tuple[list[s
         bad = check_plan(args, path, truth)
         wrong += bad
         notes.append("plan ok" if not bad else "plan WRONG")
+    if args.plan_only:
+        return wrong, notes
     original = Original(path)
     with tempfile.TemporaryDirectory() as folder:
         for fmt in args.formats:
@@ -388,6 +390,7 @@ def main() -> int:
     p.add_argument("--only", default="", help="regular expression searched in the model's name")
     p.add_argument("--barred", action="store_true", help="of the zoo only <arch>-dynamo, <arch>-ts and mixtral-ts28")
     p.add_argument("--formats", default="fp8_e4m3,fp4_e2m1", help="comma-separated, or all")
+    p.add_argument("--plan-only", action="store_true")
     p.add_argument("--no-end-to-end", action="store_true")
     p.add_argument("--require-end-to-end", action="store_true", help="fail where the reference evaluator cannot run the graph")
     tools.add_arguments(p)

@@ -34,7 +34,7 @@ def rewrite(args, model: Path, out: Path | None, *flags: str) -> dict | None:
     command += ["--plan", "--json"] if out is None else ["-o", str(out), "--force"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
-        raise RewriteFailed(f"exit {done.returncode}: {' '.join(command)}\n{done.stderr.strip()[-2000:]}")
+        raise RewriteFailed(f"exit {done.returncode}: {' '.join(command)}\n{done.stderr.strip()[:600]}")
     return json.loads(done.stdout) if out is None else None
 
 

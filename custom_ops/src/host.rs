@@ -10,6 +10,7 @@ use std::{
     ffi::{CStr, CString, c_char, c_void},
     marker::PhantomData,
     ptr,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use half::{bf16, f16};
@@ -418,7 +419,9 @@ pub(crate) fn inferred_input(
     Ok(Some((shape, names.collect())))
 }
 
-/// Tells ONNX Runtime the shape of output `index`.
+/// Tells ONNX Runtime the shape of output `index`. An unknown dimension without a name gets one of
+/// its own: ONNX Runtime would take a bare -1 for a length, carry it through Shape -> Concat into a
+/// Reshape's target and refuse the model ("multiple -1 dimensions").
 pub(crate) fn set_inferred(
     ctx: &mut ShapeInferenceContext,
     index: usize,
@@ -426,10 +429,18 @@ pub(crate) fn set_inferred(
     dims: &[i64],
     names: &[String],
 ) -> Result<(), OpError> {
+    static UNNAMED: AtomicU64 = AtomicU64::new(0);
+    let names = dims.iter().zip(names).map(|(&dim, name)| {
+        if dim < 0 && name.is_empty() {
+            format!("mx_unknown_{}", UNNAMED.fetch_add(1, Ordering::Relaxed))
+        } else {
+            name.clone()
+        }
+    });
     let value = ValueType::Tensor {
         ty: element,
         shape: Shape::new(dims.iter().copied()),
-        dimension_symbols: SymbolicDimensions::new(names.iter().cloned()),
+        dimension_symbols: SymbolicDimensions::new(names),
     };
     ctx.set_output(index, &value).map_err(|error| OpError::Host {
         call: "ShapeInferContext_SetOutputTypeShape",
