@@ -1,6 +1,8 @@
 //! Scores of predicted tokens: negative log-likelihood, entropy, best token, divergence.
+#![allow(unsafe_code)]
 
 use crate::{
+    cpu,
     error::{Error, check_len},
     parallel::Parallel,
     tensor::Float,
@@ -181,19 +183,10 @@ impl Distribution {
         for_chunks(vocab, |start, len| {
             let values = &mut buffer[..len];
             logits.load(row * vocab + start, values);
-            // Eight independent lanes, always added in the same order.
-            let (mut sums, mut weights) = ([0.0; 8], [0.0; 8]);
-            for lanes in values.chunks(8) {
-                for (i, &v) in lanes.iter().enumerate() {
-                    let d = f64::from(v) - max;
-                    let p = exp_negative(d);
-                    sums[i] += p;
-                    // -inf has probability 0 and adds nothing, where 0 * -inf would be NaN.
-                    weights[i] += p * if d < -800.0 { 0.0 } else { d };
-                }
-            }
-            sum += sums.iter().sum::<f64>();
-            weighted += weights.iter().sum::<f64>();
+            // SAFETY: the table of a variant is only handed out where `detect` says yes.
+            let (s, w) = unsafe { (cpu::kernels().softmax_sums)(values, max) };
+            sum += s;
+            weighted += w;
         });
         Self { max, argmax: argmax as i64, sum, weighted, log_sum: sum.ln() }
     }
@@ -213,20 +206,62 @@ fn divergence(
     for_chunks(vocab, |start, len| {
         base_logits.load(row * vocab + start, &mut a[..len]);
         logits.load(row * vocab + start, &mut b[..len]);
-        let mut sums = [0.0; 8];
-        for (a, b) in a[..len].chunks(8).zip(b[..len].chunks(8)) {
-            for i in 0..a.len() {
-                let da = f64::from(a[i]) - base.max;
-                let db = f64::from(b[i]) - this.max;
-                let p = exp_negative(da);
-                sums[i] += if p == 0.0 { 0.0 } else { p * (da - db) };
-            }
-        }
-        total += sums.iter().sum::<f64>();
+        // SAFETY: the table of a variant is only handed out where `detect` says yes.
+        total +=
+            unsafe { (cpu::kernels().divergence_sum)(&a[..len], &b[..len], base.max, this.max) };
     });
     let kl = total / base.sum - base.log_sum + this.log_sum;
     // Rounding can leave -1e-17 where the distributions agree; NaN stays.
     if kl < 0.0 { 0.0 } else { kl }
+}
+
+/// Independent sums, so that additions overlap; always joined in the same order.
+const LANES: usize = 8;
+
+/// Sums of p and p * d over d = value - max, p = exp(d). Compiled once for each variant.
+#[inline(always)]
+pub(crate) fn softmax_sums(values: &[f32], max: f64) -> (f64, f64) {
+    let (mut sums, mut weights) = ([0.0; LANES], [0.0; LANES]);
+    let mut add = |i: usize, v: f32| {
+        let d = f64::from(v) - max;
+        let p = exp_negative(d);
+        sums[i] += p;
+        // -inf has probability 0 and adds nothing, where 0 * -inf would be NaN.
+        weights[i] += p * if d < -800.0 { 0.0 } else { d };
+    };
+    let (chunks, tail) = values.as_chunks::<LANES>();
+    for lanes in chunks {
+        for (i, &v) in lanes.iter().enumerate() {
+            add(i, v);
+        }
+    }
+    for (i, &v) in tail.iter().enumerate() {
+        add(i, v);
+    }
+    (sums.iter().sum(), weights.iter().sum())
+}
+
+/// Sum of p * (da - db) with p = exp(da): `a` the baseline's logits, `b` the others, each relative
+/// to its row's largest. Compiled once for each variant.
+#[inline(always)]
+pub(crate) fn divergence_sum(a: &[f32], b: &[f32], max_a: f64, max_b: f64) -> f64 {
+    let mut sums = [0.0; LANES];
+    let mut add = |i: usize, a: f32, b: f32| {
+        let (da, db) = (f64::from(a) - max_a, f64::from(b) - max_b);
+        let p = exp_negative(da);
+        let term = p * (da - db);
+        sums[i] += if p == 0.0 { 0.0 } else { term };
+    };
+    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for (i, (&a, &b)) in a.iter().zip(b).enumerate() {
+            add(i, a, b);
+        }
+    }
+    for (i, (&a, &b)) in a_tail.iter().zip(b_tail).enumerate() {
+        add(i, a, b);
+    }
+    sums.iter().sum()
 }
 
 /// Calls `f(start, len)` for consecutive chunks of `0..total`.

@@ -8,6 +8,7 @@ use super::{
     simd::{self, Codec},
     tile::{self, XPanel},
 };
+use crate::scores;
 
 type Decode = unsafe fn(&Weight<'_>, usize, usize, usize, *mut f32, &mut [bool; PANEL]);
 type Tile = unsafe fn(*const f32, *const f32, usize, usize, *mut f32, usize, bool);
@@ -23,7 +24,7 @@ pub(crate) const BUNCH: [usize; 4] = [4, 2, 1, 1];
 /// Everything that is compiled once for each set of instructions.
 ///
 /// The functions may only be called on a machine for which `detect` says yes; see the functions of
-/// the same names in `panel`, `tile` and `rows`.
+/// the same names in `panel`, `tile`, `rows` and `scores`.
 pub(crate) struct Kernels {
     pub name: &'static str,
     pub detect: fn() -> bool,
@@ -38,6 +39,8 @@ pub(crate) struct Kernels {
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
     pub scale_row: unsafe fn(&[f32], f64, &[f64], &mut [f32]),
+    pub softmax_sums: unsafe fn(&[f32], f64) -> (f64, f64),
+    pub divergence_sum: unsafe fn(&[f32], &[f32], f64, f64) -> f64,
 }
 
 /// out = factor * c + bias, rounded once.
@@ -111,6 +114,16 @@ macro_rules! variant {
                 scale_row_impl(c, factor, bias, out)
             }
 
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn softmax_sums(values: &[f32], max: f64) -> (f64, f64) {
+                scores::softmax_sums(values, max)
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn divergence_sum(a: &[f32], b: &[f32], max_a: f64, max_b: f64) -> f64 {
+                scores::divergence_sum(a, b, max_a, max_b)
+            }
+
             const fn dots_of<C: Codec>() -> DotsOfFormat {
                 [
                     [dots::<C, 1, { BUNCH[0] }>, dots::<C, 1, 1>],
@@ -146,6 +159,8 @@ macro_rules! variant {
                 fake_row,
                 code_row,
                 scale_row,
+                softmax_sums,
+                divergence_sum,
             };
         }
     };

@@ -1,0 +1,167 @@
+//! `token_scores` against sums in f64 as the definitions write them.
+
+use half::{bf16, f16};
+use mx_kernels::{
+    BaselineScores, Error, Float, Parallel, Serial, StdThreads, TokenScores, token_scores,
+};
+
+use crate::common::{Guarded, Random};
+
+#[derive(Debug, Clone, PartialEq)]
+struct Scores {
+    nll: Vec<f32>,
+    entropy: Vec<f32>,
+    top1: Vec<i64>,
+    kl: Vec<f32>,
+    baseline_nll: Vec<f32>,
+}
+
+fn run(
+    logits: Float<'_>,
+    labels: &[i64],
+    vocab: usize,
+    baseline: Option<Float<'_>>,
+    par: &dyn Parallel,
+) -> Result<Scores, Error> {
+    let rows = labels.len();
+    let mut s = Scores {
+        nll: vec![9.0; rows],
+        entropy: vec![9.0; rows],
+        top1: vec![9; rows],
+        kl: vec![9.0; rows],
+        baseline_nll: vec![9.0; rows],
+    };
+    let with =
+        baseline.is_some().then_some(BaselineScores { kl: &mut s.kl, nll: &mut s.baseline_nll });
+    let out =
+        TokenScores { nll: &mut s.nll, entropy: &mut s.entropy, top1: &mut s.top1, baseline: with };
+    token_scores(logits, labels, vocab, baseline, out, par)?;
+    Ok(s)
+}
+
+/// ln p of every token, by definition.
+fn log_softmax(row: &[f32]) -> Vec<f64> {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|&v| (f64::from(v) - f64::from(max)).exp()).sum();
+    row.iter().map(|&v| f64::from(v) - f64::from(max) - sum.ln()).collect()
+}
+
+fn assert_near(got: f32, want: f64, what: &str) {
+    let bound = 1e-6 * want.abs() + 1e-9;
+    assert!((f64::from(got) - want).abs() <= bound, "{what}: {got:e}, not {want:e}");
+}
+
+#[test]
+fn agrees_with_the_definitions() {
+    let mut random = Random(11);
+    for (vocab, spread) in [(1, 1.0), (2, 30.0), (7, 0.0), (512, 3.0), (1000, 20.0), (150_001, 8.0)]
+    {
+        let rows = if vocab > 10_000 { 2 } else { 9 };
+        let mut draw = |scale: f32| -> Vec<f32> {
+            (0..rows * vocab).map(|_| random.normal() * scale).collect()
+        };
+        let (mut a, b) = (draw(spread), draw(spread));
+        if vocab > 4 {
+            a[1] = f32::NEG_INFINITY;
+        }
+        let labels: Vec<i64> = (0..rows).map(|_| random.below(vocab) as i64).collect();
+        let (a, b, labels) = (Guarded::new(&a), Guarded::new(&b), Guarded::new(&labels));
+        let (a, b, labels) = (a.get(), b.get(), labels.get());
+        // The other way round than above: b as the model, a (with -inf) as its baseline.
+        let base = Some(Float::F32(a));
+        let s = run(Float::F32(b), labels, vocab, base, &StdThreads(2)).unwrap();
+        for r in 0..rows {
+            let (p, q) =
+                (log_softmax(&b[r * vocab..][..vocab]), log_softmax(&a[r * vocab..][..vocab]));
+            let label = labels[r] as usize;
+            let plogp = |l: &f64| if *l == f64::NEG_INFINITY { 0.0 } else { l.exp() * l };
+            assert_near(s.nll[r], -p[label], "nll");
+            assert_near(s.entropy[r], -p.iter().map(plogp).sum::<f64>(), "entropy");
+            if q[label] == f64::NEG_INFINITY {
+                assert_eq!(s.baseline_nll[r], f32::INFINITY);
+            } else {
+                assert_near(s.baseline_nll[r], -q[label], "baseline nll");
+            }
+            let term = |(q, p): (&f64, &f64)| if q.is_finite() { q.exp() * (q - p) } else { 0.0 };
+            assert_near(s.kl[r], q.iter().zip(&p).map(term).sum(), "kl");
+            let row = &b[r * vocab..][..vocab];
+            let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(s.top1[r], row.iter().position(|&v| v == best).unwrap() as i64);
+        }
+        let serial = run(Float::F32(b), labels, vocab, base, &Serial).unwrap();
+        assert_eq!(s, serial, "the same bits, whatever the threads");
+    }
+}
+
+#[test]
+fn confident_predictions_keep_their_digits() {
+    for gap in [5.0_f32, 12.3, 17.0, 30.0, 80.0] {
+        let logits = [1000.7 + gap, 1000.7];
+        let s = run(Float::F32(&logits), &[0], 2, None, &Serial).unwrap();
+        let d = f64::from(logits[0]) - f64::from(logits[1]);
+        let want = (-d).exp().ln_1p();
+        let got = f64::from(s.nll[0]);
+        // ln(1 + e) in f64 keeps an absolute 2^-53.
+        assert!((got - want).abs() <= 1e-6 * want + 2.3e-16, "{gap}: {got:e}, not {want:e}");
+    }
+}
+
+#[test]
+fn masked_rows_infinities_and_nan() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    #[rustfmt::skip]
+    let logits = [
+        1.0, 2.0, 2.0,
+        -inf, 0.0, -inf,
+        nan, 1.0, 2.0,
+        nan, nan, nan,
+        -inf, -inf, -inf,
+        0.0, -inf, 0.0,
+    ];
+    let labels = [-100, 1, 1, -100, 0, 1];
+    let s = run(Float::F32(&logits), &labels, 3, Some(Float::F32(&logits)), &Serial).unwrap();
+    assert_eq!((s.nll[0], s.entropy[0], s.top1[0], s.kl[0]), (0.0, 0.0, 0, 0.0));
+    assert_eq!((s.nll[1], s.entropy[1], s.top1[1], s.kl[1]), (0.0, 0.0, 1, 0.0));
+    assert!(s.nll[2].is_nan() && s.entropy[2].is_nan() && s.kl[2].is_nan());
+    assert_eq!(s.top1[2], -1);
+    assert_eq!((s.nll[3], s.top1[3], s.baseline_nll[3]), (0.0, 0, 0.0));
+    assert!(s.nll[4].is_nan());
+    assert_eq!(s.nll[5], inf);
+    assert_near(s.entropy[5], 2f64.ln(), "entropy");
+    // The baseline expects what this model rules out.
+    let base = [0.0, 0.0, 0.0];
+    let this = [0.0, -inf, 0.0];
+    let s = run(Float::F32(&this), &[0], 3, Some(Float::F32(&base)), &Serial).unwrap();
+    assert_eq!(s.kl[0], inf);
+}
+
+#[test]
+fn half_types_are_widened_exactly() {
+    let mut random = Random(12);
+    let values = random.normals(5 * 70);
+    let labels = [0, 69, 3, -100, 8];
+    let half: Vec<f16> = values.iter().map(|&v| f16::from_f32(v * 9.0)).collect();
+    let wide: Vec<f32> = half.iter().map(|v| v.to_f32()).collect();
+    let a = run(Float::F16(&half), &labels, 70, Some(Float::F32(&wide)), &Serial).unwrap();
+    let b = run(Float::F32(&wide), &labels, 70, Some(Float::F16(&half)), &Serial).unwrap();
+    assert_eq!(a, b);
+    assert_eq!(a.kl, [0.0; 5]);
+    let half: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v * 9.0)).collect();
+    let wide: Vec<f32> = half.iter().map(|v| v.to_f32()).collect();
+    let a = run(Float::Bf16(&half), &labels, 70, None, &Serial).unwrap();
+    assert_eq!(a, run(Float::F32(&wide), &labels, 70, None, &Serial).unwrap());
+}
+
+#[test]
+fn bad_labels_and_shapes_are_errors() {
+    let logits = [0.0_f32; 12];
+    let bad = |labels: &[i64]| run(Float::F32(&logits), labels, 4, None, &Serial);
+    assert_eq!(bad(&[0, 4, 0]), Err(Error::Label { row: 1, label: 4, vocab: 4 }));
+    assert_eq!(bad(&[0, 0, -1]), Err(Error::Label { row: 2, label: -1, vocab: 4 }));
+    assert_eq!(bad(&[i64::MIN, 0, 0]), Err(Error::Label { row: 0, label: i64::MIN, vocab: 4 }));
+    assert!(matches!(bad(&[0, 0]), Err(Error::Length { what: "logits", .. })));
+    assert!(bad(&[0, 3, -100]).is_ok());
+    let none = run(Float::F32(&[]), &[], 4, None, &Serial).unwrap();
+    assert!(none.nll.is_empty());
+    assert!(run(Float::F32(&[]), &[], 0, None, &Serial).is_err());
+}
