@@ -1,7 +1,6 @@
 //! The operators in stock onnxruntime, driven from Python (`tests/python/`): values against an
 //! independent emulation, corrupt and mutated models, threads, lifetimes.
 
-
 use std::process::Command;
 
 use crate::support;

@@ -1,5 +1,6 @@
 //! What crosses crates or runs a binary; one module an area.
 #![allow(clippy::print_stdout, reason = "tests say what they skipped and what they measured")]
 
+mod custom_ops;
 mod judges;
 mod support;
