@@ -21,9 +21,11 @@ pub fn mxrewrite() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_mxrewrite"))
 }
 
-/// The custom-op library beside the binaries; `cargo build --workspace` puts it there.
+/// The custom-op library: `MX_CUSTOM_OPS`, else beside the binaries, where `cargo build --workspace`
+/// puts it.
 pub fn library() -> Option<PathBuf> {
-    let path = mxrewrite().with_file_name("libmx_custom_ops.so");
+    let path = std::env::var_os("MX_CUSTOM_OPS")
+        .map_or_else(|| mxrewrite().with_file_name("libmx_custom_ops.so"), PathBuf::from);
     path.is_file().then_some(path)
 }
 
