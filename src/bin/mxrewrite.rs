@@ -1,2 +1,290 @@
-//! The `mxrewrite` command.
-fn main() {}
+//! The `mxrewrite` command: arguments, one library call, an exit code.
+//!
+//! Exit codes: 0 done, 1 failed, 2 usage. Results go to stdout, everything else to stderr.
+
+use std::{io::Write, path::PathBuf, process::ExitCode};
+
+use clap::{
+    ArgGroup, Args, CommandFactory, Parser, builder::PossibleValuesParser,
+    builder::TypedValueParser,
+};
+use mx_kernels::{ElementFormat, Rounding, ScaleRule};
+use mxrewrite::rewrite::{
+    self, Activation, Lowering, RewriteError, RewriteOptions, RewritePlan, RewriteReport, Tier,
+};
+
+/// Replace the Linear layers of an ONNX language model by OCP Microscaling (MX) operators.
+///
+/// Layers are found by structure, named by what the exporter left behind (metadata, tensor names, node
+/// names) and chosen by a tier. The head and mixture-of-experts routers are taken only when named.
+#[derive(Parser, Debug)]
+#[command(name = "mxrewrite", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(group = ArgGroup::new("selection"))]
+struct Cli {
+    /// The model: an .onnx file, with its external data beside it
+    model: PathBuf,
+    /// Output [default: beside the model, <stem>.<tier>-<format>.onnx]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    layers: Layers,
+    #[command(flatten)]
+    formats: Formats,
+    /// Show what would be replaced, write nothing
+    #[arg(long)]
+    plan: bool,
+    /// Print the plan or the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Replace an existing output
+    #[arg(long)]
+    force: bool,
+    /// Finding no layer to replace is fine
+    #[arg(long)]
+    allow_empty: bool,
+    /// Threads to quantise with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Layers")]
+struct Layers {
+    /// a = MLP, b = full = MLP + attention, c = MLP fp6_e3m2 + attention fp8_e4m3, d = MLP fp4_e2m1 +
+    /// attention fp6_e3m2 [default: full]
+    #[arg(long, value_name = "TIER", group = "selection", ignore_case = true)]
+    #[arg(value_parser = PossibleValuesParser::new(["a", "b", "c", "d", "full"]))]
+    tier: Option<String>,
+    /// The same as --tier a
+    #[arg(long, group = "selection")]
+    tier_a: bool,
+    /// Every Linear but routers and the head
+    #[arg(long, group = "selection")]
+    all_linears: bool,
+    /// The same as --tier a
+    #[arg(long, group = "selection")]
+    mlp_only: bool,
+    /// Take also layers that this expression finds in the module path, or in node and weight name where
+    /// there is no path; repeatable
+    #[arg(long, value_name = "REGEX")]
+    include: Vec<String>,
+    /// Leave layers out that this expression finds; repeatable
+    #[arg(long, value_name = "REGEX")]
+    exclude: Vec<String>,
+    /// Attention products (activation times activation): not built yet.
+    #[arg(long, hide = true)]
+    attention: bool,
+}
+
+/// Formats that take shared exponents.
+const MX_FORMATS: [&str; 6] =
+    ["fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "mxint8"];
+const ACTIVATION_FORMATS: [&str; 7] =
+    ["none", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "mxint8"];
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Formats")]
+struct Formats {
+    /// Element format of weights [default: fp8_e4m3]
+    #[arg(long, value_name = "FORMAT", value_parser = PossibleValuesParser::new(MX_FORMATS))]
+    format: Option<String>,
+    /// Element format of activations; none = weight-only [default: the weights']
+    #[arg(long, value_name = "FORMAT", value_parser = PossibleValuesParser::new(ACTIVATION_FORMATS))]
+    activation_format: Option<String>,
+    /// Elements that share an exponent
+    #[arg(long, value_name = "N", default_value = "32")]
+    #[arg(value_parser = PossibleValuesParser::new(["16", "32", "64", "128", "256"])
+        .map(|size| size.parse::<usize>().unwrap_or(32)))]
+    block_size: usize,
+    /// Rounding of elements: half to even, half away from zero, toward zero
+    #[arg(long, value_name = "R", default_value = "even")]
+    #[arg(value_parser = PossibleValuesParser::new(["even", "nearest", "floor"]))]
+    rounding: String,
+    /// How a block's largest magnitude becomes its exponent
+    #[arg(long, value_name = "S", default_value = "floor")]
+    #[arg(value_parser = PossibleValuesParser::new(["floor", "ceil", "even", "rceil"]))]
+    scale_rule: String,
+    /// What layers become: mx, int8 (weight-only DequantizeLinear), bf16 (the whole graph rounded),
+    /// bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales)
+    #[arg(long, value_name = "TARGET", default_value = "mx")]
+    lower: Lowering,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  mxrewrite model.onnx                                  MLP and attention in fp8_e4m3
+  mxrewrite model.onnx --plan                           what would be replaced, and why not the rest
+  mxrewrite model.onnx --tier-a --format fp4_e2m1 -o out.onnx
+  mxrewrite model.onnx --tier d --include lm_head       mixed formats, the head too
+  mxrewrite model.onnx --all-linears --exclude 'layers\\.(0|31)\\.' --activation-format none
+  mxrewrite model.onnx --lower int8                     weight-only int8, standard operators
+
+Run the result in ONNX Runtime with libmx_custom_ops.so registered as a custom-op library.
+Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty), 2 usage.";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if cli.layers.attention {
+        usage("--attention is not available yet; Linear layers are all that can be rewritten");
+    }
+    let options = match options(&cli) {
+        Ok(options) => options,
+        Err(error) => usage(&error.to_string()),
+    };
+    match run(&cli, &options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// Ends with clap's own form of a usage error and exit code 2.
+fn usage(message: &str) -> ! {
+    Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit()
+}
+
+fn options(cli: &Cli) -> Result<RewriteOptions, mx_kernels::Error> {
+    let Layers { tier, tier_a, all_linears, mlp_only, include, exclude, .. } = &cli.layers;
+    let tier = match tier.as_deref().map(str::parse::<Tier>) {
+        Some(Ok(tier)) => tier,
+        _ if *tier_a => Tier::A,
+        _ if *mlp_only => Tier::MlpOnly,
+        _ if *all_linears => Tier::AllLinears,
+        _ => Tier::Full,
+    };
+    let formats = &cli.formats;
+    let activation = match formats.activation_format.as_deref() {
+        None => Activation::Same,
+        Some("none") => Activation::None,
+        Some(name) => Activation::Format(name.parse()?),
+    };
+    Ok(RewriteOptions {
+        tier,
+        lowering: formats.lower,
+        format: formats.format.as_deref().map(str::parse::<ElementFormat>).transpose()?,
+        activation,
+        block_size: formats.block_size,
+        rounding: formats.rounding.parse::<Rounding>()?,
+        scale_rule: formats.scale_rule.parse::<ScaleRule>()?,
+        include: include.clone(),
+        exclude: exclude.clone(),
+        allow_empty: cli.allow_empty,
+        overwrite: cli.force,
+        threads: cli.threads.map(usize::from),
+    })
+}
+
+fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<()> {
+    if cli.plan {
+        let (_, plan) = rewrite::plan_file(&cli.model, options)?;
+        // An empty plan is shown like any other: it lists the candidates.
+        print(&if cli.json { json(&plan)? } else { plan_table(&plan) })?;
+        return Ok(rewrite::require_sites(&cli.model, &plan, options)?);
+    }
+    let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(&cli.model, options));
+    let report = rewrite::rewrite_file(&cli.model, &output, options)?;
+    print(&if cli.json { json(&report)? } else { summary(&report) })
+}
+
+/// Says what went wrong on stderr. Options at fault end with 2, everything else with 1.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let known = error.downcast_ref::<RewriteError>();
+    if known.is_some_and(RewriteError::is_usage) {
+        usage(&error.to_string());
+    }
+    let mut text = format!("error: {error:#}\n");
+    if let Some(RewriteError::NothingToReplace { candidates, .. }) = known {
+        for candidate in candidates {
+            let path = candidate.module_path.as_deref().unwrap_or("-");
+            let (node, op, reason) = (&candidate.node, &candidate.op, &candidate.reason);
+            text.push_str(&format!("  {node} ({op}), path {path}: {reason}\n"));
+        }
+    }
+    // With stderr closed there is nobody left to tell.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+    ExitCode::from(1)
+}
+
+/// Writes a result to stdout. A reader that went away (`| head`) is no failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+fn json<T: serde::Serialize>(value: &T) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+fn summary(report: &RewriteReport) -> String {
+    let (before, after) = (report.weight_bytes_before, report.weight_bytes_after);
+    let mut text = format!(
+        "{} of {} candidates rewritten ({}, {})\n",
+        report.sites,
+        report.sites + report.skipped,
+        report.plan.recipe.name,
+        report.lowering
+    );
+    text.push_str(&format!(
+        "weights of these layers: {} -> {} bytes ({:.1} %)\n",
+        before,
+        after,
+        100.0 * after as f64 / before.max(1) as f64
+    ));
+    text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));
+    if let Some(data) = &report.data {
+        text.push_str(&format!(" with {}", data.display()));
+    }
+    text + ")\n"
+}
+
+fn plan_table(plan: &RewritePlan) -> String {
+    let header =
+        ["module path", "source", "op", "n", "k", "weight", "activation", "bytes", "after"];
+    let mut rows: Vec<[String; 9]> = vec![header.map(str::to_owned)];
+    for planned in &plan.sites {
+        let site = &planned.site;
+        rows.push([
+            site.module_path.clone().unwrap_or_else(|| format!("(none) {}", site.node_name)),
+            site.path_source.to_string(),
+            site.op.clone(),
+            site.n.to_string(),
+            site.k.to_string(),
+            planned.format.weight_name().to_owned(),
+            planned.format.activation_name().to_owned(),
+            planned.bytes_before.to_string(),
+            planned.bytes_after.to_string(),
+        ]);
+    }
+    let mut text = align(&rows);
+    let (before, after) = plan.bytes();
+    text.push_str(&format!("{} layers, {before} -> {after} bytes\n", plan.sites.len()));
+    if !plan.skipped.is_empty() {
+        text.push_str(&format!("\nleft alone: {} candidates\n", plan.skipped.len()));
+    }
+    for skipped in &plan.skipped {
+        text.push_str(&format!("  {} ({}): {}\n", skipped.node, skipped.op, skipped.reason));
+    }
+    text
+}
+
+/// Columns of equal width; numbers (from the fourth column on, where they are) to the right.
+fn align(rows: &[[String; 9]]) -> String {
+    let width =
+        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..9).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
+            if matches!(column, 3 | 4 | 7 | 8) {
+                format!("{cell:>width$}")
+            } else {
+                format!("{cell:<width$}")
+            }
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}

@@ -1,5 +1,12 @@
 //! From a model to a rewritten model: find the Linear layers, choose a format for each, replace them.
+//!
+//! ```text
+//! Model --find_sites(filter)--> SiteScan --RewritePlan::new(recipe)--> RewritePlan --execute--> Model
+//! ```
+//! Searching and planning are pure; every candidate ends in `sites` or in `skipped` with its reason.
+//! [`rewrite_file`] does it all from file to file, for the command and for mxeval's stages alike.
 
+mod error;
 pub mod execute;
 pub mod filter;
 mod lower;
@@ -10,17 +17,20 @@ mod patterns;
 pub mod plan;
 pub mod recipe;
 pub mod roles;
+mod run;
 mod scan;
 pub mod sites;
 pub mod tiers;
 mod weights;
 
+pub use error::RewriteError;
 pub use execute::{ExecuteError, PLAN_KEY, execute};
 pub use filter::{Filter, FilterError, Select};
 pub use lowering::Lowering;
 pub use patch::MODULE_PATH_KEY;
 pub use plan::{PlannedSite, RewritePlan};
 pub use recipe::{Activation, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
+pub use run::{RewriteReport, default_output, plan_file, require_sites, rewrite_file};
 pub use scan::find_sites;
 pub use sites::{
     Bias, BiasShape, Layout, Origin, PathSource, Role, Site, SiteScan, Skipped, Weight,
