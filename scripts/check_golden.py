@@ -47,6 +47,24 @@ def build(cases: list[tuple[str, np.ndarray]], side: str) -> bytes:
     return model.SerializeToString()
 
 
+def build_direct(cases: list[tuple[str, np.ndarray]], side: str, spec: emu.Spec) -> bytes:
+    """The same products as MxMatMul nodes packed by the emulation: judges the operator without mxrewrite."""
+    model = onnx.load_model_from_string(build(cases, side))
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    del model.graph.initializer[:]
+    for i, node in enumerate(model.graph.node):
+        w = weights[node.input[1]].T
+        codes, scales = emu.packed(w, spec)
+        model.graph.initializer.extend([numpy_helper.from_array(codes, f"codes_{i}"), numpy_helper.from_array(scales, f"scales_{i}")])
+        node.CopyFrom(helper.make_node(
+            "MxMatMul", [f"x_{i}", f"codes_{i}", f"scales_{i}"], list(node.output), name=node.name, domain="mx",
+            k=w.shape[1], n=w.shape[0], weight_format=spec.format, activation_format="none" if side == "weight" else spec.format,
+            block_size=spec.block_size, scale=spec.scale, rounding=spec.rounding, scale_rule=spec.scale_rule,
+            alpha=1.0, beta=1.0, layout=1))
+    model.opset_import.append(helper.make_opsetid("mx", 1))
+    return model.SerializeToString()
+
+
 def expected_product(side: str, x: np.ndarray, q: np.ndarray) -> np.ndarray:
     """What Y must be when q [R, K] is the quantised input: q, or NaN wherever 0 * NaN enters the sum."""
     nan_rows = np.isnan(q).any(axis=1)
@@ -63,9 +81,13 @@ def flags(spec: emu.Spec, side: str) -> list[str]:
 def check_group(args, spec: emu.Spec, side: str, cases: list, folder: Path) -> list[str]:
     """cases: (name, x [R, K], expected quantised [R, K]); returns what is wrong, in words."""
     source, out = folder / "in.onnx", folder / "out.onnx"
-    source.write_bytes(build([(n, x) for n, x, _ in cases], side))
+    inputs = [(n, x) for n, x, _ in cases]
     try:
-        tools.rewrite(args, source, out, *flags(spec, side))
+        if args.direct:
+            out.write_bytes(build_direct(inputs, side, spec))
+        else:
+            source.write_bytes(build(inputs, side))
+            tools.rewrite(args, source, out, *flags(spec, side))
     except tools.RewriteFailed as e:
         return [f"{n} {side}: {e}" for n, _, _ in cases]
     replaced = {n.name for n in onnx.load(out).graph.node if n.op_type == "MxMatMul" and n.domain == "mx"}
@@ -114,6 +136,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("golden", nargs="+", type=Path)
     p.add_argument("--no-extra", action="store_true", help="only the vectors of the files")
+    p.add_argument("--direct", action="store_true", help="pack by the emulation, not by mxrewrite: judges the operator alone")
     tools.add_arguments(p)
     args = p.parse_args()
     groups = defaultdict(list)
