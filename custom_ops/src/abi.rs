@@ -121,3 +121,60 @@ unsafe fn bound_domain(api: *const sys::OrtApi) -> Result<usize, String> {
     *bound = Some(Bound { api: api as usize, domain: address });
     Ok(address)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, ffi::c_char, mem::MaybeUninit, ptr};
+
+    use super::*;
+
+    thread_local! {
+        static MESSAGE: RefCell<String> = const { RefCell::new(String::new()) };
+    }
+
+    extern "system" fn create_status(
+        _: sys::OrtErrorCode,
+        message: *const c_char,
+    ) -> sys::OrtStatusPtr {
+        // SAFETY: the caller passes a C string.
+        let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+        MESSAGE.with_borrow_mut(|message| *message = text);
+        sys::OrtStatusPtr(ptr::dangling_mut())
+    }
+
+    /// A runtime of API version 21: it knows version 1, of which only `CreateStatus` is filled in.
+    extern "system" fn get_api(version: u32) -> *const sys::OrtApi {
+        if version > 21 {
+            return ptr::null();
+        }
+        let table = Box::leak(Box::new(MaybeUninit::<sys::OrtApi>::zeroed()));
+        // SAFETY: the field lies inside the table, which is leaked.
+        unsafe { (&raw mut (*table.as_mut_ptr()).CreateStatus).write(create_status) };
+        table.as_ptr()
+    }
+
+    extern "system" fn version() -> *const c_char {
+        c"1.21.9".as_ptr()
+    }
+
+    #[test]
+    fn a_runtime_that_is_too_old_gets_a_status_and_no_crash() {
+        let base = sys::OrtApiBase { GetApi: get_api, GetVersionString: version };
+        // SAFETY: the options are not looked at, because the runtime is refused before.
+        let status = unsafe { RegisterCustomOps(ptr::dangling_mut(), &base) };
+        assert!(!status.0.is_null());
+        let message = MESSAGE.take();
+        assert!(message.contains("1.22") && message.contains("1.21.9"), "{message}");
+    }
+
+    #[test]
+    fn null_pointers_are_answered() {
+        // SAFETY: null is allowed.
+        assert!(unsafe { RegisterCustomOps(ptr::null_mut(), ptr::null()) }.0.is_null());
+        let base = sys::OrtApiBase { GetApi: get_api, GetVersionString: version };
+        // SAFETY: null options are allowed.
+        let status = unsafe { RegisterCustomOps(ptr::null_mut(), &base) };
+        assert!(!status.0.is_null());
+        assert!(MESSAGE.take().contains("options"));
+    }
+}

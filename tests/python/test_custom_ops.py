@@ -150,6 +150,24 @@ def inputs() -> None:
         y = mx.run(mx.session(m), {"X": mx.value(c.feed(), dtype)}, ["float32"])[0]
         check((y == mx.run_case(c)).all(), f"{dtype}: Y's type is inferred as X's")
 
+    # Unnamed unknown dimensions: a Reshape whose target is computed from Y's shape must still load.
+    plain = Case()
+    m = plain.model()
+    m.graph.input[0].CopyFrom(helper.make_tensor_value_info("X", TensorProto.FLOAT, [None, None, plain.k]))
+    m.graph.output[0].CopyFrom(helper.make_tensor_value_info("Z", TensorProto.FLOAT, None))
+    m.graph.initializer.append(mx.tensor("lead", np.array([0, 1], np.int64), TensorProto.INT64))
+    m.graph.initializer.append(mx.tensor("heads", np.array([4, plain.n // 4], np.int64), TensorProto.INT64))
+    m.graph.node.extend(
+        [
+            helper.make_node("Shape", ["Y"], ["shape"]),
+            helper.make_node("Gather", ["shape", "lead"], ["kept"]),
+            helper.make_node("Concat", ["kept", "heads"], ["target"], axis=0),
+            helper.make_node("Reshape", ["Y", "target"], ["Z"]),
+        ]
+    )
+    z = mx.session(m).run(None, {"X": plain.feed()})[0]
+    check(z.shape == (2, 3, 4, plain.n // 4), f"reshaped by a computed shape: {z.shape}")
+
     m = case.replace(bias=False).model()
     m.graph.node[0].input.append("")
     check(mx.session(m).run(None, {"X": case.feed()})[0].shape == want.shape, "a trailing absent bias")
