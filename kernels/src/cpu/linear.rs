@@ -8,9 +8,9 @@ use std::sync::OnceLock;
 
 use super::{
     Kernels,
-    panel::{PANEL, ScaleTable, Weight},
-    rows::RowQuant,
-    scratch, simd,
+    buffers::{Output, prepare_x, tensor_divisor},
+    panel::{PANEL, Weight},
+    scratch,
     tile::{CHUNK, XPanel},
     variants::BUNCH,
 };
@@ -25,16 +25,17 @@ use crate::{
 
 /// Floats of x kept at a time: 16 MiB.
 const X_FLOATS: usize = 4 << 20;
-/// Rows of x at a time: with COLUMNS columns their sums fill an eighth of a second-level cache.
+/// Rows of x at a time: with COLUMNS columns their sums fill a quarter of a second-level cache.
 const MAX_ROWS: usize = 512;
 /// Rows of x whose chunks (128 KiB) are multiplied by all panels of a task in turn.
 const BLOCK_ROWS: usize = 128;
-/// Output features of a task: four panels of a chunk take 64 KiB.
-const COLUMNS: usize = 64;
+/// Output features of a task: eight panels of a chunk take 128 KiB. All of x streams through a task
+/// once, so fewer would cost traffic.
+const COLUMNS: usize = 128;
 /// Up to so many rows of x are multiplied straight from the codes.
 const DOT_ROWS: usize = 4;
 /// Multiply-adds under which threads cost more than they bring.
-const SERIAL_WORK: usize = 1 << 16;
+pub(crate) const SERIAL_WORK: usize = 1 << 16;
 
 /// Products in one chain of fp32 additions. With chunks of c the error is at most
 /// (c/2 + k/(2c)) * 2^-23 * sum |x w|; these keep it under (k/16 + 32) * 2^-23 for every k.
@@ -43,41 +44,6 @@ fn chain(k: usize) -> usize {
         0..704 => 64,
         704..1600 => 128,
         _ => CHUNK,
-    }
-}
-
-/// Where results go; tasks write disjoint elements.
-enum Output {
-    F32(*mut f32),
-    F16(*mut half::f16),
-    Bf16(*mut half::bf16),
-}
-
-// SAFETY: each element is written by one task, and the owner waits for all of them.
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// Writes `values` from element `at` on.
-    ///
-    /// # Safety
-    /// The elements lie within the output, and no other task writes them.
-    unsafe fn write(&self, at: usize, values: &[f32]) {
-        // SAFETY: the caller vouches for the range.
-        unsafe {
-            match *self {
-                Self::F32(y) => {
-                    std::slice::from_raw_parts_mut(y.add(at), values.len()).copy_from_slice(values);
-                }
-                Self::F16(y) => {
-                    let y = std::slice::from_raw_parts_mut(y.add(at), values.len());
-                    half::slice::HalfFloatSliceExt::convert_from_f32_slice(y, values);
-                }
-                Self::Bf16(y) => {
-                    let y = std::slice::from_raw_parts_mut(y.add(at), values.len());
-                    half::slice::HalfFloatSliceExt::convert_from_f32_slice(y, values);
-                }
-            }
-        }
     }
 }
 
@@ -113,10 +79,7 @@ pub(crate) fn linear(
     let (n, k) = (problem.n, problem.k);
     let small = m.saturating_mul(n).saturating_mul(k) < SERIAL_WORK;
     let par = if small { &Serial } else { par };
-    let shift = simd::shift(w.spec().format);
-    let table = ScaleTable::new(w.spec().format, shift);
-    let uniform = f32::from_bits(((shift + 127) as u32) << 23);
-    let weight = Weight { packed: *w, table: &table, uniform };
+    let weight = Weight::new(*w);
     let divisor = tensor_divisor(problem, &x);
     let mut factor = f64::from(problem.alpha) * f64::from(divisor);
     if w.spec().scale == ScaleKind::Tensor {
@@ -148,78 +111,6 @@ pub(crate) fn linear(
         });
     }
     Ok(())
-}
-
-/// The activation's scale for a whole tensor, else 1.
-fn tensor_divisor(problem: &LinearProblem, x: &Float<'_>) -> f32 {
-    match &problem.activation {
-        Some(spec) if spec.scale == ScaleKind::Tensor => {
-            let finite = (0..x.len()).map(|i| x.get(i).abs()).filter(|v| v.is_finite());
-            reference::tensor_scale(spec.format, finite.fold(0.0, f32::max))
-        }
-        _ => 1.0,
-    }
-}
-
-/// A pointer that tasks write disjoint parts through.
-struct Shared(*mut f32);
-// SAFETY: see the one use below.
-unsafe impl Sync for Shared {}
-
-/// Fills `buffer` with rows `row0..row0 + rows` of x, quantised, in [`XPanel`]'s order. Rows that do
-/// not fit normal f32 come back in f64.
-#[allow(clippy::too_many_arguments)]
-fn prepare_x(
-    kernels: &Kernels,
-    problem: &LinearProblem,
-    x: &Float<'_>,
-    divisor: f32,
-    row0: usize,
-    rows: usize,
-    buffer: &mut [f32],
-    par: &dyn Parallel,
-) -> Vec<OnceLock<Vec<f64>>> {
-    let k = problem.k;
-    let exact: Vec<OnceLock<Vec<f64>>> = (0..rows).map(|_| OnceLock::new()).collect();
-    let quant = problem.activation.map(RowQuant::new);
-    let target = Shared(buffer.as_mut_ptr());
-    let target = &target;
-    let one = |r: usize, scratch: &mut [f32]| {
-        let (raw, quantised) = scratch.split_at_mut(k);
-        x.load((row0 + r) * k, raw);
-        let mut values: &[f32] = raw;
-        if let Some(quant) = &quant {
-            // SAFETY: the table of a variant is only handed out where `detect` says yes.
-            if unsafe { (kernels.fake_row)(quant, raw, divisor, quantised) } {
-                let _ = exact[r].set(reference::fake_row_f64(&quant.spec, raw));
-            }
-            values = quantised;
-        }
-        for (c, part) in values.chunks(CHUNK).enumerate() {
-            // SAFETY: chunk c of row r is in the buffer of rows * ceil(k / CHUNK) chunks, and only
-            // this call writes it.
-            let to = unsafe {
-                std::slice::from_raw_parts_mut(target.0.add((c * rows + r) * CHUNK), CHUNK)
-            };
-            to[..part.len()].copy_from_slice(part);
-            to[part.len()..].fill(0.0);
-        }
-    };
-    let per_task = (SERIAL_WORK / 4 / k).max(1);
-    let tasks = rows.div_ceil(per_task);
-    let run = |task: usize| {
-        scratch::for_task(2 * k, |scratch| {
-            for r in task * per_task..((task + 1) * per_task).min(rows) {
-                one(r, scratch);
-            }
-        });
-    };
-    if tasks == 1 {
-        run(0)
-    } else {
-        par.run(tasks, &run)
-    }
-    exact
 }
 
 impl Job<'_> {
@@ -301,22 +192,30 @@ impl Job<'_> {
         let panel_count = used.div_ceil(width) * self.kernels.panels;
         let decode = self.kernels.decode[self.weight.packed.spec().format as usize];
         let mut bad = [[false; PANEL]; COLUMNS / PANEL];
+        // Blocks of rows, so that their chunk of x stays in the second-level cache for all panels;
+        // a single block uses each panel at once, while it is in the first level.
+        let blocks = (m1 - m0).div_ceil(BLOCK_ROWS);
+        let (step, rounds) = match blocks {
+            1 => (self.kernels.panels, panel_count / self.kernels.panels),
+            _ => (panel_count, 1),
+        };
         for k0 in (0..self.k()).step_by(CHUNK) {
             let kc = CHUNK.min(self.k() - k0);
-            for (p, bad) in bad.iter_mut().enumerate().take(panel_count) {
-                let out = panels[p * CHUNK * PANEL..(p + 1) * CHUNK * PANEL].as_mut_ptr();
-                // SAFETY: the variant runs here, k0 + kc <= k, and a panel holds CHUNK rows of 16.
-                unsafe { decode(self.weight, n0 + p * PANEL, k0, kc, out, bad) };
-            }
-            // Blocks of rows, so that their chunk of x stays in the second-level cache for all panels.
-            let blocks = (m1 - m0).div_ceil(BLOCK_ROWS);
-            for block in 0..blocks {
-                let start = (m1 - m0) * block / blocks;
-                let end = (m1 - m0) * (block + 1) / blocks;
-                for p in (0..panel_count).step_by(self.kernels.panels) {
-                    let panel = &panels[p * CHUNK * PANEL..];
-                    let c = &mut c[start * columns + p * PANEL..];
-                    self.tile_column(m0 + start, m0 + end, k0, kc, panel, c, columns);
+            for first in (0..rounds).map(|round| round * step) {
+                for p in 0..step {
+                    let out = panels[p * CHUNK * PANEL..(p + 1) * CHUNK * PANEL].as_mut_ptr();
+                    let n = n0 + (first + p) * PANEL;
+                    // SAFETY: the variant runs here, k0 + kc <= k, a panel holds CHUNK rows of 16.
+                    unsafe { decode(self.weight, n, k0, kc, out, &mut bad[first + p]) };
+                }
+                for block in 0..blocks {
+                    let start = (m1 - m0) * block / blocks;
+                    let end = (m1 - m0) * (block + 1) / blocks;
+                    for p in (0..step).step_by(self.kernels.panels) {
+                        let panel = &panels[p * CHUNK * PANEL..];
+                        let c = &mut c[start * columns + (first + p) * PANEL..];
+                        self.tile_column(m0 + start, m0 + end, k0, kc, panel, c, columns);
+                    }
                 }
             }
         }

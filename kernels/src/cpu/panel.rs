@@ -7,7 +7,7 @@
 // Two or three arrays run along one index; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::simd::{Codec, Simd};
+use super::simd::{Codec, Simd, shift};
 use crate::{
     formats::ElementFormat,
     scale::{SCALE_NAN, ScaleKind},
@@ -16,6 +16,9 @@ use crate::{
 
 /// Rows of a panel: output features in one [`Simd::V`].
 pub(crate) const PANEL: usize = 16;
+
+/// How far ahead of its use a code is asked for, in k.
+const AHEAD: usize = 256;
 
 /// Smallest and largest e for which every non-zero element times 2^e is a normal f32.
 pub(crate) fn exponent_window(format: ElementFormat) -> (i32, i32) {
@@ -27,11 +30,10 @@ pub(crate) fn exponent_window(format: ElementFormat) -> (i32, i32) {
 
 /// For each scale byte the factor that makes a decoded code its value: 2^(e + SHIFT), NaN for a NaN
 /// block and 0 where value or factor would leave the normal f32.
-#[derive(Clone)]
-pub(crate) struct ScaleTable(pub [f32; 256]);
+struct ScaleTable([f32; 256]);
 
 impl ScaleTable {
-    pub(crate) fn new(format: ElementFormat, shift: i32) -> Self {
+    fn new(format: ElementFormat, shift: i32) -> Self {
         let (low, high) = exponent_window(format);
         Self(std::array::from_fn(|byte| {
             let e = byte as i32 - 127;
@@ -49,27 +51,40 @@ impl ScaleTable {
 /// A weight with what decoding needs besides.
 pub(crate) struct Weight<'a> {
     pub packed: PackedWeight<'a>,
-    pub table: &'a ScaleTable,
+    table: ScaleTable,
     /// The same factor for all blocks, where there are no block scales.
-    pub uniform: f32,
+    uniform: f32,
+    /// Packed bytes and scale bytes of a row; the latter 0 without block scales.
+    row_bytes: usize,
+    row_scales: usize,
 }
 
-impl Weight<'_> {
+impl<'a> Weight<'a> {
+    pub(crate) fn new(packed: PackedWeight<'a>) -> Self {
+        let (spec, k) = (packed.spec(), packed.k());
+        let shift = shift(spec.format);
+        Self {
+            packed,
+            table: ScaleTable::new(spec.format, shift),
+            uniform: f32::from_bits(((shift + 127) as u32) << 23),
+            row_bytes: spec.row_bytes(k),
+            row_scales: if spec.scale == ScaleKind::E8M0 { spec.blocks(k) } else { 0 },
+        }
+    }
+
     /// Packed bytes of row `n`.
     #[inline(always)]
     pub(crate) fn row(&self, n: usize) -> &[u8] {
-        let bytes = self.packed.spec().row_bytes(self.packed.k());
-        &self.packed.codes()[n * bytes..(n + 1) * bytes]
+        &self.packed.codes()[n * self.row_bytes..(n + 1) * self.row_bytes]
     }
 
     /// Factor of block `b` of row `n`; sets `bad` where it cannot be folded.
     #[inline(always)]
     pub(crate) fn factor(&self, n: usize, b: usize, bad: &mut bool) -> f32 {
-        let spec = self.packed.spec();
-        if spec.scale != ScaleKind::E8M0 {
+        if self.row_scales == 0 {
             return self.uniform;
         }
-        let byte = self.packed.scales()[n * spec.blocks(self.packed.k()) + b];
+        let byte = self.packed.scales()[n * self.row_scales + b];
         let factor = self.table.0[usize::from(byte)];
         if factor == 0.0 {
             *bad |= !self.is_zero(n, b);
@@ -121,6 +136,12 @@ pub(crate) unsafe fn decode_panel<S: Simd, C: Codec>(
                 let at = k / 16 * C::UNIT;
                 let factor = S::load(factors.as_ptr());
                 let out = out.add((k - k0) * PANEL);
+                // Rows are far apart, which hardware does not foresee: ask for the next chunk, a
+                // quarter of the rows at a time, as a cache line lasts for four units or more.
+                for j in 0..PANEL / 4 {
+                    let row = starts[k / 16 % 4 * 4 + j];
+                    S::prefetch(row.wrapping_add(at + AHEAD / 16 * C::UNIT));
+                }
                 if C::BITS == 16 {
                     decode_unit_bf16::<S>(&starts, at, out);
                 } else {

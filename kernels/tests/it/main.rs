@@ -7,3 +7,4 @@ mod golden;
 mod linear;
 mod quantize;
 mod scores;
+mod variant;
