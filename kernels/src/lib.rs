@@ -5,7 +5,7 @@
 //! f32 rows --quantize--> codes + scales --pack--> bytes --linear(x)--> y
 //! ```
 //!
-//! [`reference`] is the specification; everything else is held against it. [`pack`] alone knows the
+//! [`mod@reference`] is the specification; everything else is held against it. [`pack`] alone knows the
 //! order of packed bytes, [`formats`] holds the one table of formats, [`scale`] the shared exponents.
 //!
 //! Source: OCP Microscaling Formats (MX) Specification v1.0.
@@ -29,7 +29,7 @@ pub use scale::{ScaleKind, ScaleRule};
 pub use scores::{BaselineScores, TokenScores, token_scores};
 pub use tensor::{Float, FloatMut, LinearProblem, PackedWeight, QuantSpec};
 
-/// y[m, n] = alpha * x[m, k] * w[n, k]^T (+ beta * bias[n]), x quantised on the fly where the
+/// `y[m, n] = alpha * x[m, k] * w[n, k]^T (+ beta * bias[n])`, x quantised on the fly where the
 /// problem says so.
 ///
 /// The sum runs in fp32 in a fixed order, whatever the threads: the same input gives the same bits

@@ -255,7 +255,7 @@ impl<'a> PackedWeight<'a> {
     }
 }
 
-/// y[m, n] = alpha * x[m, k] * w[n, k]^T (+ beta * bias[n]); m follows from the length of x.
+/// `y[m, n] = alpha * x[m, k] * w[n, k]^T (+ beta * bias[n])`; m follows from the length of x.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LinearProblem {
     /// Output features.

@@ -1,6 +1,6 @@
 //! The fast CPU kernels: one text, compiled once for each set of instructions, chosen at run time.
 //!
-//! [`Kernels`] is a table of function pointers; [`kernels`] picks the best that the machine can run
+//! `Kernels` is a table of function pointers; `kernels` picks the best that the machine can run
 //! (or the one that `MX_CPU_VARIANT` names) once. `linear` drives them.
 
 #[cfg(target_arch = "x86_64")]
