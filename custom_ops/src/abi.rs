@@ -20,9 +20,19 @@ struct Bound {
     domain: usize,
 }
 
+/// The oldest ONNX Runtime, 1.x, that these operators are safe in: 1.22 and 1.23 have the API, but
+/// dereference a null pointer in shape inference when a node leaves out an input before its last,
+/// as an unscaled `MxMatMul` with a bias does.
+const OLDEST_MINOR: u32 = 24;
+
+/// The minor number of a version like `1.31.1`.
+fn minor(version: &str) -> Option<u32> {
+    version.strip_prefix("1.")?.split('.').next()?.parse().ok()
+}
+
 /// Adds the operators of domain `mx` to `options`; called by `register_custom_ops_library`.
 ///
-/// Needs ONNX Runtime 1.22 or newer. The operators are made once and live as long as the process,
+/// Needs ONNX Runtime 1.24 or newer. The operators are made once and live as long as the process,
 /// so any number of session options and sessions may use them, also after the options are gone.
 /// ONNX Runtime refuses to create a session from options that have the domain twice, hence call
 /// this once on each options object.
@@ -77,16 +87,12 @@ unsafe fn register(
     if options.is_null() {
         return Err("no session options given".to_owned());
     }
+    // SAFETY: `api_base` is ONNX Runtime's and its version a static C string.
+    let version = unsafe { CStr::from_ptr(((*api_base).GetVersionString)()) }.to_string_lossy();
     // SAFETY: `api_base` is ONNX Runtime's.
     let api = unsafe { ((*api_base).GetApi)(sys::ORT_API_VERSION) };
-    if api.is_null() {
-        // SAFETY: the version is a static C string.
-        let version = unsafe { CStr::from_ptr(((*api_base).GetVersionString)()) };
-        return Err(format!(
-            "needs ONNX Runtime 1.{} or newer, this is {}",
-            sys::ORT_API_VERSION,
-            version.to_string_lossy()
-        ));
+    if api.is_null() || minor(&version).is_some_and(|minor| minor < OLDEST_MINOR) {
+        return Err(format!("needs ONNX Runtime 1.{OLDEST_MINOR} or newer, this is {version}"));
     }
     // SAFETY: `api` is a complete table of the version that was asked for and is never freed.
     let domain = unsafe { bound_domain(api)? };
@@ -142,9 +148,9 @@ mod tests {
         sys::OrtStatusPtr(ptr::dangling_mut())
     }
 
-    /// A runtime of API version 21: it knows version 1, of which only `CreateStatus` is filled in.
+    /// A runtime of API version 23, of whose table only `CreateStatus` is filled in.
     extern "system" fn get_api(version: u32) -> *const sys::OrtApi {
-        if version > 21 {
+        if version > 23 {
             return ptr::null();
         }
         let table = Box::leak(Box::new(MaybeUninit::<sys::OrtApi>::zeroed()));
@@ -154,7 +160,7 @@ mod tests {
     }
 
     extern "system" fn version() -> *const c_char {
-        c"1.21.9".as_ptr()
+        c"1.23.9".as_ptr()
     }
 
     #[test]
@@ -164,7 +170,14 @@ mod tests {
         let status = unsafe { RegisterCustomOps(ptr::dangling_mut(), &base) };
         assert!(!status.0.is_null());
         let message = MESSAGE.take();
-        assert!(message.contains("1.22") && message.contains("1.21.9"), "{message}");
+        assert!(message.contains("1.24") && message.contains("1.23.9"), "{message}");
+    }
+
+    #[test]
+    fn versions_are_read_as_far_as_they_look_like_one() {
+        assert_eq!(minor("1.31.1"), Some(31));
+        assert_eq!(minor("1.24.0-dev+build"), Some(24));
+        assert_eq!((minor("2.0.0"), minor(""), minor("1.x")), (None, None, None));
     }
 
     #[test]
