@@ -1,0 +1,123 @@
+//! JSON Lines: one object a line, blank lines ignored.
+
+use super::{Document, Documents, subset_of};
+use crate::eval::error::{Error, Result};
+use std::io::BufRead;
+use std::path::{Path, PathBuf};
+
+/// Streams the documents of `reader`; `path` is for messages.
+pub(super) fn read(path: &Path, reader: impl BufRead + Send + 'static) -> Documents {
+    Box::new(Lines { path: path.into(), reader, line: 0, failed: false })
+}
+
+struct Lines<R> {
+    path: PathBuf,
+    reader: R,
+    line: u64,
+    failed: bool,
+}
+
+impl<R: BufRead> Lines<R> {
+    fn next_document(&mut self) -> Result<Option<Document>> {
+        let mut bytes = Vec::new();
+        loop {
+            bytes.clear();
+            self.line += 1;
+            let read = self.reader.read_until(b'\n', &mut bytes);
+            if read.map_err(|e| self.error(format!("cannot read: {e}")))? == 0 {
+                return Ok(None);
+            }
+            if !bytes.trim_ascii().is_empty() {
+                return self.document(&bytes).map(Some);
+            }
+        }
+    }
+
+    fn document(&self, bytes: &[u8]) -> Result<Document> {
+        let value: serde_json::Value =
+            serde_json::from_slice(bytes).map_err(|e| self.error(format!("invalid JSON: {e}")))?;
+        let serde_json::Value::Object(mut object) = value else {
+            return Err(self.error("expected a JSON object with a `text` key".into()));
+        };
+        let subset = object.get("meta").and_then(subset_of);
+        match object.remove("text") {
+            Some(serde_json::Value::String(text)) => Ok(Document { text, subset }),
+            Some(_) => Err(self.error("`text` is not a string".into())),
+            None => {
+                let keys: Vec<_> = object.keys().map(String::as_str).collect();
+                Err(self.error(format!("no `text` key; found {}", list(&keys))))
+            }
+        }
+    }
+
+    fn error(&self, reason: String) -> Error {
+        Error::Corpus { path: self.path.clone(), reason: format!("line {}: {reason}", self.line) }
+    }
+}
+
+impl<R: BufRead> Iterator for Lines<R> {
+    type Item = Result<Document>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let item = self.next_document().transpose();
+        self.failed = matches!(item, Some(Err(_)));
+        item
+    }
+}
+
+/// A list of names for a message; "none" when empty.
+pub(super) fn list(names: &[&str]) -> String {
+    if names.is_empty() { "none".into() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::all;
+
+    #[test]
+    fn lines_with_and_without_meta_plain_and_compressed() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines = concat!(
+            "{\"text\": \"a\", \"meta\": {\"pile_set_name\": \"Github\"}}\n\n",
+            "{\"text\": \"b\\n\", \"meta\": \"{\\\"pile_set_name\\\": \\\"PhilPapers\\\"}\"}\n",
+            "{\"text\": \"\"}",
+        );
+        let plain = dir.path().join("a.jsonl");
+        std::fs::write(&plain, lines).unwrap();
+        // Two frames: The Pile's shards are concatenations.
+        let mut packed = zstd::encode_all(lines.as_bytes(), 1).unwrap();
+        packed.extend(zstd::encode_all("\n{\"text\":\"c\"}\n".as_bytes(), 1).unwrap());
+        let compressed = dir.path().join("a.jsonl.zst");
+        std::fs::write(&compressed, packed).unwrap();
+
+        let docs = all(&plain).unwrap();
+        let texts: Vec<_> = docs.iter().map(|d| d.text.as_str()).collect();
+        let subsets: Vec<_> = docs.iter().map(|d| d.subset.as_deref()).collect();
+        assert_eq!(texts, ["a", "b\n", ""]);
+        assert_eq!(subsets, [Some("Github"), Some("PhilPapers"), None]);
+        let again = all(&compressed).unwrap();
+        assert_eq!(again[..3], docs[..]);
+        assert_eq!(again[3].text, "c");
+    }
+
+    #[test]
+    fn faults_name_the_line_and_what_was_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        for (lines, expected) in [
+            ("{\"text\":\"a\"}\n{\"text\":\n", "line 2: invalid JSON"),
+            ("\n\n{\"content\":\"a\",\"id\":1}\n", "line 3: no `text` key; found content, id"),
+            ("[1]\n", "line 1: expected a JSON object"),
+            ("{\"text\":7}\n", "line 1: `text` is not a string"),
+        ] {
+            std::fs::write(&path, lines).unwrap();
+            let message = all(&path).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+        std::fs::write(dir.path().join("a.jsonl.zst"), b"not zstd at all").unwrap();
+        assert!(all(&dir.path().join("a.jsonl.zst")).is_err());
+    }
+}

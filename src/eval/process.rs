@@ -1,0 +1,124 @@
+//! What the process is and uses: memory, date, hashes.
+
+use super::error::{Error, Result};
+use sha2::{Digest as _, Sha256};
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Peak resident memory since [`PeakMemory::start`].
+#[derive(Debug)]
+pub struct PeakMemory {
+    reset: bool,
+}
+
+impl PeakMemory {
+    /// Resets the kernel's high-water mark, where it lets us.
+    pub fn start() -> Self {
+        // 5 resets VmHWM (proc_pid_clear_refs(5)).
+        Self { reset: std::fs::write("/proc/self/clear_refs", "5").is_ok() }
+    }
+
+    /// The peak in bytes; `None` where the mark could not be reset or read.
+    pub fn bytes(&self) -> Option<u64> {
+        if !self.reset {
+            return None;
+        }
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    }
+}
+
+/// SHA-256 of files, one after the other, in hexadecimal.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn sha256_files<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    for path in paths {
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        loop {
+            match file.read(&mut buffer).map_err(Error::io(path))? {
+                0 => break,
+                read => hasher.update(&buffer[..read]),
+            }
+        }
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// SHA-256 of a text, in hexadecimal.
+pub fn sha256_text(text: &str) -> String {
+    hex(&Sha256::digest(text.as_bytes()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Now, as `2025-11-22T20:02:03Z`.
+pub fn now() -> String {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    utc(seconds)
+}
+
+/// Seconds since 1970 as a date; days to civil dates after Howard Hinnant,
+/// "chrono-Compatible Low-Level Date Algorithms".
+fn utc(seconds: u64) -> String {
+    let days = seconds / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(utc(1_763_841_723), "2025-11-22T20:02:03Z");
+        assert_eq!(utc(4_107_542_399), "2100-02-28T23:59:59Z");
+    }
+
+    #[test]
+    fn hashes_of_files_are_those_of_their_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        std::fs::write(&a, "a").unwrap();
+        std::fs::write(&b, "bc").unwrap();
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256_files([a.as_path(), b.as_path()]).unwrap(), abc);
+        assert_eq!(sha256_text("abc"), abc);
+    }
+
+    #[test]
+    fn the_peak_is_that_of_the_stage() {
+        let peak = PeakMemory::start();
+        let block = vec![1u8; 64 << 20];
+        assert_eq!(block.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 64 << 20);
+        let Some(with) = peak.bytes() else {
+            return; // The kernel does not let us reset the mark here.
+        };
+        assert!(with >= 64 << 20);
+        drop(block);
+        let after = PeakMemory::start().bytes().unwrap_or(0);
+        assert!(after < with, "{after} {with}");
+    }
+}

@@ -1,0 +1,144 @@
+//! Finding and loading libonnxruntime: nothing is linked at build time.
+
+use super::error::{Error, Result};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Minimum version of ONNX Runtime, the API level the project is built for.
+const MINIMUM: &str = "1.22";
+
+/// A loaded ONNX Runtime.
+#[derive(Debug)]
+pub struct Runtime {
+    /// The environment that sessions are made in.
+    pub environment: ort::environment::Environment,
+    /// The library.
+    pub library: PathBuf,
+    /// Its version, such as `1.31.1`.
+    pub version: String,
+}
+
+/// Loads ONNX Runtime: `library` (`--ort-lib`), else `ORT_DYLIB_PATH`, else the library beside the
+/// executable, else that of the `onnxruntime` Python package of `MX_PYTHON`, `.venv` or `python3`.
+///
+/// The process holds one ONNX Runtime: a second call with another library gets the first one.
+///
+/// # Errors
+/// None is found, or the one found cannot be loaded or is too old; the message says what to do.
+pub fn load(library: Option<&Path>) -> Result<Runtime> {
+    let library = find(library)?;
+    // `ort` takes a relative path from the executable's folder.
+    let library = std::path::absolute(&library).unwrap_or(library);
+    let failed = |reason: String| {
+        Error::Runtime(format!(
+            "cannot load ONNX Runtime from {}: {reason}; version {MINIMUM} or later is needed \
+             (pip install onnxruntime, then --ort-lib or ORT_DYLIB_PATH = its \
+             capi/libonnxruntime.so.*)",
+            library.display()
+        ))
+    };
+    let builder = ort::init_from(&library).map_err(|e| failed(e.to_string()))?;
+    let environment =
+        builder.with_name("mxeval").with_telemetry(false).build().map_err(|e| failed(e.to_string()))?;
+    let version = version(ort::info(), &library);
+    Ok(Runtime { environment, library, version })
+}
+
+fn find(given: Option<&Path>) -> Result<PathBuf> {
+    let checked = |path: &Path, origin: &str| {
+        if path.is_file() {
+            return Ok(path.to_path_buf());
+        }
+        let inside = if path.is_dir() { newest_in(path) } else { None };
+        inside.ok_or_else(|| {
+            Error::Runtime(format!(
+                "{origin} {}: no such library; pass the path of libonnxruntime.so",
+                path.display()
+            ))
+        })
+    };
+    if let Some(path) = given {
+        return checked(path, "--ort-lib");
+    }
+    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()) {
+        return checked(Path::new(&path), "ORT_DYLIB_PATH");
+    }
+    let executable = std::env::current_exe().ok();
+    let beside = executable.as_deref().and_then(Path::parent).and_then(newest_in);
+    beside.or_else(in_python).ok_or_else(|| {
+        Error::Runtime(
+            "no libonnxruntime found: pass --ort-lib PATH, set ORT_DYLIB_PATH, put \
+             libonnxruntime.so beside mxeval, or install it for Python: \
+             python3 -m venv .venv && .venv/bin/pip install onnxruntime"
+                .into(),
+        )
+    })
+}
+
+/// The library of the `onnxruntime` package, found without importing it.
+fn in_python() -> Option<PathBuf> {
+    const SCRIPT: &str = "import importlib.util as u, os; s = u.find_spec('onnxruntime'); \
+                          print(os.path.dirname(s.origin) if s and s.origin else '')";
+    let named = std::env::var_os("MX_PYTHON").map(PathBuf::from);
+    let pythons = named.into_iter().chain([".venv/bin/python".into(), "python3".into()]);
+    pythons.into_iter().find_map(|python| {
+        let output = Command::new(python).args(["-c", SCRIPT]).output().ok()?;
+        let root = String::from_utf8(output.stdout).ok()?;
+        let root = root.trim();
+        (!root.is_empty()).then(|| newest_in(&Path::new(root).join("capi"))).flatten()
+    })
+}
+
+/// The libonnxruntime of a folder; of several the last by name, which is the versioned one.
+fn newest_in(folder: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    let names = entries.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let name = path.file_name()?.to_str()?;
+        let library = name.starts_with("libonnxruntime.so") || name.starts_with("libonnxruntime.dylib");
+        (library || name == "onnxruntime.dll").then_some(path)
+    });
+    names.max()
+}
+
+/// ONNX Runtime's version out of its build info, else out of the library's name.
+fn version(info: &str, library: &Path) -> String {
+    let name = library.canonicalize().unwrap_or_else(|_| library.into());
+    let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    match name.strip_prefix("libonnxruntime.so.") {
+        Some(version) if version.contains('.') => version.to_owned(),
+        _ => info.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_not_there_is_named_with_its_origin() {
+        let error = find(Some(Path::new("/nowhere/libonnxruntime.so"))).unwrap_err().to_string();
+        assert!(error.contains("--ort-lib /nowhere/libonnxruntime.so"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_gives_its_versioned_library() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["libonnxruntime.so", "libonnxruntime.so.1.31.1", "libonnxruntime_providers.so"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let found = find(Some(dir.path())).unwrap();
+        assert_eq!(found.file_name().unwrap(), "libonnxruntime.so.1.31.1");
+        assert_eq!(version("Build Info", &found), "1.31.1");
+        assert_eq!(version("Build Info", &dir.path().join("libonnxruntime.so")), "Build Info");
+    }
+
+    #[test]
+    fn a_file_that_is_no_library_is_an_error_not_a_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("libonnxruntime.so");
+        std::fs::write(&path, "text").unwrap();
+        let error = load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("cannot load ONNX Runtime") && error.contains("1.22"), "{error}");
+    }
+}

@@ -1,0 +1,312 @@
+//! The output folder: results that survive an interruption, and one writer at a time.
+
+use super::error::{Error, Result};
+use super::record::{Record, Status};
+use serde_json::{Map, Value};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// The folder of one run; holds its lock.
+#[derive(Debug)]
+pub struct Store {
+    folder: PathBuf,
+    records: Vec<Record>,
+    /// Key of every record that is ok, by model and stage.
+    keys: Map<String, Value>,
+    run: Map<String, Value>,
+    _lock: File,
+}
+
+const RESULTS: &str = "results.jsonl";
+const RUN: &str = "run.json";
+const LOCK: &str = ".lock";
+const WORK: &str = ".work";
+
+impl Store {
+    /// Opens or makes the folder and takes its lock. With `resume` earlier records are kept to be
+    /// reused, without it they are dropped.
+    ///
+    /// # Errors
+    /// Another mxeval holds the folder, it cannot be written, or a record in it is not readable.
+    pub fn open(folder: &Path, resume: bool) -> Result<Self> {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let path = folder.join(LOCK);
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::io(&path))?;
+        lock.try_lock().map_err(|e| match e {
+            TryLockError::WouldBlock => Error::Output(format!(
+                "{}: another mxeval is writing to this folder; wait for it or choose another --out",
+                folder.display()
+            )),
+            TryLockError::Error(source) => Error::Io { path, source },
+        })?;
+        let mut store = Self {
+            folder: folder.into(),
+            records: Vec::new(),
+            keys: Map::new(),
+            run: Map::new(),
+            _lock: lock,
+        };
+        // A run that was killed may have left a rewritten model.
+        store.clear_work()?;
+        if resume {
+            store.records = read_records(&folder.join(RESULTS))?;
+            store.keys = read_keys(&folder.join(RUN));
+        }
+        Ok(store)
+    }
+
+    /// Keeps of the earlier records those that `wanted` (model, stage, key) names with an equal key,
+    /// and writes results.jsonl anew with them.
+    ///
+    /// # Errors
+    /// results.jsonl cannot be written.
+    pub fn keep(&mut self, wanted: &[(String, String, String)]) -> Result<()> {
+        let keys = std::mem::take(&mut self.keys);
+        let matches = |record: &Record| {
+            record.status == Status::Ok
+                && wanted.iter().any(|(model, stage, key)| {
+                    *model == record.model
+                        && *stage == record.stage
+                        && keys.get(&slot(model, stage)).and_then(Value::as_str) == Some(key)
+                })
+        };
+        let mut kept: Vec<Record> = Vec::new();
+        for record in std::mem::take(&mut self.records) {
+            let again = |other: &Record| other.model == record.model && other.stage == record.stage;
+            if matches(&record) && !kept.iter().any(again) {
+                kept.push(record);
+            }
+        }
+        for record in &kept {
+            let slot = slot(&record.model, &record.stage);
+            if let Some(key) = keys.get(&slot) {
+                self.keys.insert(slot, key.clone());
+            }
+        }
+        let lines = kept.iter().map(line).collect::<Result<Vec<_>>>()?;
+        self.records = kept;
+        self.write(RESULTS, lines.concat().as_bytes())
+    }
+
+    /// The record of a stage that was kept.
+    pub fn kept(&self, model: &str, stage: &str) -> Option<&Record> {
+        self.records.iter().find(|record| record.model == model && record.stage == stage)
+    }
+
+    /// Appends a record, then its key: a stage that was cut off in between is run again.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn append(&mut self, record: Record, key: &str) -> Result<()> {
+        let path = self.folder.join(RESULTS);
+        let mut file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(&path)
+            .map_err(Error::io(&path))?;
+        file.write_all(line(&record)?.as_bytes())
+            .and_then(|()| file.sync_data())
+            .map_err(Error::io(&path))?;
+        if record.status == Status::Ok {
+            self.keys.insert(slot(&record.model, &record.stage), key.into());
+        }
+        self.records.push(record);
+        self.write_run()
+    }
+
+    /// All records, kept and new, in the order of results.jsonl.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// Sets what run.json says about the run and writes it.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn set_run(&mut self, run: Map<String, Value>) -> Result<()> {
+        self.run = run;
+        self.write_run()
+    }
+
+    fn write_run(&self) -> Result<()> {
+        let mut run = self.run.clone();
+        run.insert("keys".into(), Value::Object(self.keys.clone()));
+        let text = serde_json::to_string_pretty(&run)
+            .map_err(|e| Error::Output(format!("{RUN}: {e}")))?;
+        self.write(RUN, format!("{text}\n").as_bytes())
+    }
+
+    /// Writes a file of the folder as a whole or not at all.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.folder.join(name);
+        let written = tempfile::NamedTempFile::new_in(&self.folder).and_then(|mut file| {
+            file.write_all(bytes)?;
+            set_readable(file.as_file())?;
+            file.persist(&path).map_err(|e| e.error)
+        });
+        written.map(drop).map_err(Error::io(path))
+    }
+
+    /// A fresh folder for a rewritten model, removed by [`Store::clear_work`].
+    ///
+    /// # Errors
+    /// The folder cannot be made.
+    pub fn work(&self, stage: &str) -> Result<PathBuf> {
+        let path = self.folder.join(WORK).join(stage);
+        std::fs::create_dir_all(&path).map_err(Error::io(&path))?;
+        Ok(path)
+    }
+
+    /// Where rewritten models lie while they are measured.
+    pub fn work_root(&self) -> PathBuf {
+        self.folder.join(WORK)
+    }
+
+    /// Removes the rewritten models.
+    ///
+    /// # Errors
+    /// They cannot be removed.
+    pub fn clear_work(&self) -> Result<()> {
+        match std::fs::remove_dir_all(self.work_root()) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(self.work_root())(e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// Temporary files are private by default; results are not.
+fn set_readable(file: &File) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    }
+    let _ = file;
+    Ok(())
+}
+
+fn slot(model: &str, stage: &str) -> String {
+    format!("{model} {stage}")
+}
+
+fn line(record: &Record) -> Result<String> {
+    let json = serde_json::to_string(record).map_err(|e| Error::Output(format!("{RESULTS}: {e}")))?;
+    Ok(json + "\n")
+}
+
+/// Earlier records. A last line without its newline was cut off by a crash and is left out.
+fn read_records(path: &Path) -> Result<Vec<Record>> {
+    let text = match std::fs::read_to_string(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(Error::io(path))?,
+    };
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole
+        .lines()
+        .enumerate()
+        .map(|(index, line)| {
+            serde_json::from_str(line).map_err(|e| {
+                Error::Output(format!(
+                    "{}, line {}: not a record of mxeval ({e}); choose another --out or leave out \
+                     --resume",
+                    path.display(),
+                    index + 1
+                ))
+            })
+        })
+        .collect()
+}
+
+/// Keys of an earlier run; none that can be read means that nothing is reused.
+fn read_keys(path: &Path) -> Map<String, Value> {
+    let run = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    match run {
+        Some(Value::Object(mut run)) => match run.remove("keys") {
+            Some(Value::Object(keys)) => keys,
+            _ => Map::new(),
+        },
+        _ => Map::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(stage: &str, status: Status) -> Record {
+        Record::new("m.onnx", stage, "cpu", status)
+    }
+
+    fn wanted(stages: &[(&str, &str)]) -> Vec<(String, String, String)> {
+        stages.iter().map(|(s, k)| ("m.onnx".into(), (*s).into(), (*k).into())).collect()
+    }
+
+    fn stages(folder: &Path) -> Vec<String> {
+        read_records(&folder.join(RESULTS)).unwrap().into_iter().map(|r| r.stage).collect()
+    }
+
+    #[test]
+    fn resume_keeps_what_is_ok_and_has_the_same_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path(), false).unwrap();
+        store.append(record("baseline", Status::Ok), "k1").unwrap();
+        store.append(record("bf16", Status::Failed), "k2").unwrap();
+        store.append(record("int8", Status::Ok), "k3").unwrap();
+        drop(store);
+        let mut store = Store::open(dir.path(), true).unwrap();
+        store.keep(&wanted(&[("baseline", "k1"), ("bf16", "k2"), ("int8", "other")])).unwrap();
+        assert!(store.kept("m.onnx", "baseline").is_some());
+        assert!(store.kept("m.onnx", "int8").is_none());
+        assert_eq!(stages(dir.path()), ["baseline"]);
+        store.append(record("bf16", Status::Ok), "k2").unwrap();
+        assert_eq!(stages(dir.path()), ["baseline", "bf16"]);
+        drop(store);
+        // Without --resume everything starts anew.
+        let mut store = Store::open(dir.path(), false).unwrap();
+        store.keep(&wanted(&[("baseline", "k1")])).unwrap();
+        assert!(stages(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_line_cut_off_by_a_crash_is_dropped_and_foreign_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path(), false).unwrap();
+        store.append(record("baseline", Status::Ok), "k1").unwrap();
+        drop(store);
+        let path = dir.path().join(RESULTS);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{text}{{\"model\": \"m.on")).unwrap();
+        assert_eq!(Store::open(dir.path(), true).unwrap().records().len(), 1);
+        std::fs::write(&path, "{\"other\": 1}\n").unwrap();
+        let error = Store::open(dir.path(), true).unwrap_err().to_string();
+        assert!(error.contains("line 1"), "{error}");
+    }
+
+    #[test]
+    fn one_writer_at_a_time_and_no_leftovers() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), false).unwrap();
+        std::fs::write(store.work("bf16").unwrap().join("model.onnx"), "x").unwrap();
+        let error = Store::open(dir.path(), true).unwrap_err().to_string();
+        assert!(error.contains("another mxeval"), "{error}");
+        drop(store);
+        let store = Store::open(dir.path(), true).unwrap();
+        assert!(!store.work_root().exists());
+    }
+}
