@@ -1,2 +1,369 @@
-//! The `mxeval` command.
-fn main() {}
+//! The `mxeval` command: arguments to one library call to an exit code.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use anyhow::Context as _;
+use clap::{ArgGroup, Args, Parser};
+use indicatif::{ProgressBar, ProgressStyle};
+use mx_kernels::{ElementFormat, Rounding, ScaleRule};
+use mxrewrite::eval::corpus::Dataset;
+use mxrewrite::eval::devices::Request;
+use mxrewrite::eval::job::{Job, listed};
+use mxrewrite::eval::record::{Record, Status};
+use mxrewrite::eval::run::{self, Data, Options};
+use mxrewrite::eval::stage::{Selection, Stage};
+use mxrewrite::eval::{Error, Observer, report};
+use mxrewrite::rewrite::{Activation, RewriteOptions, Tier};
+use std::cell::RefCell;
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::OnceLock;
+
+/// Measure what a precision costs: perplexity, entropy and bits per byte of ONNX language models
+/// on real text.
+///
+/// With --sweep a model is rewritten for every stage and measured; graphs given by name are
+/// measured as they are. Results go to stdout and to --out (results.jsonl, report.md, report.html,
+/// run.json), progress to stderr.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+#[command(group = ArgGroup::new("what").required(true).args(["graphs", "sweep", "models"]))]
+#[command(group = ArgGroup::new("text").required(true).args(["data", "dataset"]))]
+struct Cli {
+    /// Graphs to measure as they are
+    #[arg(value_name = "GRAPH.onnx")]
+    graphs: Vec<PathBuf>,
+    /// Model to rewrite and measure in every stage
+    #[arg(long, value_name = "MODEL.onnx")]
+    sweep: Option<PathBuf>,
+    /// List of models to sweep (scripts/models.toml): those exported to MODELS_DIR/NAME/model.onnx
+    #[arg(long, value_name = "FILE.toml")]
+    models: Option<PathBuf>,
+    /// Only these models of the list
+    #[arg(long, requires = "models")]
+    name: Vec<String>,
+    /// Where the listed models' exports lie
+    #[arg(long, value_name = "DIR", default_value = ".", requires = "models")]
+    models_dir: PathBuf,
+    /// The model's tokenizer.json [default: beside the model]
+    #[arg(long, value_name = "tokenizer.json")]
+    tokenizer: Option<PathBuf>,
+    /// Evaluation text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document)
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// Evaluation text from the Hugging Face hub: pile or wikitext
+    #[arg(long)]
+    dataset: Option<Dataset>,
+    /// Documents to read
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    max_samples: usize,
+    /// Documents in one batch [default: 8, or the list's]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    batch_size: Option<usize>,
+    /// Tokens of a document that are used
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    seq_len: usize,
+    /// cpu, cuda, cuda:0,1 or auto
+    #[arg(long, default_value = "auto")]
+    device: Request,
+    /// Threads of one operator [default: ONNX Runtime's choice]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    threads: Option<usize>,
+    /// libonnxruntime [default: ORT_DYLIB_PATH, beside mxeval, the onnxruntime Python package]
+    #[arg(long, value_name = "PATH")]
+    ort_lib: Option<PathBuf>,
+    /// Output folder
+    #[arg(long, value_name = "DIR", default_value = "mxeval_out")]
+    out: PathBuf,
+    /// Reuse the stages that an earlier run into --out finished
+    #[arg(long)]
+    resume: bool,
+    /// Print records (JSON Lines) instead of the table
+    #[arg(long)]
+    json: bool,
+    /// ONNX Runtime's log on stderr
+    #[arg(long)]
+    debug: bool,
+    #[command(flatten)]
+    stages: StageArgs,
+    #[command(flatten)]
+    rewrite: RewriteArgs,
+}
+
+/// Which stages of a sweep run.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Stages of a sweep")]
+struct StageArgs {
+    /// Only these stages
+    #[arg(long, value_delimiter = ',', value_name = "STAGE,...")]
+    stages: Vec<Stage>,
+    /// Only these MX formats
+    #[arg(long, value_delimiter = ',', value_name = "FORMAT,...")]
+    mx_format: Vec<ElementFormat>,
+    /// Leave out bf16
+    #[arg(long)]
+    skip_bf16: bool,
+    /// Leave out bfp16
+    #[arg(long)]
+    skip_bfp16: bool,
+    /// Leave out nvfp8-emu-e4m3 and nvfp8-emu-e5m2
+    #[arg(long)]
+    skip_nvfp8_emulation: bool,
+    /// Leave out every MX stage
+    #[arg(long, visible_alias = "no-mx")]
+    skip_mx: bool,
+    /// Leave out int8
+    #[arg(long)]
+    skip_int8: bool,
+    /// Leave out nvfp8
+    #[arg(long)]
+    skip_nvfp8: bool,
+}
+
+/// How a sweep rewrites.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Rewriting in a sweep")]
+#[command(group = ArgGroup::new("selection").args(["tier", "tier_a", "mlp_only", "all_linears"]))]
+struct RewriteArgs {
+    /// Layers: a, b, c, d, full [default: full]
+    #[arg(long)]
+    tier: Option<Tier>,
+    /// The same as --tier a
+    #[arg(long)]
+    tier_a: bool,
+    /// The same as --tier a
+    #[arg(long)]
+    mlp_only: bool,
+    /// Every Linear but routers and the head
+    #[arg(long)]
+    all_linears: bool,
+    /// Activation format of the MX stages, or none [default: the weight's]
+    #[arg(long, value_name = "FORMAT")]
+    activation_format: Option<String>,
+    /// Elements that share an exponent
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    block_size: usize,
+    /// even, nearest or floor
+    #[arg(long, default_value = "even")]
+    rounding: Rounding,
+    /// floor, ceil, even or rceil
+    #[arg(long, default_value = "floor")]
+    scale_rule: ScaleRule,
+    /// Add layers whose module path matches
+    #[arg(long, value_name = "REGEX")]
+    include: Vec<String>,
+    /// Leave out layers whose module path matches
+    #[arg(long, value_name = "REGEX")]
+    exclude: Vec<String>,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match evaluate(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let usage = matches!(error.downcast_ref(), Some(Error::Usage(_)));
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let rewrite = cli.rewrite.options(cli.threads)?;
+    let stages = cli.stages.selection().stages(rewrite.tier)?;
+    let jobs = jobs(cli, &stages)?;
+    let data = match (&cli.data, cli.dataset) {
+        (Some(path), _) => Data::File(path.clone()),
+        (None, Some(dataset)) => Data::Dataset(dataset),
+        (None, None) => return Err(Error::Usage("--data or --dataset is needed".into()).into()),
+    };
+    let options = Options {
+        data,
+        max_samples: cli.max_samples,
+        seq_len: cli.seq_len,
+        device: cli.device.clone(),
+        threads: cli.threads,
+        ort_lib: cli.ort_lib.clone(),
+        out: cli.out.clone(),
+        resume: cli.resume,
+        debug: cli.debug,
+        rewrite,
+        command: std::env::args().collect(),
+    };
+    let console = Console::default();
+    let outcome = run::run(&jobs, &options, &console)?;
+    if cli.json {
+        for record in &outcome.records {
+            println!("{}", serde_json::to_string(record).context("printing a record")?);
+        }
+    } else {
+        print!("{}", report::terminal(&outcome.records));
+    }
+    console.say(&format!("report: {}", cli.out.join("report.md").display()));
+    Ok(ExitCode::from(u8::from(outcome.failed())))
+}
+
+fn jobs(cli: &Cli, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
+    if let Some(list) = &cli.models {
+        if cli.tokenizer.is_some() {
+            let text = "--tokenizer does not go with --models: each model's lies beside it";
+            return Err(Error::Usage(text.into()).into());
+        }
+        let found = listed(list, &cli.models_dir, &cli.name, cli.batch_size, stages)?;
+        found.missing.iter().for_each(|line| eprintln!("missing: {line}"));
+        return Ok(found.jobs);
+    }
+    let batch_size = cli.batch_size.unwrap_or(8);
+    match &cli.sweep {
+        Some(model) => {
+            Ok(vec![Job::sweep(model, &tokenizer(cli, model)?, batch_size, stages)])
+        }
+        None => {
+            let first = cli.graphs.first().context("no graph to measure")?;
+            Ok(Job::graphs(&cli.graphs, &tokenizer(cli, first)?, batch_size))
+        }
+    }
+}
+
+/// `--tokenizer`, else tokenizer.json in the model's folder or the one above.
+fn tokenizer(cli: &Cli, model: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(path) = &cli.tokenizer {
+        return Ok(path.clone());
+    }
+    let folder = model.parent().unwrap_or(Path::new(""));
+    let places = [folder.join("tokenizer.json"), folder.join("..").join("tokenizer.json")];
+    places.into_iter().find(|path| path.is_file()).ok_or_else(|| {
+        let text = format!("no tokenizer.json beside {}: pass --tokenizer", model.display());
+        Error::Usage(text).into()
+    })
+}
+
+impl StageArgs {
+    fn selection(&self) -> Selection {
+        Selection {
+            only: self.stages.clone(),
+            mx_formats: self.mx_format.clone(),
+            skip_bf16: self.skip_bf16,
+            skip_bfp16: self.skip_bfp16,
+            skip_nvfp8_emulation: self.skip_nvfp8_emulation,
+            skip_mx: self.skip_mx,
+            skip_int8: self.skip_int8,
+            skip_nvfp8: self.skip_nvfp8,
+        }
+    }
+}
+
+impl RewriteArgs {
+    fn options(&self, threads: Option<usize>) -> Result<RewriteOptions, Error> {
+        let tier = match self.tier {
+            Some(tier) => tier,
+            None if self.tier_a || self.mlp_only => Tier::A,
+            None if self.all_linears => Tier::AllLinears,
+            None => Tier::Full,
+        };
+        let activation = match self.activation_format.as_deref() {
+            None => Activation::Same,
+            Some("none") => Activation::None,
+            Some(name) => Activation::Format(
+                name.parse().map_err(|e| Error::Usage(format!("--activation-format: {e}")))?,
+            ),
+        };
+        Ok(RewriteOptions {
+            tier,
+            activation,
+            block_size: self.block_size,
+            rounding: self.rounding,
+            scale_rule: self.scale_rule,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            threads,
+            ..RewriteOptions::default()
+        })
+    }
+}
+
+/// Progress on stderr: a bar on a terminal, a line a stage elsewhere.
+#[derive(Default)]
+struct Console {
+    bar: RefCell<Option<ProgressBar>>,
+}
+
+impl Console {
+    fn say(&self, text: &str) {
+        match &*self.bar.borrow() {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+/// The folder that Ctrl-C has to remove.
+static WORK: OnceLock<PathBuf> = OnceLock::new();
+
+impl Observer for Console {
+    fn opened(&self, work: &Path) {
+        if WORK.set(work.into()).is_err() {
+            return;
+        }
+        // Results are on disk as soon as a stage ends; only the rewritten model is left to remove.
+        let handler = ctrlc::set_handler(|| {
+            if let Some(work) = WORK.get() {
+                let _ = std::fs::remove_dir_all(work);
+            }
+            eprintln!("interrupted; finished stages are kept (--resume goes on)");
+            std::process::exit(130);
+        });
+        if let Err(error) = handler {
+            self.warn(&format!("Ctrl-C is not handled: {error}"));
+        }
+    }
+
+    fn note(&self, text: &str) {
+        self.say(text);
+    }
+
+    fn warn(&self, text: &str) {
+        self.say(&format!("warning: {text}"));
+    }
+
+    fn stage_started(&self, model: &str, stage: &str, total: u64) {
+        if !std::io::stderr().is_terminal() {
+            return eprintln!("{model}: {stage} ...");
+        }
+        let style = ProgressStyle::with_template(
+            "{msg:16} [{bar:30}] {percent:>3}% {human_pos} tokens, {per_sec}, {eta} left",
+        );
+        let bar = ProgressBar::new(total).with_message(stage.to_owned());
+        let bar = match style {
+            Ok(style) => bar.with_style(style.progress_chars("=> ")),
+            Err(_) => bar,
+        };
+        *self.bar.borrow_mut() = Some(bar);
+    }
+
+    fn progress(&self, tokens: u64) {
+        if let Some(bar) = &*self.bar.borrow() {
+            bar.inc(tokens);
+        }
+    }
+
+    fn stage_finished(&self, record: &Record) {
+        if let Some(bar) = self.bar.borrow_mut().take() {
+            bar.finish_and_clear();
+        }
+        let figures = match (record.status, record.ppl) {
+            (Status::Ok, Some(ppl)) => format!("ppl {ppl:.3}"),
+            _ => record.reason.clone().unwrap_or_default(),
+        };
+        eprintln!("{}: {} {figures}", record.stage, record.status.name());
+    }
+}

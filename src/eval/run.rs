@@ -17,8 +17,10 @@ use super::store::Store;
 use super::windows::{Corpus, DEFINITION, Tokenizer};
 use crate::rewrite::{Activation, RewriteOptions};
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// Where the evaluation text comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,6 +140,16 @@ struct Run<'a> {
     /// Key of every stage, by job and task.
     keys: Vec<Vec<String>>,
     facts: Map<String, Value>,
+    /// The text as the last tokenizer saw it: graphs given side by side share one.
+    tokenised: RefCell<Option<Tokenised>>,
+}
+
+#[derive(Clone)]
+struct Tokenised {
+    tokenizer: PathBuf,
+    /// Tokens that the tokenizer knows.
+    size: usize,
+    corpus: Rc<Corpus>,
 }
 
 impl<'a> Run<'a> {
@@ -156,15 +168,17 @@ impl<'a> Run<'a> {
         let mut keys = Vec::new();
         for job in jobs {
             observer.note(&format!("hashing {}", job.model));
+            // A file that cannot be read becomes the failure of its stages, not of the run.
             let (model, tokenizer) =
-                (job.sha256()?, sha256_files([job.tokenizer.as_path()])?);
+                (job.sha256().ok(), sha256_files([job.tokenizer.as_path()]).ok());
             let figures = format!(
                 "{} {} {} {:?}",
                 options.max_samples, options.seq_len, job.batch_size, options.rewrite
             );
             let key = |task: &Task| {
                 let (stage, options) = (task.name(), &figures);
-                let (model, data, tokenizer) = (&model, &data_sha, &tokenizer);
+                let (model, data) = (model.as_deref().unwrap_or("unreadable"), &data_sha);
+                let tokenizer = tokenizer.as_deref().unwrap_or("unreadable");
                 KeyParts { model, data, tokenizer, stage: &stage, options, platform: &platform }
                     .key()
             };
@@ -194,8 +208,9 @@ impl<'a> Run<'a> {
             },
             "definition": DEFINITION,
         });
-        let Value::Object(facts) = facts else { Map::new().into_iter().collect() };
-        Ok(Self { jobs, options, device, runtime, data, observer, keys, facts })
+        let facts = facts.as_object().cloned().unwrap_or_default();
+        let tokenised = RefCell::new(None);
+        Ok(Self { jobs, options, device, runtime, data, observer, keys, facts, tokenised })
     }
 
     fn wanted(&self, jobs: &[Job]) -> Vec<(String, String, String)> {
@@ -207,22 +222,34 @@ impl<'a> Run<'a> {
     }
 
     /// Tokenises the text for a job and checks that its model can be fed with it.
-    fn prepare(&self, job: &Job) -> Result<Corpus> {
+    fn prepare(&self, job: &Job) -> Result<Rc<Corpus>> {
         let model = open_model(&job.path, &job.model)?;
         let inspection = instrument::inspect(&model, &job.model)?;
-        let tokenizer = Tokenizer::open(&job.tokenizer)?;
+        let tokenised = self.tokenise(&job.tokenizer)?;
+        let largest = tokenised.corpus.largest_id();
+        inspection.check_ids(&job.model, largest, tokenised.size)?;
+        Ok(tokenised.corpus)
+    }
+
+    fn tokenise(&self, path: &Path) -> Result<Tokenised> {
+        if let Some(tokenised) = self.tokenised.borrow().as_ref().filter(|t| t.tokenizer == path) {
+            return Ok(tokenised.clone());
+        }
+        let tokenizer = Tokenizer::open(path)?;
         self.observer.note(&format!("tokenising {}", self.data.display()));
         let documents = corpus::open(&self.data)?;
         let corpus =
             tokenizer.tokenize(documents, self.options.seq_len, self.options.max_samples)?;
-        inspection.check_ids(&job.model, corpus.largest_id(), tokenizer.len())?;
         self.observer.note(&format!(
-            "{} documents, {} scored tokens ({} read)",
+            "{} documents read, {} with {} scored tokens",
+            corpus.read,
             corpus.windows.len(),
-            corpus.tokens(),
-            corpus.read
+            corpus.tokens()
         ));
-        Ok(corpus)
+        let tokenised =
+            Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Rc::new(corpus) };
+        *self.tokenised.borrow_mut() = Some(tokenised.clone());
+        Ok(tokenised)
     }
 
     /// Runs the stages of one job.
@@ -312,9 +339,4 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 
 fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// A path's parent, `.` for a bare file name.
-pub(super) fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
