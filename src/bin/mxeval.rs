@@ -202,11 +202,9 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
     let console = Console::default();
     let outcome = run::run(&jobs, &options, &console)?;
     if cli.json {
-        for record in &outcome.records {
-            println!("{}", serde_json::to_string(record).context("printing a record")?);
-        }
+        outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
     } else {
-        print!("{}", report::terminal(&outcome.records));
+        print!("{}", report::terminal(&outcome.records()));
     }
     console.say(&format!("report: {}", cli.out.join("report.md").display()));
     Ok(ExitCode::from(u8::from(outcome.failed())))
@@ -224,9 +222,7 @@ fn jobs(cli: &Cli, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
     }
     let batch_size = cli.batch_size.unwrap_or(8);
     match &cli.sweep {
-        Some(model) => {
-            Ok(vec![Job::sweep(model, &tokenizer(cli, model)?, batch_size, stages)])
-        }
+        Some(model) => Ok(vec![Job::sweep(model, &tokenizer(cli, model)?, batch_size, stages)]),
         None => {
             let first = cli.graphs.first().context("no graph to measure")?;
             Ok(Job::graphs(&cli.graphs, &tokenizer(cli, first)?, batch_size))

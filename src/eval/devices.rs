@@ -29,7 +29,9 @@ impl FromStr for Request {
             _ => {
                 let ordinals = text.strip_prefix("cuda:").ok_or_else(unknown)?;
                 let ordinals = ordinals.split(',').map(|n| n.trim().parse());
-                Ok(Self::Cuda(ordinals.collect::<std::result::Result<_, _>>().map_err(|_| unknown())?))
+                Ok(Self::Cuda(
+                    ordinals.collect::<std::result::Result<_, _>>().map_err(|_| unknown())?,
+                ))
             }
         }
     }

@@ -154,9 +154,7 @@ fn numbers(element: DataType, shape: Vec<usize>, values: Vec<i64>) -> ort::Resul
     Ok(match element {
         DataType::Int64 => Tensor::from_array((shape, values))?.into_dyn(),
         // Token ids, positions and flags fit: ids come from u32, positions from the window.
-        DataType::Int32 => {
-            Tensor::from_array((shape, cast(values, |v| v as i32)))?.into_dyn()
-        }
+        DataType::Int32 => Tensor::from_array((shape, cast(values, |v| v as i32)))?.into_dyn(),
         DataType::Bool => Tensor::from_array((shape, cast(values, |v| v != 0)))?.into_dyn(),
         DataType::Float => Tensor::from_array((shape, cast(values, |v| v as f32)))?.into_dyn(),
         DataType::Float16 => {
@@ -234,7 +232,8 @@ fn past_extents(
     extents: &[Extent],
     hints: Hints,
 ) -> Result<Vec<Option<usize>>, String> {
-    let open = [("the number of key-value heads", hints.kv_heads), ("the head size", hints.head_size)];
+    let open =
+        [("the number of key-value heads", hints.kv_heads), ("the head size", hints.head_size)];
     extents
         .iter()
         .enumerate()

@@ -6,19 +6,16 @@
 
 use super::error::{Error, Result};
 use super::feeds::{Feeds, Hints, LABELS, element, name, sizes};
+use crate::onnx::Model;
 use crate::onnx::proto::{
     DataType, Dimension, DimensionValue, Node, TensorShape, TensorType, Type, ValueInfo,
 };
-use crate::onnx::Model;
 use mx_custom_ops::contract;
 use std::path::Path;
 
 /// Outputs of the scoring node, which become the graph's.
-pub const OUTPUTS: [(&str, DataType); 3] = [
-    ("mx.nll", DataType::Float),
-    ("mx.entropy", DataType::Float),
-    ("mx.top1", DataType::Int64),
-];
+pub const OUTPUTS: [(&str, DataType); 3] =
+    [("mx.nll", DataType::Float), ("mx.entropy", DataType::Float), ("mx.top1", DataType::Int64)];
 
 /// A graph as the evaluation sees it.
 #[derive(Clone, Debug)]

@@ -2,6 +2,7 @@
 
 use super::error::{Error, Result};
 use super::instrument;
+use super::measure::Observer;
 use super::process::{sha256_files, sha256_text};
 use super::session::open_model;
 use super::stage::Stage;
@@ -73,9 +74,14 @@ impl Job {
     ///
     /// # Errors
     /// The model cannot be opened, or a file of it cannot be read.
-    pub fn sha256(&self) -> Result<String> {
+    pub fn sha256(&self, observer: &dyn Observer) -> Result<String> {
         let model = open_model(&self.path, &self.model)?;
         let files = instrument::files(&self.path, &model)?;
+        // Half a gigabyte takes about a second.
+        let bytes: u64 = files.iter().map(|(_, bytes)| bytes).sum();
+        if bytes > 1 << 29 {
+            observer.note(&format!("hashing {} ({} MB)", self.model, bytes / 1_000_000));
+        }
         sha256_files(files.iter().map(|(path, _)| path.as_path()))
     }
 }
@@ -84,8 +90,7 @@ impl Job {
 fn stage_names(paths: &[PathBuf]) -> Vec<String> {
     let tail = |path: &Path, parts: usize| {
         let path = path.with_extension("");
-        let names: Vec<_> =
-            path.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+        let names: Vec<_> = path.iter().map(|part| part.to_string_lossy().into_owned()).collect();
         names[names.len().saturating_sub(parts)..].join("/")
     };
     let deepest = paths.iter().map(|path| path.iter().count()).max().unwrap_or(1);
@@ -237,7 +242,8 @@ mod tests {
     fn a_list_gives_the_models_that_are_there_and_says_which_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let list = dir.path().join("models.toml");
-        let text = "[models.\"a-1.5\"]\nhub = \"x/a\"\nbatch_size = 16\n[models.b]\nbatch_size = 2\n";
+        let text =
+            "[models.\"a-1.5\"]\nhub = \"x/a\"\nbatch_size = 16\n[models.b]\nbatch_size = 2\n";
         std::fs::write(&list, text).unwrap();
         let read = |names: &[&str], batch| {
             let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();

@@ -109,8 +109,8 @@ impl Measure<'_> {
         };
         let options = RewriteOptions { lowering, format, overwrite: true, ..self.base(stage) };
         let path = self.work.join("model.onnx");
-        let report = rewrite_file(&job.path, &path, &options)
-            .map_err(|e| Error::Rewrite(e.to_string()))?;
+        let report =
+            rewrite_file(&job.path, &path, &options).map_err(|e| Error::Rewrite(e.to_string()))?;
         record.sites_replaced = Some(report.sites as u64);
         Ok(path)
     }
@@ -167,10 +167,9 @@ impl Measure<'_> {
 /// Says in `record` what MX nodes a finished graph holds.
 fn describe(model: &Model, record: &mut Record) -> Result<()> {
     let mut found = Found::default();
-    found.collect(model.graph()).map_err(|reason| Error::Model {
-        model: record.model.clone(),
-        reason,
-    })?;
+    found
+        .collect(model.graph())
+        .map_err(|reason| Error::Model { model: record.model.clone(), reason })?;
     record.sites_replaced = Some(found.nodes);
     if found.nodes > 0 {
         record.weight_format = Some(Vec::from_iter(found.weights).join("+"));
@@ -198,7 +197,8 @@ impl Found {
                     (contract::attr::WEIGHT_FORMAT, &mut self.weights),
                     (contract::attr::ACTIVATION_FORMAT, &mut self.activations),
                 ] {
-                    let value = node.attribute.iter().find(|a| a.name.as_deref() == Some(attribute));
+                    let value =
+                        node.attribute.iter().find(|a| a.name.as_deref() == Some(attribute));
                     let text = value.and_then(|a| a.s.as_ref());
                     names.extend(text.map(|s| String::from_utf8_lossy(s).into_owned()));
                 }

@@ -148,6 +148,9 @@ mod tests {
             bits_per_byte: f64::INFINITY,
         };
         record.set_metrics(&metrics, 0.5);
-        assert_eq!((record.ppl, record.bits_per_byte, record.tokens_per_second), (None, None, Some(2.0)));
+        assert_eq!(
+            (record.ppl, record.bits_per_byte, record.tokens_per_second),
+            (None, None, Some(2.0))
+        );
     }
 }

@@ -7,7 +7,16 @@ use std::fmt::Write as _;
 
 /// The columns of the table; the first and the last are text, the others numbers.
 const COLUMNS: [&str; 11] = [
-    "stage", "ppl", "Δppl %", "xent", "Δxent", "entropy", "bits/byte", "size MB", "sites", "tok/s",
+    "stage",
+    "ppl",
+    "Δppl %",
+    "xent",
+    "Δxent",
+    "entropy",
+    "bits/byte",
+    "size MB",
+    "sites",
+    "tok/s",
     "status",
 ];
 
@@ -29,7 +38,7 @@ fn tables(records: &[Record]) -> Vec<Table> {
     }
     // Graphs given one by one are each a model of their own, but belong side by side.
     let single = |model: &&str| records.iter().filter(|r| r.model == **model).count() == 1;
-    if models.len() > 1 && models.iter().all(|model| single(model)) {
+    if models.len() > 1 && models.iter().all(single) {
         return vec![table("graphs", &records.iter().collect::<Vec<_>>())];
     }
     models
@@ -97,12 +106,16 @@ pub fn terminal(records: &[Record]) -> String {
                 .enumerate()
                 .map(|(column, cell)| {
                     let width = widths[column];
-                    if is_text(column) { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                    if is_text(column) {
+                        format!("{cell:<width$}")
+                    } else {
+                        format!("{cell:>width$}")
+                    }
                 })
                 .collect();
             let _ = writeln!(out, "{}", cells.join("  ").trim_end());
         };
-        line(&[table.model.clone()]);
+        line(std::slice::from_ref(&table.model));
         line(&COLUMNS.map(str::to_owned));
         table.rows.iter().for_each(|row| line(row));
         for (stage, status, reason) in &table.notes {
@@ -139,7 +152,7 @@ pub fn markdown(records: &[Record], run: &Map<String, Value>) -> String {
     }
     let _ = writeln!(out, "\n## How the figures are defined\n\n{DEFINITION}");
     out.push_str(
-        "\nΔ is the difference to the baseline. Size is the graph's file with its external data; \
+        "\nΔ is the difference to the baseline (of graphs measured side by side: to the first). Size is the graph's file with its external data; \
          tok/s counts scored tokens and leaves out rewriting and loading.\n",
     );
     let _ = writeln!(out, "\n## The run\n");
@@ -174,7 +187,9 @@ fn facts(run: &Map<String, Value>) -> Vec<(String, String)> {
         value.as_str().map_or_else(|| value.to_string(), str::to_owned)
     }
     let mut out = Vec::new();
-    for (name, value) in run.iter().filter(|(name, _)| !["keys", "definition"].contains(&name.as_str())) {
+    for (name, value) in
+        run.iter().filter(|(name, _)| !["keys", "definition"].contains(&name.as_str()))
+    {
         flatten(name, value, &mut out);
     }
     out

@@ -13,7 +13,7 @@ use super::runtime::{self, Runtime};
 use super::schedule;
 use super::session::open_model;
 use super::stage::Stage;
-use super::store::Store;
+use super::store::{Entry, Store};
 use super::windows::{Corpus, DEFINITION, Tokenizer};
 use crate::rewrite::{Activation, RewriteOptions};
 use serde_json::{Map, Value, json};
@@ -62,13 +62,18 @@ pub struct Options {
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// One record a stage, in the order of jobs and stages.
-    pub records: Vec<Record>,
+    pub entries: Vec<Entry>,
 }
 
 impl Outcome {
     /// Whether any stage failed.
     pub fn failed(&self) -> bool {
-        self.records.iter().any(|record| record.status == Status::Failed)
+        self.entries.iter().any(|entry| entry.record.status == Status::Failed)
+    }
+
+    /// The records alone.
+    pub fn records(&self) -> Vec<Record> {
+        records_of(&self.entries)
     }
 }
 
@@ -103,7 +108,7 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     }
     match first_error {
         Some(error) if !fed => Err(error),
-        _ => Ok(Outcome { records: ordered(jobs, &store) }),
+        _ => Ok(Outcome { entries: ordered(jobs, &store) }),
     }
 }
 
@@ -123,11 +128,15 @@ fn fetch(data: &Data, observer: &dyn Observer) -> Result<PathBuf> {
 }
 
 /// Records in the order of jobs and tasks, which resuming may have disturbed in the file.
-fn ordered(jobs: &[Job], store: &Store) -> Vec<Record> {
+fn ordered(jobs: &[Job], store: &Store) -> Vec<Entry> {
     jobs.iter()
         .flat_map(|job| job.tasks.iter().map(move |task| (job, task.name())))
-        .filter_map(|(job, stage)| store.kept(&job.model, &stage).cloned())
+        .filter_map(|(job, stage)| store.get(&job.model, &stage).cloned())
         .collect()
+}
+
+fn records_of(entries: &[Entry]) -> Vec<Record> {
+    entries.iter().map(|entry| entry.record.clone()).collect()
 }
 
 struct Run<'a> {
@@ -167,10 +176,9 @@ impl<'a> Run<'a> {
         let mut models = Vec::new();
         let mut keys = Vec::new();
         for job in jobs {
-            observer.note(&format!("hashing {}", job.model));
             // A file that cannot be read becomes the failure of its stages, not of the run.
             let (model, tokenizer) =
-                (job.sha256().ok(), sha256_files([job.tokenizer.as_path()]).ok());
+                (job.sha256(observer).ok(), sha256_files([job.tokenizer.as_path()]).ok());
             let figures = format!(
                 "{} {} {} {:?}",
                 options.max_samples, options.seq_len, job.batch_size, options.rewrite
@@ -258,7 +266,7 @@ impl<'a> Run<'a> {
         let total = corpus.tokens();
         for (task, key) in job.tasks.iter().zip(&self.keys[index]) {
             let stage = task.name();
-            if store.kept(&job.model, &stage).is_some() {
+            if store.get(&job.model, &stage).is_some() {
                 self.observer.note(&format!("{stage}: kept from an earlier run"));
                 continue;
             }
@@ -326,7 +334,7 @@ impl<'a> Run<'a> {
     }
 
     fn write_reports(&self, store: &Store) -> Result<()> {
-        let records = ordered(self.jobs, store);
+        let records = records_of(&ordered(self.jobs, store));
         store.write("report.md", report::markdown(&records, &self.facts).as_bytes())?;
         store.write("report.html", report::html(&records, &self.facts).as_bytes())
     }

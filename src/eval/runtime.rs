@@ -38,8 +38,11 @@ pub fn load(library: Option<&Path>) -> Result<Runtime> {
         ))
     };
     let builder = ort::init_from(&library).map_err(|e| failed(e.to_string()))?;
-    let environment =
-        builder.with_name("mxeval").with_telemetry(false).build().map_err(|e| failed(e.to_string()))?;
+    let environment = builder
+        .with_name("mxeval")
+        .with_telemetry(false)
+        .build()
+        .map_err(|e| failed(e.to_string()))?;
     let version = version(ort::info(), &library);
     Ok(Runtime { environment, library, version })
 }
@@ -95,7 +98,8 @@ fn newest_in(folder: &Path) -> Option<PathBuf> {
     let names = entries.filter_map(|entry| {
         let path = entry.ok()?.path();
         let name = path.file_name()?.to_str()?;
-        let library = name.starts_with("libonnxruntime.so") || name.starts_with("libonnxruntime.dylib");
+        let library =
+            name.starts_with("libonnxruntime.so") || name.starts_with("libonnxruntime.dylib");
         (library || name == "onnxruntime.dll").then_some(path)
     });
     names.max()
@@ -124,7 +128,8 @@ mod tests {
     #[test]
     fn a_folder_gives_its_versioned_library() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["libonnxruntime.so", "libonnxruntime.so.1.31.1", "libonnxruntime_providers.so"] {
+        for name in ["libonnxruntime.so", "libonnxruntime.so.1.31.1", "libonnxruntime_providers.so"]
+        {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         let found = find(Some(dir.path())).unwrap();

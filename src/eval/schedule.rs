@@ -63,10 +63,9 @@ impl Padded {
             let ids: &[u32] = index.map_or(&[], |&index| &windows[index].ids);
             let padding = length - ids.len();
             padded.ids.extend(ids.iter().map(|&id| i64::from(id)));
-            padded.ids.extend(std::iter::repeat_n(
-                ids.first().map_or(0, |&id| i64::from(id)),
-                padding,
-            ));
+            padded
+                .ids
+                .extend(std::iter::repeat_n(ids.first().map_or(0, |&id| i64::from(id)), padding));
             padded.mask.extend(std::iter::repeat_n(1, ids.len()));
             padded.mask.extend(std::iter::repeat_n(0, padding));
             if row < batch.windows.len() {

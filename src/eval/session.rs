@@ -118,7 +118,13 @@ impl Scorer {
             .map(|(row, &index)| {
                 let row = row * padded.length..(row + 1) * padded.length;
                 let bytes = windows[index].bytes;
-                sum(&padded.labels[row.clone()], &nll[row.clone()], &entropy[row.clone()], &top1[row], bytes)
+                sum(
+                    &padded.labels[row.clone()],
+                    &nll[row.clone()],
+                    &entropy[row.clone()],
+                    &top1[row],
+                    bytes,
+                )
             })
             .collect())
     }
@@ -151,7 +157,8 @@ fn builder(
 ) -> ort::Result<SessionBuilder> {
     let Device::Cpu = options.device;
     let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.into());
-    let log = if options.debug { ort::logging::LogLevel::Info } else { ort::logging::LogLevel::Error };
+    let log =
+        if options.debug { ort::logging::LogLevel::Info } else { ort::logging::LogLevel::Error };
     let mut builder = ort::session::Session::builder(&runtime.environment)?
         .with_operators(mx_custom_ops::operator_domain()?)?
         .with_optimization_level(GraphOptimizationLevel::All)?
@@ -183,8 +190,7 @@ mod tests {
             &[7, 0, 8, 0],
             11,
         );
-        let expected =
-            DocumentScore { nll: 2.0, entropy: 3.0, correct: 1, tokens: 2, bytes: 11 };
+        let expected = DocumentScore { nll: 2.0, entropy: 3.0, correct: 1, tokens: 2, bytes: 11 };
         assert_eq!(score, expected);
     }
 }

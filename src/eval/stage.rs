@@ -218,10 +218,7 @@ mod tests {
 
     #[test]
     fn stages_are_chosen_by_name_format_and_skip() {
-        let only = Selection {
-            only: vec![Stage::Int8, Stage::Baseline],
-            ..Selection::default()
-        };
+        let only = Selection { only: vec![Stage::Int8, Stage::Baseline], ..Selection::default() };
         assert_eq!(names(&only, Tier::Full), ["baseline", "int8"]);
         let formats = Selection {
             mx_formats: vec![ElementFormat::Fp4E2M1],
@@ -249,7 +246,8 @@ mod tests {
         assert!(message(bf16, Tier::Full).contains("--mx-format bf16"));
         let missing = Selection { only: vec![Stage::MxTierC], ..Selection::default() };
         assert!(message(missing, Tier::Full).contains("mx-tier-c"));
-        let nothing = Selection { only: vec![Stage::Int8], skip_int8: true, ..Selection::default() };
+        let nothing =
+            Selection { only: vec![Stage::Int8], skip_int8: true, ..Selection::default() };
         assert!(message(nothing, Tier::Full).contains("no stage"));
     }
 }

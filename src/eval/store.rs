@@ -7,11 +7,23 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// A record and its line in results.jsonl.
+///
+/// What is kept from an earlier run is kept as text: reading a float and writing it again may change
+/// its last digit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// The record.
+    pub record: Record,
+    /// The line, without its end.
+    pub line: String,
+}
+
 /// The folder of one run; holds its lock.
 #[derive(Debug)]
 pub struct Store {
     folder: PathBuf,
-    records: Vec<Record>,
+    entries: Vec<Entry>,
     /// Key of every record that is ok, by model and stage.
     keys: Map<String, Value>,
     run: Map<String, Value>,
@@ -47,7 +59,7 @@ impl Store {
         })?;
         let mut store = Self {
             folder: folder.into(),
-            records: Vec::new(),
+            entries: Vec::new(),
             keys: Map::new(),
             run: Map::new(),
             _lock: lock,
@@ -55,7 +67,7 @@ impl Store {
         // A run that was killed may have left a rewritten model.
         store.clear_work()?;
         if resume {
-            store.records = read_records(&folder.join(RESULTS))?;
+            store.entries = read_entries(&folder.join(RESULTS))?;
             store.keys = read_keys(&folder.join(RUN));
         }
         Ok(store)
@@ -76,27 +88,27 @@ impl Store {
                         && keys.get(&slot(model, stage)).and_then(Value::as_str) == Some(key)
                 })
         };
-        let mut kept: Vec<Record> = Vec::new();
-        for record in std::mem::take(&mut self.records) {
-            let again = |other: &Record| other.model == record.model && other.stage == record.stage;
-            if matches(&record) && !kept.iter().any(again) {
-                kept.push(record);
+        let mut kept: Vec<Entry> = Vec::new();
+        for entry in std::mem::take(&mut self.entries) {
+            let Record { model, stage, .. } = &entry.record;
+            let again = |e: &Entry| e.record.model == *model && e.record.stage == *stage;
+            if matches(&entry.record) && !kept.iter().any(again) {
+                let slot = slot(model, stage);
+                if let Some(key) = keys.get(&slot) {
+                    self.keys.insert(slot, key.clone());
+                }
+                kept.push(entry);
             }
         }
-        for record in &kept {
-            let slot = slot(&record.model, &record.stage);
-            if let Some(key) = keys.get(&slot) {
-                self.keys.insert(slot, key.clone());
-            }
-        }
-        let lines = kept.iter().map(line).collect::<Result<Vec<_>>>()?;
-        self.records = kept;
-        self.write(RESULTS, lines.concat().as_bytes())
+        let lines: String = kept.iter().map(|entry| format!("{}\n", entry.line)).collect();
+        self.entries = kept;
+        self.write(RESULTS, lines.as_bytes())
     }
 
-    /// The record of a stage that was kept.
-    pub fn kept(&self, model: &str, stage: &str) -> Option<&Record> {
-        self.records.iter().find(|record| record.model == model && record.stage == stage)
+    /// The record of a stage, kept or new.
+    pub fn get(&self, model: &str, stage: &str) -> Option<&Entry> {
+        let wanted = |e: &&Entry| e.record.model == model && e.record.stage == stage;
+        self.entries.iter().find(wanted)
     }
 
     /// Appends a record, then its key: a stage that was cut off in between is run again.
@@ -105,24 +117,18 @@ impl Store {
     /// The folder cannot be written.
     pub fn append(&mut self, record: Record, key: &str) -> Result<()> {
         let path = self.folder.join(RESULTS);
-        let mut file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(&path)
-            .map_err(Error::io(&path))?;
-        file.write_all(line(&record)?.as_bytes())
+        let mut file =
+            OpenOptions::new().append(true).create(true).open(&path).map_err(Error::io(&path))?;
+        let line =
+            serde_json::to_string(&record).map_err(|e| Error::Output(format!("{RESULTS}: {e}")))?;
+        file.write_all(format!("{line}\n").as_bytes())
             .and_then(|()| file.sync_data())
             .map_err(Error::io(&path))?;
         if record.status == Status::Ok {
             self.keys.insert(slot(&record.model, &record.stage), key.into());
         }
-        self.records.push(record);
+        self.entries.push(Entry { record, line });
         self.write_run()
-    }
-
-    /// All records, kept and new, in the order of results.jsonl.
-    pub fn records(&self) -> &[Record] {
-        &self.records
     }
 
     /// Sets what run.json says about the run and writes it.
@@ -137,8 +143,8 @@ impl Store {
     fn write_run(&self) -> Result<()> {
         let mut run = self.run.clone();
         run.insert("keys".into(), Value::Object(self.keys.clone()));
-        let text = serde_json::to_string_pretty(&run)
-            .map_err(|e| Error::Output(format!("{RUN}: {e}")))?;
+        let text =
+            serde_json::to_string_pretty(&run).map_err(|e| Error::Output(format!("{RUN}: {e}")))?;
         self.write(RUN, format!("{text}\n").as_bytes())
     }
 
@@ -205,13 +211,8 @@ fn slot(model: &str, stage: &str) -> String {
     format!("{model} {stage}")
 }
 
-fn line(record: &Record) -> Result<String> {
-    let json = serde_json::to_string(record).map_err(|e| Error::Output(format!("{RESULTS}: {e}")))?;
-    Ok(json + "\n")
-}
-
 /// Earlier records. A last line without its newline was cut off by a crash and is left out.
-fn read_records(path: &Path) -> Result<Vec<Record>> {
+fn read_entries(path: &Path) -> Result<Vec<Entry>> {
     let text = match std::fs::read_to_string(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(Error::io(path))?,
@@ -221,14 +222,15 @@ fn read_records(path: &Path) -> Result<Vec<Record>> {
         .lines()
         .enumerate()
         .map(|(index, line)| {
-            serde_json::from_str(line).map_err(|e| {
+            let record = serde_json::from_str(line).map_err(|e| {
                 Error::Output(format!(
                     "{}, line {}: not a record of mxeval ({e}); choose another --out or leave out \
                      --resume",
                     path.display(),
                     index + 1
                 ))
-            })
+            })?;
+            Ok(Entry { record, line: line.to_owned() })
         })
         .collect()
 }
@@ -258,7 +260,8 @@ mod tests {
     }
 
     fn stages(folder: &Path) -> Vec<String> {
-        read_records(&folder.join(RESULTS)).unwrap().into_iter().map(|r| r.stage).collect()
+        let entries = read_entries(&folder.join(RESULTS)).unwrap();
+        entries.into_iter().map(|entry| entry.record.stage).collect()
     }
 
     #[test]
@@ -271,8 +274,8 @@ mod tests {
         drop(store);
         let mut store = Store::open(dir.path(), true).unwrap();
         store.keep(&wanted(&[("baseline", "k1"), ("bf16", "k2"), ("int8", "other")])).unwrap();
-        assert!(store.kept("m.onnx", "baseline").is_some());
-        assert!(store.kept("m.onnx", "int8").is_none());
+        assert!(store.get("m.onnx", "baseline").is_some());
+        assert!(store.get("m.onnx", "int8").is_none());
         assert_eq!(stages(dir.path()), ["baseline"]);
         store.append(record("bf16", Status::Ok), "k2").unwrap();
         assert_eq!(stages(dir.path()), ["baseline", "bf16"]);
@@ -292,7 +295,7 @@ mod tests {
         let path = dir.path().join(RESULTS);
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, format!("{text}{{\"model\": \"m.on")).unwrap();
-        assert_eq!(Store::open(dir.path(), true).unwrap().records().len(), 1);
+        assert_eq!(Store::open(dir.path(), true).unwrap().entries.len(), 1);
         std::fs::write(&path, "{\"other\": 1}\n").unwrap();
         let error = Store::open(dir.path(), true).unwrap_err().to_string();
         assert!(error.contains("line 1"), "{error}");

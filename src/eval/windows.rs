@@ -320,7 +320,8 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_tokenizer_is_named() {
-        let error = Tokenizer::from_bytes(Path::new("x/config.json"), b"{\"model_type\": \"llama\"}");
+        let error =
+            Tokenizer::from_bytes(Path::new("x/config.json"), b"{\"model_type\": \"llama\"}");
         assert!(error.unwrap_err().to_string().contains("x/config.json"));
     }
 }

@@ -2,5 +2,6 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skipped and what they measured")]
 
 mod custom_ops;
+mod eval;
 mod judges;
 mod support;
