@@ -43,6 +43,21 @@ impl Chunks {
         self.list.extend(other.list);
     }
 
+    /// Everything in memory.
+    fn to_bytes(&self) -> Result<Bytes> {
+        if self.len > MAX_MESSAGE {
+            let source = std::io::Error::other(format!(
+                "{} bytes exceed protobuf's limit of 2 GiB",
+                self.len
+            ));
+            return Err(Error::Io { action: "encode into", path: "memory".into(), source });
+        }
+        let mut out = Vec::with_capacity(self.len as usize);
+        let failed = |source| Error::Io { action: "write", path: "memory".into(), source };
+        self.write(&mut out, &failed)?;
+        Ok(out.into())
+    }
+
     /// Writes everything; payloads are made one at a time.
     pub(crate) fn write(
         &self,
@@ -74,6 +89,14 @@ pub(crate) struct Placement {
 }
 
 impl Graph {
+    /// The encoded `GraphProto`: for a sub-graph that goes back into its attribute.
+    ///
+    /// # Errors
+    /// A tensor that cannot be made.
+    pub fn to_bytes(&self) -> Result<Bytes> {
+        self.encode(&Placement::default()).to_bytes()
+    }
+
     fn encode(&self, place: &Placement) -> Chunks {
         let mut out = Chunks::default();
         for slot in &self.order {
@@ -212,20 +235,7 @@ impl Model {
     /// # Errors
     /// A tensor that cannot be made; a model above protobuf's limit of 2 GiB.
     pub fn to_bytes(&self) -> Result<Bytes> {
-        let chunks = self.encode(&Placement::default());
-        if chunks.len > MAX_MESSAGE {
-            return Err(Error::Payload {
-                tensor: self.graph.name().to_owned(),
-                what: format!("a model of {} bytes exceeds protobuf's limit of 2 GiB", chunks.len),
-            });
-        }
-        let mut out = Vec::with_capacity(chunks.len as usize);
-        chunks.write(&mut out, &|source| Error::Io {
-            action: "write",
-            path: "memory".into(),
-            source,
-        })?;
-        Ok(out.into())
+        self.encode(&Placement::default()).to_bytes()
     }
 }
 

@@ -22,6 +22,10 @@ mod read;
 mod relocate;
 mod save;
 mod tensor;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use error::{Error, Result};

@@ -167,7 +167,7 @@ fn produced(graph: &Graph) -> HashSet<String> {
 }
 
 /// Names of values and nodes, of sub-graphs too: their values may not shadow outer ones.
-fn collect_names(graph: &Graph, names: &mut HashSet<String>) -> Result<(), onnx::Error> {
+pub(crate) fn collect_names(graph: &Graph, names: &mut HashSet<String>) -> Result<(), onnx::Error> {
     for value in graph.inputs().chain(graph.outputs()).chain(graph.value_infos()) {
         names.extend(value.name.clone());
     }

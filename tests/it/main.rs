@@ -4,4 +4,5 @@
 mod custom_ops;
 mod eval;
 mod judges;
+mod shell;
 mod support;

@@ -3,6 +3,8 @@
 pub(crate) mod bf16;
 mod int8;
 mod mx;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use int8::Int8;
 pub(crate) use mx::Mx;

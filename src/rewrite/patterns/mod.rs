@@ -113,6 +113,10 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
     }
     let weight = match (trace(view, a), trace(view, b)) {
         (Traced::Dynamic, Traced::Constant(weight)) => weight,
+        // Rows gathered out of an embedding are an X like any other.
+        (Traced::Unusable(_), Traced::Constant(weight)) if trace::depends_on_input(view, a) => {
+            weight
+        }
         (Traced::Dynamic, Traced::Dynamic) => {
             return Err("two dynamic operands: an attention product, not a Linear".to_owned());
         }

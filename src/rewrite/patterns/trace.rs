@@ -273,6 +273,17 @@ fn computed(view: &GraphView, index: usize, cuts: usize) -> Traced {
     Traced::Dynamic
 }
 
+/// True when `value` comes from the caller or is computed from what does.
+pub(super) fn depends_on_input(view: &GraphView, value: &str) -> bool {
+    match view.source(value) {
+        Some(Source::Node { index, .. }) => {
+            !is_op(&view.nodes()[index], "Constant") && !all_constant(view, index)
+        }
+        Some(Source::Input) => true,
+        Some(Source::Initializer) | None => false,
+    }
+}
+
 /// True when nothing that `index` depends on comes from the caller.
 fn all_constant(view: &GraphView, index: usize) -> bool {
     let mut seen = HashSet::from([index]);
