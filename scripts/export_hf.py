@@ -26,7 +26,7 @@ from pathlib import Path
 
 import exported_onnx
 from exported_onnx import ExportError
-from hf_source import DTYPES, load_model, load_named, save_tokenizer
+from hf_source import DTYPES, check_directory, load_model, load_named, save_tokenizer
 from moe_experts import unstack_experts
 
 # Absolute bound, as a part of the logits' range, on |ONNX Runtime - PyTorch|.
@@ -278,6 +278,8 @@ def run(args):
     if dtype not in DTYPES:
         raise ExportError(f"{args.models}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     trust = args.trust_remote_code
+    if source:
+        check_directory(source)
     out = Path(args.paths[-1])
     out.mkdir(parents=True, exist_ok=True)
     # The tokenizer first: it is quick, and without it the export is of no use.

@@ -1,6 +1,7 @@
 """Where export_hf.py takes models and tokenizers from: the hub, a directory, a GGUF file, models.toml."""
 
 import sys
+from pathlib import Path
 
 from exported_onnx import ExportError
 
@@ -28,6 +29,18 @@ def load_named(name, models_file):
     return row
 
 
+def check_directory(source):
+    """Refuses a local path that cannot be a model, with a plainer reason than transformers gives."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ExportError(f"{source} has no config.json: not a Hugging Face model directory")
+    elif path.exists():
+        raise ExportError(f"{source} is a file: pass the model's directory, or --gguf for a GGUF file")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ExportError(f"{source}: no such directory")
+
+
 def explain_load_failure(what, source, error):
     text = f"{type(error).__name__}: {error}".strip()
     lowered = text.lower()
@@ -42,6 +55,9 @@ def explain_load_failure(what, source, error):
         )
     elif "trust_remote_code" in lowered:
         hint = "the model brings its own code: read it, then pass --trust-remote-code"
+    elif what == "tokenizer" and Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
+        first = "it has no tokenizer.json, and no other vocabulary that one can be made from"
+        hint = "put one there, or pass --tokenizer with a model that has the same vocabulary"
     else:
         hint = None
     return ExportError(f"cannot load the {what} of {source}: {first}" + (f"; {hint}" if hint else ""))
