@@ -4,8 +4,9 @@ use super::error::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Minimum version of ONNX Runtime, the API level the project is built for.
-const MINIMUM: &str = "1.22";
+/// Minimum version of ONNX Runtime, the operator library's: older ones have the API but crash on
+/// operators whose optional inputs are left out.
+const MINIMUM: &str = "1.24";
 
 /// A loaded ONNX Runtime.
 #[derive(Debug)]
@@ -37,13 +38,16 @@ pub fn load(library: Option<&Path>) -> Result<Runtime> {
             library.display()
         ))
     };
+    if let Some(old) = file_version(&library).filter(|version| too_old(version)) {
+        return Err(failed(format!("it is version {old}")));
+    }
     let builder = ort::init_from(&library).map_err(|e| failed(e.to_string()))?;
     let environment = builder
         .with_name("mxeval")
         .with_telemetry(false)
         .build()
         .map_err(|e| failed(e.to_string()))?;
-    let version = version(ort::info(), &library);
+    let version = file_version(&library).unwrap_or_else(|| ort::info().to_owned());
     Ok(Runtime { environment, library, version })
 }
 
@@ -105,14 +109,19 @@ fn newest_in(folder: &Path) -> Option<PathBuf> {
     names.max()
 }
 
-/// ONNX Runtime's version out of its build info, else out of the library's name.
-fn version(info: &str, library: &Path) -> String {
-    let name = library.canonicalize().unwrap_or_else(|_| library.into());
-    let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    match name.strip_prefix("libonnxruntime.so.") {
-        Some(version) if version.contains('.') => version.to_owned(),
-        _ => info.to_owned(),
-    }
+/// The version in the library's file name, links followed.
+fn file_version(library: &Path) -> Option<String> {
+    let file = library.canonicalize().ok()?;
+    let version = file.file_name()?.to_str()?.strip_prefix("libonnxruntime.so.")?;
+    version.contains('.').then(|| version.to_owned())
+}
+
+fn too_old(version: &str) -> bool {
+    let numbers = |text: &str| {
+        let parts: Vec<u32> = text.split('.').map_while(|part| part.parse().ok()).collect();
+        (parts.first().copied().unwrap_or(0), parts.get(1).copied().unwrap_or(0))
+    };
+    numbers(version) < numbers(MINIMUM)
 }
 
 #[cfg(test)]
@@ -134,8 +143,9 @@ mod tests {
         }
         let found = find(Some(dir.path())).unwrap();
         assert_eq!(found.file_name().unwrap(), "libonnxruntime.so.1.31.1");
-        assert_eq!(version("Build Info", &found), "1.31.1");
-        assert_eq!(version("Build Info", &dir.path().join("libonnxruntime.so")), "Build Info");
+        assert_eq!(file_version(&found).as_deref(), Some("1.31.1"));
+        assert_eq!(file_version(&dir.path().join("libonnxruntime.so")), None);
+        assert!(too_old("1.23.2") && !too_old("1.24.0") && !too_old("1.31.1") && !too_old("2.0.0"));
     }
 
     #[test]
@@ -144,6 +154,6 @@ mod tests {
         let path = dir.path().join("libonnxruntime.so");
         std::fs::write(&path, "text").unwrap();
         let error = load(Some(&path)).unwrap_err().to_string();
-        assert!(error.contains("cannot load ONNX Runtime") && error.contains("1.22"), "{error}");
+        assert!(error.contains("cannot load ONNX Runtime") && error.contains("1.24"), "{error}");
     }
 }
