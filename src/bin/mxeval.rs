@@ -17,7 +17,7 @@ use std::cell::RefCell;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Measure what a precision costs: perplexity, entropy and bits per byte of ONNX language models
 /// on real text.
@@ -171,8 +171,11 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
-            let usage = matches!(error.downcast_ref(), Some(Error::Usage(_)));
-            ExitCode::from(if usage { 2 } else { 1 })
+            ExitCode::from(match error.downcast_ref() {
+                Some(Error::Usage(_)) => 2,
+                Some(Error::Interrupted) => 130,
+                _ => 1,
+            })
         }
     }
 }
@@ -302,21 +305,19 @@ impl Console {
     }
 }
 
-/// The folder that Ctrl-C has to remove.
-static WORK: OnceLock<PathBuf> = OnceLock::new();
+/// Set by the first Ctrl-C. ONNX Runtime must not be torn down while it runs, so the run stops
+/// itself after the current batch; the second Ctrl-C does not wait.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 impl Observer for Console {
     fn opened(&self, work: &Path) {
-        if WORK.set(work.into()).is_err() {
-            return;
-        }
-        // Results are on disk as soon as a stage ends; only the rewritten model is left to remove.
-        let handler = ctrlc::set_handler(|| {
-            if let Some(work) = WORK.get() {
-                let _ = std::fs::remove_dir_all(work);
+        let work = work.to_path_buf();
+        let handler = ctrlc::set_handler(move || {
+            if INTERRUPTED.swap(true, Ordering::SeqCst) {
+                let _ = std::fs::remove_dir_all(&work);
+                std::process::exit(130);
             }
-            eprintln!("interrupted; finished stages are kept (--resume goes on)");
-            std::process::exit(130);
+            eprintln!("stopping after this batch; Ctrl-C again stops at once");
         });
         if let Err(error) = handler {
             self.warn(&format!("Ctrl-C is not handled: {error}"));
@@ -344,6 +345,10 @@ impl Observer for Console {
             Err(_) => bar,
         };
         *self.bar.borrow_mut() = Some(bar);
+    }
+
+    fn interrupted(&self) -> bool {
+        INTERRUPTED.load(Ordering::SeqCst)
     }
 
     fn progress(&self, tokens: u64) {

@@ -63,6 +63,9 @@ pub enum Error {
     /// The rewriter failed.
     #[error("rewrite: {0}")]
     Rewrite(String),
+    /// The user stopped the run; stages that ended before are on disk.
+    #[error("interrupted; finished stages are kept (--resume goes on)")]
+    Interrupted,
     /// The output folder is in use or holds something else.
     #[error("{0}")]
     Output(String),

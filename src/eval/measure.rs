@@ -42,6 +42,10 @@ pub trait Observer {
     fn progress(&self, tokens: u64) {
         let _ = tokens;
     }
+    /// Whether to stop; asked after every batch.
+    fn interrupted(&self) -> bool {
+        false
+    }
     /// A stage is over.
     fn stage_finished(&self, record: &Record) {
         let _ = record;
@@ -147,6 +151,9 @@ impl Measure<'_> {
                 documents[index] = score;
             }
             self.observer.progress(tokens);
+            if self.observer.interrupted() {
+                return Err(Error::Interrupted);
+            }
         }
         let seconds = start.elapsed().as_secs_f64();
         let bad = documents.iter().filter(|d| !(d.nll.is_finite() && d.entropy.is_finite()));

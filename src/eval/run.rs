@@ -286,6 +286,10 @@ impl<'a> Run<'a> {
             let measured = measured.unwrap_or_else(|panic| {
                 Ok(Measured::Failed(format!("panicked: {}", panic_text(&*panic))))
             });
+            store.clear_work()?;
+            if self.observer.interrupted() {
+                return Err(Error::Interrupted);
+            }
             let (status, reason) = match measured {
                 Ok(Measured::Done) => (Status::Ok, None),
                 Ok(Measured::Skipped(reason)) => (Status::Skipped, Some(reason)),
@@ -293,7 +297,6 @@ impl<'a> Run<'a> {
                 Err(error) => (Status::Failed, Some(error.to_string())),
             };
             (record.status, record.reason) = (status, reason);
-            store.clear_work()?;
             self.observer.stage_finished(&record);
             store.append(record, key)?;
             self.write_reports(store)?;

@@ -157,8 +157,9 @@ fn builder(
 ) -> ort::Result<SessionBuilder> {
     let Device::Cpu = options.device;
     let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.into());
+    // Errors come back as errors; printed as well they would be there twice.
     let log =
-        if options.debug { ort::logging::LogLevel::Info } else { ort::logging::LogLevel::Error };
+        if options.debug { ort::logging::LogLevel::Info } else { ort::logging::LogLevel::Fatal };
     let mut builder = ort::session::Session::builder(&runtime.environment)?
         .with_operators(mx_custom_ops::operator_domain()?)?
         .with_optimization_level(GraphOptimizationLevel::All)?

@@ -214,6 +214,50 @@ fn one_bad_graph_does_not_stop_the_others() {
     assert!(records[0]["reason"].as_str().unwrap().contains("bad.onnx"), "{}", records[0]);
 }
 
+#[cfg(unix)]
+#[test]
+fn an_interrupted_sweep_keeps_what_it_finished() {
+    use std::io::BufRead as _;
+    if !ready() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let (model, tokenizer, pile) = (model(), tokenizer(), pile());
+    let arguments: [&std::ffi::OsStr; 12] = [
+        "--sweep".as_ref(),
+        model.as_ref(),
+        "--tokenizer".as_ref(),
+        tokenizer.as_ref(),
+        "--data".as_ref(),
+        pile.as_ref(),
+        "--stages".as_ref(),
+        "baseline,mx-fp8_e4m3,int8".as_ref(),
+        "--batch-size".as_ref(),
+        "1".as_ref(),
+        "--out".as_ref(),
+        out.as_ref(),
+    ];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mxeval"))
+        .args(arguments)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let second =
+        |line: &std::io::Result<String>| line.as_ref().unwrap().contains("mx-fp8_e4m3 ...");
+    assert!(lines.any(|line| second(&line)), "the second stage never began");
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let rest: Vec<_> = lines.map(|line| line.unwrap()).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
+    assert!(rest.last().unwrap().contains("--resume"), "{rest:?}");
+    let results = std::fs::read_to_string(out.join("results.jsonl")).unwrap();
+    assert_eq!(results.lines().count(), 1);
+    assert!(results.contains("\"baseline\"") && !out.join(".work").exists());
+}
+
 /// Arguments, exit code, and what stderr has to say.
 fn refused(args: &[&str], code: i32, says: &[&str]) {
     let output = mxeval(args);
@@ -270,6 +314,10 @@ fn faults_of_a_run_are_one_clear_line() {
     check(&pile, &column, &[], &["column.jsonl", "not a Hugging Face tokenizer.json"]);
     check(&pile, &tokenizer, &["--device", "cuda"], &["--device cpu"]);
     check(&pile, &tokenizer, &["--ort-lib", "/nowhere.so"], &["--ort-lib /nowhere.so"]);
+    let lock = std::fs::File::create(dir.path().join("out/.lock")).unwrap();
+    lock.lock().unwrap();
+    check(&pile, &tokenizer, &[], &["another mxeval is writing", "choose another --out"]);
+    lock.unlock().unwrap();
     // A tokenizer with ids that the model does not have.
     let foreign = foreign_tokenizer();
     let foreign = file("foreign.json", &foreign.to_string());
