@@ -94,7 +94,7 @@ pub struct Bias {
     pub value: String,
     /// The constant behind it (through Identity nodes), when there is one.
     pub constant: Option<(String, Origin)>,
-    /// What has to happen to it to become [n].
+    /// What has to happen to it to become `[n]`.
     pub shape: BiasShape,
     /// Its factor (a Gemm's beta).
     pub beta: f32,
@@ -103,11 +103,11 @@ pub struct Bias {
 /// Shape of a bias as stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BiasShape {
-    /// [n]: usable as it is.
+    /// `[n]`: usable as it is.
     Vector,
-    /// n elements in another shape ([1, n]); only for constants. Rewritten as [n].
+    /// n elements in another shape (`[1, n]`); only for constants. Rewritten as `[n]`.
     Row,
-    /// One element, broadcast; only for constants. Rewritten as [n].
+    /// One element, broadcast; only for constants. Rewritten as `[n]`.
     Scalar,
 }
 
