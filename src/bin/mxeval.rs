@@ -69,6 +69,9 @@ struct Cli {
     /// Threads of one operator [default: ONNX Runtime's choice]
     #[arg(long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
+    /// Threads that tokenise
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = positive)]
+    loader_workers: usize,
     /// libonnxruntime [default: ORT_DYLIB_PATH, beside mxeval, the onnxruntime Python package]
     #[arg(long, value_name = "PATH")]
     ort_lib: Option<PathBuf>,
@@ -195,6 +198,7 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
         seq_len: cli.seq_len,
         device: cli.device.clone(),
         threads: cli.threads,
+        loader_workers: cli.loader_workers,
         ort_lib: cli.ort_lib.clone(),
         out: cli.out.clone(),
         resume: cli.resume,

@@ -44,6 +44,8 @@ pub struct Options {
     pub device: Request,
     /// Threads of one operator; `None` leaves it to ONNX Runtime.
     pub threads: Option<usize>,
+    /// Threads that tokenise.
+    pub loader_workers: usize,
     /// libonnxruntime, when it is not to be looked for.
     pub ort_lib: Option<PathBuf>,
     /// Output folder.
@@ -246,8 +248,13 @@ impl<'a> Run<'a> {
         let tokenizer = Tokenizer::open(path)?;
         self.observer.note(&format!("tokenising {}", self.data.display()));
         let documents = corpus::open(&self.data)?;
-        let corpus =
-            tokenizer.tokenize(documents, self.options.seq_len, self.options.max_samples)?;
+        let options = self.options;
+        let workers = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.loader_workers)
+            .build()
+            .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
+        let corpus = workers
+            .install(|| tokenizer.tokenize(documents, options.seq_len, options.max_samples))?;
         self.observer.note(&format!(
             "{} documents read, {} with {} scored tokens",
             corpus.read,
