@@ -8,6 +8,7 @@ use clap::{
     ArgGroup, Args, CommandFactory, Parser, builder::PossibleValuesParser,
     builder::TypedValueParser,
 };
+use indicatif::{ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::rewrite::{
     self, Activation, Lowering, RewriteError, RewriteOptions, RewritePlan, RewriteReport, Tier,
@@ -133,7 +134,7 @@ fn main() -> ExitCode {
     };
     match run(&cli, &options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+        Err(error) => fail(&cli, &error),
     }
 }
 
@@ -181,22 +182,37 @@ fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<()> {
         return Ok(rewrite::require_sites(&cli.model, &plan, options)?);
     }
     let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(&cli.model, options));
-    let report = rewrite::rewrite_file(&cli.model, &output, options)?;
+    let spinner = spinner(&format!("rewriting {}", cli.model.display()));
+    let report = rewrite::rewrite_file(&cli.model, &output, options);
+    spinner.finish_and_clear();
+    let report = report?;
     print(&if cli.json { json(&report)? } else { summary(&report) })
 }
 
+/// A sign of life on stderr; hidden when that is no terminal.
+fn spinner(message: &str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(message.to_owned());
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
+        spinner.set_style(style);
+    }
+    spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+    spinner
+}
+
 /// Says what went wrong on stderr. Options at fault end with 2, everything else with 1.
-fn fail(error: &anyhow::Error) -> ExitCode {
+fn fail(cli: &Cli, error: &anyhow::Error) -> ExitCode {
     let known = error.downcast_ref::<RewriteError>();
     if known.is_some_and(RewriteError::is_usage) {
         usage(&error.to_string());
     }
-    let mut text = format!("error: {error:#}\n");
-    if let Some(RewriteError::NothingToReplace { candidates, .. }) = known {
+    // Messages name their causes themselves, in one line.
+    let mut text = format!("error: {error}\n");
+    if let Some(RewriteError::NothingToReplace { candidates, .. }) = known
+        && !cli.plan
+    {
         for candidate in candidates {
-            let path = candidate.module_path.as_deref().unwrap_or("-");
             let (node, op, reason) = (&candidate.node, &candidate.op, &candidate.reason);
-            text.push_str(&format!("  {node} ({op}), path {path}: {reason}\n"));
+            text.push_str(&format!("  {node} ({op}): {reason}\n"));
         }
     }
     // With stderr closed there is nobody left to tell.
@@ -219,19 +235,17 @@ fn json<T: serde::Serialize>(value: &T) -> anyhow::Result<String> {
 
 fn summary(report: &RewriteReport) -> String {
     let (before, after) = (report.weight_bytes_before, report.weight_bytes_after);
-    let mut text = format!(
-        "{} of {} candidates rewritten ({}, {})\n",
-        report.sites,
-        report.sites + report.skipped,
-        report.plan.recipe.name,
-        report.lowering
-    );
-    text.push_str(&format!(
-        "weights of these layers: {} -> {} bytes ({:.1} %)\n",
-        before,
-        after,
-        100.0 * after as f64 / before.max(1) as f64
-    ));
+    let mut text = if report.lowering == Lowering::Bf16 {
+        format!("every weight and float result rounded to bfloat16 ({} layers)\n", report.sites)
+    } else {
+        let candidates = report.sites + report.skipped;
+        let share = 100.0 * after as f64 / before.max(1) as f64;
+        format!(
+            "{} of {candidates} candidates rewritten ({}, {})\n\
+             weights of these layers: {before} -> {after} bytes ({share:.2} %)\n",
+            report.sites, report.plan.recipe.name, report.lowering,
+        )
+    };
     text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));
     if let Some(data) = &report.data {
         text.push_str(&format!(" with {}", data.display()));

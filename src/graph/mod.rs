@@ -73,11 +73,8 @@ impl GraphView {
             }
         }
         for (name, tensor) in initializers {
-            // An input with an initialiser of its name has a default: legal, but not constant.
-            if matches!(self.sources.get(&name), Some(Source::Initializer)) {
-                let by = "two initializers".into();
-                return Err(GraphError::Duplicate { value: name, by });
-            }
+            // An input with an initialiser of its name has a default: legal, but not constant. Of two
+            // initialisers with one name the last counts, as in ONNX Runtime.
             self.sources.insert(name.clone(), Source::Initializer);
             self.constants.insert(name, tensor);
         }

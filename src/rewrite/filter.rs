@@ -140,14 +140,14 @@ fn matches(select: &Select, subject: &Subject<'_>) -> bool {
 }
 
 /// The texts that a pattern is searched in: the module path, else the node's and the weight's name.
-/// The head answers to `lm_head` whatever it is called.
+/// The head answers to its usual names whatever it is called.
 fn texts<'a>(subject: &Subject<'a>) -> impl Iterator<Item = &'a str> {
     let (first, second) = match subject.path {
         Some(path) => (path, None),
         None => (subject.node, Some(subject.initializer)),
     };
-    let alias = (subject.role == Role::Head).then_some("lm_head");
-    std::iter::once(first).chain(second).chain(alias)
+    let aliases: &[&str] = if subject.role == Role::Head { &["lm_head", "embed_out"] } else { &[] };
+    std::iter::once(first).chain(second).chain(aliases.iter().copied())
 }
 
 fn finds(regex: &Regex, subject: &Subject<'_>) -> bool {

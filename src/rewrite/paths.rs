@@ -7,7 +7,10 @@ use std::{collections::HashMap, sync::LazyLock};
 
 use regex::Regex;
 
-use super::{roles::family, sites::PathSource};
+use super::{
+    roles,
+    sites::{PathSource, Role},
+};
 use crate::onnx::proto::StringStringEntry;
 
 /// Graph metadata key under which torch.onnx lists which graph input was which parameter.
@@ -137,10 +140,8 @@ fn parse_namespace(text: &str) -> Vec<String> {
 fn from_tensor_name(name: &str) -> Option<String> {
     static MADE_UP: LazyLock<Regex> = LazyLock::new(|| {
         Regex::new(concat!(
-            r"(?i)^(?:_?(?:val|value|onnx|const|constant|tensor|t|v|x|y|transpose|permute|matmul|gemm|",
-            r"linear|addmm|mm|param|parameter|arg|input|initializer|init|weight|weights|bias|w|b|c|k|",
-            r"packed_matmul|node|output|getitem|lifted_tensor|to_copy|clone|view|reshape|cast|fused|kn|nk)",
-            r"[_.]?)?(?:\d+[_.]?)*$"
+            r"(?i)^(?:(?:val|value|const|constant|tensor|transpose|matmul|gemm|linear|param|arg|input|",
+            r"initializer|weight|weights|node|output)[_.]?)?(?:\d+[_.]?)*$"
         ))
         .unwrap()
     });
@@ -152,7 +153,9 @@ fn from_tensor_name(name: &str) -> Option<String> {
     while let Some(shorter) = strip_tensor_suffix(stem) {
         stem = shorter;
     }
-    (!MADE_UP.is_match(stem)).then(|| stem.to_owned())
+    // A bare word may be anything; it says a module only when a tier's list or a head has it.
+    let telling = name.contains('.') || roles::role(Some(stem), false) != Role::Other;
+    (telling && !MADE_UP.is_match(stem)).then(|| stem.to_owned())
 }
 
 /// Takes one ending off that says what the tensor is rather than whose.
@@ -184,7 +187,7 @@ fn from_node_name(name: &str, op: &str) -> Option<String> {
     let separator = match (name.contains('/'), name.contains('.')) {
         (true, _) => '/',
         (_, true) => '.',
-        _ => return family(name).map(|_| name.to_owned()),
+        _ => return (roles::role(Some(name), false) != Role::Other).then(|| name.to_owned()),
     };
     let mut parts: Vec<&str> = name.split(separator).filter(|part| !part.is_empty()).collect();
     while let Some(last) = parts.last()
@@ -282,6 +285,9 @@ mod tests {
             ("weight", None),
             ("packed_matmul_3", None),
             ("transpose_5", None),
+            ("up", None),
+            ("proj.weight", Some("proj")),
+            ("lm_head_weight", Some("lm_head")),
         ] {
             assert_eq!(from_tensor_name(name).as_deref(), expected, "{name}");
         }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{
-    Filter, Origin, Role, Site, SiteScan, Skipped, Weight,
+    Bias, Filter, Origin, Role, Site, SiteScan, Skipped, Weight,
     filter::{Decision, Subject},
     paths::{Evidence, SIGNATURE_KEY, Signature, module_path, parse_signature},
     patterns::{self, Linear, Match, Traced},
@@ -101,16 +101,17 @@ fn judge(
     let op = op_name(node);
     let tied = is_embedding(view, &linear.weight.root);
     let head = produces_logits(view, &linear.y);
-    let bias = linear.bias.as_ref().and_then(|bias| bias.constant.as_ref());
+    let own_name = parameter_name(view, &linear);
+    let bias = linear.bias.as_ref().and_then(bias_name);
     let (mut path, mut path_source) = module_path(
         &Evidence {
             metadata: &node.metadata_props,
             node: node.name.as_deref().unwrap_or_default(),
             op: &op,
-            initializer: &linear.weight.root,
-            tied,
-            shared,
-            bias: bias.map(|(name, _)| name.as_str()),
+            initializer: own_name.unwrap_or(&linear.weight.root),
+            tied: tied && own_name.is_none(),
+            shared: shared && own_name.is_none(),
+            bias,
         },
         signature,
     );
@@ -128,6 +129,22 @@ fn judge(
             Ok(site(linear, name))
         }
     }
+}
+
+/// The layer's own name for a weight that the exporter merged with an equal one: the two are then
+/// joined by an Identity whose output keeps the parameter's name.
+fn parameter_name<'a>(view: &'a GraphView, linear: &Linear) -> Option<&'a str> {
+    let identities = linear.weight.via.iter().rev().map(|&index| &view.nodes()[index]);
+    let mut outputs =
+        identities.filter(|node| is_op(node, "Identity")).filter_map(|n| n.output.first());
+    outputs.find(|name| name.ends_with(".weight")).map(String::as_str)
+}
+
+/// The most telling name of a constant bias: the value read, when that is named like one, else the
+/// constant behind it.
+fn bias_name(bias: &Bias) -> Option<&str> {
+    let (constant, _) = bias.constant.as_ref()?;
+    Some(if bias.value.ends_with(".bias") { &bias.value } else { constant })
 }
 
 struct Name {

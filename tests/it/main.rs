@@ -1,8 +1,11 @@
 //! What crosses crates or runs a binary; one module an area.
 #![allow(clippy::print_stdout, reason = "tests say what they skipped and what they measured")]
 
+mod cli;
 mod custom_ops;
 mod eval;
 mod judges;
+mod models;
 mod shell;
 mod support;
+mod zoo;

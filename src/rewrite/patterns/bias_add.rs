@@ -1,4 +1,4 @@
-//! An Add behind a product: a bias when it adds a constant [n], a residual otherwise.
+//! An Add behind a product: a bias when it adds a constant `[n]`, a residual otherwise.
 
 use super::{Linear, Traced, trace};
 use crate::{

@@ -111,20 +111,17 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
     if a.is_empty() || b.is_empty() || node.output.first().is_none_or(String::is_empty) {
         return Err("one of its operands or its output is absent".to_owned());
     }
-    let weight = match (trace(view, a), trace(view, b)) {
-        (Traced::Dynamic, Traced::Constant(weight)) => weight,
-        // Rows gathered out of an embedding are an X like any other.
-        (Traced::Unusable(_), Traced::Constant(weight)) if trace::depends_on_input(view, a) => {
-            weight
-        }
-        (Traced::Dynamic, Traced::Dynamic) => {
+    // X may well be looked up in a constant (an embedding): what counts is whether it can change.
+    let weight = match (trace::is_constant(view, a), trace(view, b)) {
+        (false, Traced::Constant(weight)) => weight,
+        (false, Traced::Unusable(reason)) => return Err(reason),
+        (false, Traced::Dynamic) => {
             return Err("two dynamic operands: an attention product, not a Linear".to_owned());
         }
-        (Traced::Dynamic, Traced::Unusable(reason)) => return Err(reason),
-        (_, Traced::Dynamic) => {
+        (true, _) if !trace::is_constant(view, b) => {
             return Err("its constant is the left operand: not a Linear".to_owned());
         }
-        (_, _) => {
+        (true, _) => {
             return Err("both operands are constant: nothing to quantise at run time".to_owned());
         }
     };

@@ -239,6 +239,22 @@ fn what_is_no_linear_says_why() {
 }
 
 #[test]
+fn x_may_be_looked_up_in_a_constant() {
+    let looked_up = Build::new()
+        .weight("emb", &[100, 32])
+        .weight("w", &[32, 48])
+        .node("Gather", &["emb", "x"], "h")
+        .node("MatMul", &["h", "w"], "y");
+    assert_eq!(looked_up.linear().x, "h");
+    let tied = Build::new()
+        .weight("emb", &[100, 32])
+        .node("Gather", &["emb", "x"], "h")
+        .node("Transpose", &["emb"], "t")
+        .node("MatMul", &["h", "t"], "y");
+    assert_eq!(tied.linear().n, 100);
+}
+
+#[test]
 fn an_overridable_weight_is_left_alone() {
     let mut build = Build::new().weight("w", &[32, 48]).node("MatMul", &["x", "w"], "y");
     build.inputs.push("w".into());

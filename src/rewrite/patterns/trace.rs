@@ -273,14 +273,14 @@ fn computed(view: &GraphView, index: usize, cuts: usize) -> Traced {
     Traced::Dynamic
 }
 
-/// True when `value` comes from the caller or is computed from what does.
-pub(super) fn depends_on_input(view: &GraphView, value: &str) -> bool {
+/// True when no caller can change `value`.
+pub(super) fn is_constant(view: &GraphView, value: &str) -> bool {
     match view.source(value) {
+        Some(Source::Initializer) => !view.is_overridable(value),
         Some(Source::Node { index, .. }) => {
-            !is_op(&view.nodes()[index], "Constant") && !all_constant(view, index)
+            is_op(&view.nodes()[index], "Constant") || all_constant(view, index)
         }
-        Some(Source::Input) => true,
-        Some(Source::Initializer) | None => false,
+        Some(Source::Input) | None => false,
     }
 }
 
@@ -293,6 +293,7 @@ fn all_constant(view: &GraphView, index: usize) -> bool {
         let node = &view.nodes()[index];
         for value in node.input.iter().filter(|value| !value.is_empty()) {
             match view.source(value) {
+                Some(Source::Initializer) if view.is_overridable(value) => return false,
                 Some(Source::Initializer) => constants += 1,
                 Some(Source::Node { index, .. }) => {
                     constants += usize::from(is_op(&view.nodes()[index], "Constant"));
