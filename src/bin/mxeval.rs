@@ -173,7 +173,7 @@ fn main() -> ExitCode {
     match evaluate(&cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {error}");
             ExitCode::from(match error.downcast_ref() {
                 Some(Error::Usage(_)) => 2,
                 Some(Error::Interrupted) => 130,

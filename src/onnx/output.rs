@@ -25,8 +25,10 @@ impl Output {
         if let Some(file) = nameless::create(folder) {
             return Ok(Self { file, temporary: None, target });
         }
-        let temporary = temporary_name(&target).tempfile_in(folder).map_err(|source| {
-            Error::Io { action: "create a file in", path: folder.to_owned(), source }
+        let temporary = temporary_name().tempfile_in(folder).map_err(|source| Error::Io {
+            action: "create a file in",
+            path: folder.to_owned(),
+            source,
         })?;
         let (file, path) = temporary.into_parts();
         Ok(Self { file, temporary: Some(path), target })
@@ -51,7 +53,7 @@ pub(crate) fn folder(path: &Path) -> &Path {
     }
 }
 
-fn temporary_name(target: &Path) -> tempfile::Builder<'static, 'static> {
+fn temporary_name() -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".mxrewrite-").suffix(".tmp");
     #[cfg(unix)]
@@ -60,7 +62,6 @@ fn temporary_name(target: &Path) -> tempfile::Builder<'static, 'static> {
         // As for any file a user makes; the umask takes away what it takes away.
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    let _ = target;
     builder
 }
 
@@ -83,7 +84,7 @@ mod nameless {
     /// file, a rename can.
     pub(super) fn name(file: &File, target: &Path) -> std::io::Result<TempPath> {
         let source = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let named = temporary_name(target).make_in(folder(target), |path| {
+        let named = temporary_name().make_in(folder(target), |path| {
             rustix::fs::linkat(CWD, &source, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(Into::into)
         })?;
         Ok(named.into_temp_path())

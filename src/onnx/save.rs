@@ -10,6 +10,7 @@ use super::tensor::{ExternalRef, Payload, Storage, TensorInfo};
 use super::wire;
 use bytes::Bytes;
 use prost::Message as _;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -126,8 +127,8 @@ impl Model {
             }
         }
         let (nodes, functions) = self.visit_nested(&mut |info| self.move_to(&mut data, info))?;
-        place.nodes.extend(nodes);
-        place.functions.extend(functions);
+        place.nodes = nodes;
+        place.functions = functions;
         Ok((data.chunks, place))
     }
 
@@ -140,12 +141,11 @@ impl Model {
     }
 
     /// Moves the external tensors of nodes and functions; gives the fields to write in their place.
-    #[allow(clippy::type_complexity)]
     fn visit_nested(
         &self,
         mover: &mut super::relocate::Mover<'_>,
-    ) -> Result<(Vec<(NodeId, Bytes)>, Vec<(usize, Bytes)>)> {
-        let (mut nodes, mut functions) = (Vec::new(), Vec::new());
+    ) -> Result<(HashMap<NodeId, Bytes>, HashMap<usize, Bytes>)> {
+        let (mut nodes, mut functions) = (HashMap::new(), HashMap::new());
         for (id, node) in self.graph.nodes() {
             // Most nodes hold no tensor at all.
             if !node.attribute.iter().any(|a| {
@@ -158,14 +158,14 @@ impl Model {
                 None => node.encode_to_vec().into(),
             };
             if let Some(moved) = relocate(Kind::Node, &message, mover, 0)? {
-                nodes.push((id, wire::len_field(number::NODE, &moved)));
+                nodes.insert(id, wire::len_field(number::NODE, &moved));
             }
         }
         for (index, field) in self.fields.iter().enumerate() {
             if let TopField::Raw { number: model::number::FUNCTIONS, raw } = field
                 && let Some(moved) = relocate(Kind::Function, &payload(raw), mover, 0)?
             {
-                functions.push((index, wire::len_field(model::number::FUNCTIONS, &moved)));
+                functions.insert(index, wire::len_field(model::number::FUNCTIONS, &moved));
             }
         }
         Ok((nodes, functions))

@@ -5,6 +5,7 @@ mod cli;
 mod custom_ops;
 mod eval;
 mod judges;
+mod lowerings;
 mod models;
 mod shell;
 mod support;

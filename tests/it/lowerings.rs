@@ -1,0 +1,76 @@
+//! What mxrewrite's targets compute in stock onnxruntime, and outputs of runs that are cut short.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use mxrewrite::onnx::Model;
+
+use crate::support;
+
+const MODELS: [&str; 2] =
+    ["fixtures/tinylm/dynamo/model.onnx", "fixtures/tinylm/torchscript/model.onnx"];
+
+fn python(area: &str, models: &[&str]) {
+    let Some((python, library)) = support::python_and_library() else { return };
+    let out = Command::new(python)
+        .arg(support::root().join("tests/python/test_lowerings.py"))
+        .arg(area)
+        .args(models)
+        .current_dir(support::root())
+        .env("MX_REWRITE", support::mxrewrite())
+        .env("MX_CUSTOM_OPS", library)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .expect("the Python interpreter was probed before");
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && stdout.lines().count() == models.len(),
+        "{area}: {}\n{stdout}{}",
+        out.status,
+        String::from_utf8_lossy(&out.stderr)
+    );
+    println!("{}", stdout.trim());
+}
+
+#[test]
+fn int8_is_the_dequantised_product() {
+    python("int8", &MODELS);
+}
+
+#[test]
+fn bf16_rounds_weights_and_results() {
+    python("bf16", &MODELS);
+}
+
+#[test]
+fn unscaled_targets_round_both_operands() {
+    python("unscaled", &["layer"]);
+}
+
+/// A killed run leaves no temporary file, and no model that is not whole.
+#[test]
+fn a_killed_run_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = support::root().join(MODELS[0]);
+    for delay in 0..40 {
+        let output = dir.path().join(format!("{delay}.onnx"));
+        let mut child = Command::new(support::mxrewrite())
+            .arg(&input)
+            .arg("-o")
+            .arg(&output)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(delay * 2));
+        let _ = child.kill();
+        child.wait().unwrap();
+        if output.exists() {
+            Model::open(&output).unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(name.ends_with(".onnx") || name.ends_with(".onnx.data"), "{name} is left");
+    }
+}
