@@ -171,7 +171,8 @@ def feeds_for(model: onnx.ModelProto, rng: np.random.Generator, batch: int = 2, 
         elif v.name == "position_ids":
             out[v.name] = np.tile(np.arange(length), (batch, 1)).astype(dtype)
         elif v.name.startswith("past_key_values"):
-            out[v.name] = np.zeros((batch, dims[1], 0, dims[3]), dtype)
+            # The head size of exports that leave it open is 16 in the zoo.
+            out[v.name] = np.zeros((batch, dims[1] or 2, 0, dims[3] or 16), dtype)
         elif v.name == "use_cache_branch":
             out[v.name] = np.zeros([1], bool)
         else:
