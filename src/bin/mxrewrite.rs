@@ -27,10 +27,6 @@ struct Cli {
     /// Output [default: beside the model, <stem>.<tier>-<format>.onnx]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    #[command(flatten)]
-    layers: Layers,
-    #[command(flatten)]
-    formats: Formats,
     /// Show what would be replaced, write nothing
     #[arg(long)]
     plan: bool,
@@ -46,6 +42,10 @@ struct Cli {
     /// Threads to quantise with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    #[command(flatten)]
+    layers: Layers,
+    #[command(flatten)]
+    formats: Formats,
 }
 
 #[derive(Args, Debug)]
