@@ -91,27 +91,23 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     let mut store = Store::open(&options.out, options.resume)?;
     observer.opened(&store.work_root());
     let run = Run::new(jobs, options, device, &runtime, data, observer)?;
+    // A mistyped tokenizer or data file must not cost the results of an earlier run, so nothing is
+    // written before it is known that something can be measured.
+    let mut prepared: Vec<_> = jobs.iter().map(|job| run.prepare(job)).collect();
+    if prepared.iter().all(Result::is_err)
+        && let Some(Err(error)) = prepared.drain(..).next()
+    {
+        return Err(error);
+    }
     store.keep(&run.wanted(jobs))?;
     store.set_run(run.facts.clone())?;
-    let mut first_error = None;
-    let mut fed = false;
-    for (index, job) in jobs.iter().enumerate() {
-        match run.prepare(job) {
-            Ok(corpus) => {
-                fed = true;
-                run.job(index, job, &corpus, &mut store)?;
-            }
-            Err(error) if jobs.len() == 1 => return Err(error),
-            Err(error) => {
-                run.refuse(index, job, &error, &mut store)?;
-                first_error.get_or_insert(error);
-            }
+    for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
+        match corpus {
+            Ok(corpus) => run.job(index, job, &corpus, &mut store)?,
+            Err(error) => run.refuse(index, job, &error, &mut store)?,
         }
     }
-    match first_error {
-        Some(error) if !fed => Err(error),
-        _ => Ok(Outcome { entries: ordered(jobs, &store) }),
-    }
+    Ok(Outcome { entries: ordered(jobs, &store) })
 }
 
 /// The file of the evaluation text.

@@ -7,7 +7,7 @@ use super::error::{Error, Result};
 use super::mmap;
 use super::tensor::ExternalRef;
 use bytes::Bytes;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
@@ -15,6 +15,9 @@ use std::sync::Mutex;
 #[derive(Debug, Default)]
 pub(crate) struct ExternalFiles {
     dir: Option<PathBuf>,
+    /// Every location that the model as opened refers to, wherever in it. A rewritten model may have
+    /// dropped its last reference to a file that the input still needs.
+    pub(super) locations: BTreeSet<String>,
     mapped: Mutex<HashMap<String, Bytes>>,
 }
 
@@ -22,7 +25,7 @@ impl ExternalFiles {
     pub(crate) fn new(dir: Option<&Path>) -> Self {
         // A bare file name has the parent "".
         let dir = dir.map(|d| if d.as_os_str().is_empty() { Path::new(".") } else { d }.to_owned());
-        Self { dir, mapped: Mutex::default() }
+        Self { dir, locations: BTreeSet::new(), mapped: Mutex::default() }
     }
 
     pub(crate) fn dir(&self) -> Option<&Path> {

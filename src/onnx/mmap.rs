@@ -12,15 +12,16 @@ use std::path::Path;
 /// not be truncated by another process while it is in use.
 pub(crate) fn map(path: &Path) -> Result<Bytes> {
     let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
-    let file = File::open(path).map_err(io("open"))?;
-    let metadata = file.metadata().map_err(io("read"))?;
+    // Before opening: to open a named pipe waits for a writer.
+    let metadata = std::fs::metadata(path).map_err(io("open"))?;
     if metadata.is_dir() {
         return Err(io("read")(std::io::Error::other("is a directory, expected a file")));
     }
     if !metadata.is_file() {
         return Err(io("read")(std::io::Error::other("is not a regular file")));
     }
-    if metadata.len() == 0 {
+    let file = File::open(path).map_err(io("open"))?;
+    if file.metadata().map_err(io("read"))?.len() == 0 {
         return Ok(Bytes::new());
     }
     // SAFETY: the mapping is private and read-only, and lives as long as the `Bytes` that own it. Rust

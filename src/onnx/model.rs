@@ -116,6 +116,9 @@ impl Model {
         if model.opsets.is_empty() && model.ir_version >= 3 {
             return Err(Error::malformed("no opset_import until the end of the file", end));
         }
+        let mut files = ExternalFiles::new(dir);
+        files.locations = model.external_locations();
+        model.files = Arc::new(files);
         Ok(model)
     }
 

@@ -10,7 +10,7 @@ use super::tensor::{ExternalRef, Payload, Storage, TensorInfo};
 use super::wire;
 use bytes::Bytes;
 use prost::Message as _;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -140,6 +140,27 @@ impl Model {
         Ok(data.append(&info.name, payload))
     }
 
+    /// The external data files that initialisers, node attributes, sub-graphs and functions name.
+    ///
+    /// A nested message that cannot be read ends the search: saving such a model fails by itself.
+    pub(super) fn external_locations(&self) -> BTreeSet<String> {
+        let mut locations: BTreeSet<String> = self
+            .graph
+            .initializers()
+            .filter_map(|info| match &info.storage {
+                Storage::External(reference) => Some(reference.location.clone()),
+                _ => None,
+            })
+            .collect();
+        let _ = self.visit_nested(&mut |info| {
+            if let Storage::External(reference) = &info.storage {
+                locations.insert(reference.location.clone());
+            }
+            Ok(ExternalRef::default())
+        });
+        locations
+    }
+
     /// Moves the external tensors of nodes and functions; gives the fields to write in their place.
     fn visit_nested(
         &self,
@@ -184,13 +205,9 @@ impl Model {
         if self.path().is_some_and(|input| same_file(input, target)) {
             return refuse("it is the input; choose another output");
         }
-        let locations = self.graph.initializers().filter_map(|info| match &info.storage {
-            Storage::External(reference) => Some(reference.location.as_str()),
-            _ => None,
-        });
-        let locations: std::collections::BTreeSet<&str> = locations.collect();
         let dir = self.dir().unwrap_or(Path::new("."));
-        if locations.iter().any(|location| same_file(&dir.join(location), target)) {
+        let mut locations = self.files.locations.iter();
+        if locations.any(|location| same_file(&dir.join(location), target)) {
             return refuse("it holds the input's weights; choose another output");
         }
         match std::fs::symlink_metadata(target) {

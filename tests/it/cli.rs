@@ -217,6 +217,33 @@ fn external_data_has_to_lie_beside_the_model() {
 }
 
 #[test]
+fn the_inputs_weights_are_never_written_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut external_graph = graph();
+    // Both layers are replaced, so that nothing of the result refers to the file any more.
+    external_graph.initializer =
+        external_graph.initializer.into_iter().map(|w| external(w, "weights.bin")).collect();
+    write(folder.path(), "m.onnx", &model(external_graph));
+    let weights = vec![0_u8; 32 * 48 * 4];
+    fs::write(folder.path().join("weights.bin"), &weights).unwrap();
+    for output in ["weights.bin", "m.onnx"] {
+        let done = mxrewrite(folder.path(), &["m.onnx", "--all-linears", "-o", output, "--force"]);
+        assert_eq!(done.status.code(), Some(1), "{output}: {}", text(&done.stderr));
+        assert!(text(&done.stderr).contains("choose another output"), "{}", text(&done.stderr));
+    }
+    assert_eq!(fs::read(folder.path().join("weights.bin")).unwrap(), weights);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_named_pipe_is_refused_instead_of_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = Command::new("mkfifo").arg(folder.path().join("pipe.onnx")).status().unwrap();
+    assert!(made.success());
+    refused(folder.path(), "pipe.onnx", "not a regular file");
+}
+
+#[test]
 fn invalid_graphs_fail_with_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let mut cases: Vec<(&str, GraphProto)> = Vec::new();

@@ -308,7 +308,14 @@ fn faults_of_a_run_are_one_clear_line() {
     };
     check(&column, &tokenizer, &[], &["line 1: no `text` key; found content, id"]);
     check(&broken, &tokenizer, &[], &["broken.jsonl: line 2: invalid JSON"]);
+    // What an earlier run measured survives a run that has nothing to measure.
+    let results = dir.path().join("out/results.jsonl");
+    std::fs::create_dir_all(dir.path().join("out")).unwrap();
+    std::fs::write(&results, "{\"model\":\"m\",\"stage\":\"s\"}\n").unwrap();
+    let earlier = std::fs::read(&results).unwrap();
     check(&empty, &tokenizer, &[], &["holds no document"]);
+    assert_eq!(std::fs::read(&results).unwrap(), earlier, "results.jsonl was emptied");
+    std::fs::remove_file(&results).unwrap();
     check(&short, &tokenizer, &[], &["no scored token"]);
     check("missing.parquet", &tokenizer, &[], &["missing.parquet"]);
     check(&pile, &column, &[], &["column.jsonl", "not a Hugging Face tokenizer.json"]);

@@ -27,8 +27,11 @@ impl<R: BufRead> Lines<R> {
             if read.map_err(|e| self.error(format!("cannot read: {e}")))? == 0 {
                 return Ok(None);
             }
-            if !bytes.trim_ascii().is_empty() {
-                return self.document(&bytes).map(Some);
+            // Windows editors start a UTF-8 file with a byte order mark, which JSON does not allow.
+            let bom: &[u8] = if self.line == 1 { b"\xef\xbb\xbf" } else { b"" };
+            let line = bytes.strip_prefix(bom).unwrap_or(&bytes);
+            if !line.trim_ascii().is_empty() {
+                return self.document(line).map(Some);
             }
         }
     }
@@ -76,6 +79,14 @@ pub(super) fn list(names: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::tests::all;
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_first_line() {
+        let text = &b"\xef\xbb\xbf{\"text\": \"one\"}\n{\"text\": \"two\"}\n"[..];
+        let documents: Vec<_> =
+            super::read(std::path::Path::new("bom.jsonl"), text).map(|d| d.unwrap().text).collect();
+        assert_eq!(documents, ["one", "two"]);
+    }
 
     #[test]
     fn lines_with_and_without_meta_plain_and_compressed() {

@@ -16,7 +16,7 @@ use crate::{
         execute::ExecuteError,
         patch::{Patch, add_module_path},
         plan::PlannedSite,
-        sites::Site,
+        sites::{Layout, Site},
         weights::{Rows, Threads},
     },
 };
@@ -31,8 +31,8 @@ pub(crate) struct Int8 {
 }
 
 struct Done {
-    /// Initialiser, whether the operand is [n, k], n, k, operand type.
-    source: (String, bool, usize, usize, DataType),
+    /// Initialiser, which of its axes is n, whether the operand is [n, k], n, k, operand type.
+    source: (String, Layout, bool, usize, usize, DataType),
     operand: String,
 }
 
@@ -74,7 +74,8 @@ impl Int8 {
     ) -> Result<String, ExecuteError> {
         let (n, k, dtype) = (site.n, site.k, site.weight.operand_dtype);
         let name = &site.weight.initializer;
-        let source = (name.clone(), rows_first, n, k, dtype);
+        // A square weight may be read both as it is and transposed: two products, two copies.
+        let source = (name.clone(), site.weight.layout, rows_first, n, k, dtype);
         if let Some(done) = self.done.iter().find(|done| done.source == source) {
             return Ok(done.operand.clone());
         }

@@ -262,6 +262,23 @@ fn int8_keeps_the_node_and_halves_no_step() {
 }
 
 #[test]
+fn int8_keeps_both_readings_of_a_square_weight() {
+    let model = ModelBuilder::new(18)
+        .input("x", DataType::Float, &["m", "32"])
+        .floats("w", &[32, 32], &ramp(1024))
+        .node("MatMul", &["x", "w"], &["y"])
+        .node("Transpose", &["w"], &["t"])
+        .node("MatMul", &["x", "t"], &["z"])
+        .output("y", DataType::Float, &["m", "32"])
+        .output("z", DataType::Float, &["m", "32"])
+        .model();
+    let out = rewrite_with(&model, &options(Lowering::Int8));
+    let operands: Vec<_> = named(&out, "MatMul").iter().map(|n| n.input[1].clone()).collect();
+    assert_ne!(operands[0], operands[1], "one of the two would read the other's transpose");
+    assert_eq!(named(&out, "DequantizeLinear").len(), 2);
+}
+
+#[test]
 fn int8_in_half_precision_casts_behind_the_scale() {
     let halves = |count: usize| -> Vec<u8> {
         ramp(count).iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()
