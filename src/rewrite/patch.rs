@@ -51,13 +51,7 @@ impl<'a> Patch<'a> {
 
     /// A name that no value and no node has, as close to `base` as possible.
     pub(crate) fn fresh(&mut self, base: &str) -> String {
-        let mut name = base.to_owned();
-        let mut count = 1;
-        while !self.names.insert(name.clone()) {
-            name = format!("{base}_{count}");
-            count += 1;
-        }
-        name
+        fresh_name(&mut self.names, base)
     }
 
     /// Adds an initialiser under a fresh name, which is returned.
@@ -164,6 +158,17 @@ pub(crate) fn add_module_path(node: &mut Node, planned: &PlannedSite) {
 fn produced(graph: &Graph) -> HashSet<String> {
     let nodes = graph.nodes().flat_map(|(_, node)| node.output.iter().cloned());
     nodes.chain(graph.initializers().map(|tensor| tensor.name.clone())).collect()
+}
+
+/// Takes a name that is not in `names` yet, as close to `base` as possible.
+pub(crate) fn fresh_name(names: &mut HashSet<String>, base: &str) -> String {
+    let mut name = base.to_owned();
+    let mut count = 1;
+    while !names.insert(name.clone()) {
+        name = format!("{base}_{count}");
+        count += 1;
+    }
+    name
 }
 
 /// Names of values and nodes, of sub-graphs too: their values may not shadow outer ones.

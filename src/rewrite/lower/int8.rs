@@ -5,11 +5,9 @@
 //! rounded half to even, in [-127, 127]. A half-precision graph gets the float32 result cast to its
 //! type, so that the scale keeps its precision.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use bytes::Bytes;
 
-use super::{int, node};
+use super::{int, node, pair};
 use crate::{
     onnx::{self, DataType, NodeId, Payload},
     rewrite::{
@@ -79,7 +77,7 @@ impl Int8 {
         if let Some(done) = self.done.iter().find(|done| done.source == source) {
             return Ok(done.operand.clone());
         }
-        let coder = Coder::new(patch.rows(site)?, rows_first, patch.threads.clone());
+        let coder = Coder { rows: patch.rows(site)?, rows_first, threads: patch.threads.clone() };
         let (codes, scales) = coder.payloads();
         let dims = if rows_first { [n, k] } else { [k, n] };
         let codes = patch.add_tensor(&format!("{name}.int8_codes"), &dims, DataType::Int8, codes);
@@ -110,43 +108,20 @@ fn has_transposed_weight(node: &crate::onnx::proto::Node) -> bool {
     node.attribute.iter().any(|a| a.name.as_deref() == Some("transB") && a.i.unwrap_or(0) != 0)
 }
 
-/// Quantises one weight when either of its two tensors is written, and keeps the other one until it
-/// is written too.
+/// Quantises one weight.
 struct Coder {
     rows: Rows,
     rows_first: bool,
     threads: Threads,
-    waiting: Mutex<Waiting>,
-}
-
-#[derive(Default)]
-struct Waiting {
-    codes: Option<Bytes>,
-    scales: Option<Bytes>,
 }
 
 impl Coder {
-    fn new(rows: Rows, rows_first: bool, threads: Threads) -> Arc<Self> {
-        Arc::new(Self { rows, rows_first, threads, waiting: Mutex::default() })
-    }
-
-    fn payloads(self: Arc<Self>) -> (Payload, Payload) {
+    fn payloads(self) -> (Payload, Payload) {
         let (n, k) = (self.rows.n as u64, self.rows.k as u64);
-        let other = self.clone();
-        let codes = Arc::new(move || self.take(|w| &mut w.codes));
-        let scales = Arc::new(move || other.take(|w| &mut w.scales));
-        (Payload::Lazy { len: n * k, make: codes }, Payload::Lazy { len: 4 * n, make: scales })
+        pair::payloads([n * k, 4 * n], move || self.quantize())
     }
 
-    fn take(&self, which: impl Fn(&mut Waiting) -> &mut Option<Bytes>) -> onnx::Result<Bytes> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if which(&mut waiting).is_none() {
-            *waiting = self.quantize()?;
-        }
-        Ok(which(&mut waiting).take().unwrap_or_default())
-    }
-
-    fn quantize(&self) -> onnx::Result<Waiting> {
+    fn quantize(&self) -> onnx::Result<[Bytes; 2]> {
         let Rows { n, k, .. } = self.rows;
         let mut codes = vec![0u8; n * k];
         let mut scales = vec![1.0f32; n];
@@ -165,7 +140,7 @@ impl Coder {
             codes = transpose(&codes, n, k);
         }
         let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
-        Ok(Waiting { codes: Some(codes.into()), scales: Some(scales.into()) })
+        Ok([codes.into(), scales.into()])
     }
 }
 

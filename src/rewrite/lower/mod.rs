@@ -3,6 +3,7 @@
 pub(crate) mod bf16;
 mod int8;
 mod mx;
+mod pair;
 #[cfg(test)]
 mod tests;
 

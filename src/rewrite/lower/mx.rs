@@ -4,13 +4,11 @@
 //! Weights are quantised while the model is written, one at a time; a weight that several layers
 //! share is quantised once.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use bytes::Bytes;
 use mx_custom_ops::contract::{AttributeValue, DOMAIN, DOMAIN_VERSION, MxMatMulAttrs, op};
 use mx_kernels::{QuantSpec, ScaleKind};
 
-use super::{float, int, ints, node, string};
+use super::{float, int, ints, node, pair, string};
 use crate::{
     onnx::{
         self, DataType, NodeId, Payload,
@@ -110,7 +108,8 @@ impl Mx {
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
             return Ok(packed.clone());
         }
-        let packer = Packer::new(patch.rows(site)?, *spec, patch.threads.clone());
+        let packer =
+            Packer { rows: patch.rows(site)?, spec: *spec, threads: patch.threads.clone() };
         let (codes_payload, scales_payload) = packer.payloads();
         let codes_dims = [site.n, spec.row_bytes(site.k)];
         let codes = patch.add_tensor(
@@ -172,49 +171,21 @@ fn attributes(attrs: &MxMatMulAttrs) -> Vec<Attribute> {
     attrs.to_attributes().into_iter().filter_map(attribute).collect()
 }
 
-/// Quantises one weight when either of its two tensors is written, and keeps the other one until it
-/// is written too.
+/// Quantises one weight.
 struct Packer {
     rows: Rows,
     spec: QuantSpec,
     threads: Threads,
-    waiting: Mutex<Waiting>,
-}
-
-#[derive(Default)]
-struct Waiting {
-    codes: Option<Bytes>,
-    scales: Option<Bytes>,
 }
 
 impl Packer {
-    fn new(rows: Rows, spec: QuantSpec, threads: Threads) -> Arc<Self> {
-        Arc::new(Self { rows, spec, threads, waiting: Mutex::default() })
-    }
-
-    fn payloads(self: Arc<Self>) -> (Payload, Payload) {
+    fn payloads(self) -> (Payload, Payload) {
         let (n, k) = (self.rows.n, self.rows.k);
-        let codes_len = self.spec.codes_len(n, k) as u64;
-        let scales_len = self.spec.scales_len(n, k) as u64;
-        let other = self.clone();
-        let codes =
-            Payload::Lazy { len: codes_len, make: Arc::new(move || self.take(|w| &mut w.codes)) };
-        let scales = Payload::Lazy {
-            len: scales_len,
-            make: Arc::new(move || other.take(|w| &mut w.scales)),
-        };
-        (codes, scales)
+        let lens = [self.spec.codes_len(n, k) as u64, self.spec.scales_len(n, k) as u64];
+        pair::payloads(lens, move || self.quantize())
     }
 
-    fn take(&self, which: impl Fn(&mut Waiting) -> &mut Option<Bytes>) -> onnx::Result<Bytes> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if which(&mut waiting).is_none() {
-            *waiting = self.quantize()?;
-        }
-        Ok(which(&mut waiting).take().unwrap_or_default())
-    }
-
-    fn quantize(&self) -> onnx::Result<Waiting> {
+    fn quantize(&self) -> onnx::Result<[Bytes; 2]> {
         let Rows { n, k, .. } = self.rows;
         let (row_bytes, row_scales) = (self.spec.row_bytes(k), self.spec.scales_len(1, k));
         let mut codes = vec![0u8; n * row_bytes];
@@ -231,6 +202,6 @@ impl Packer {
                     })
             },
         )?;
-        Ok(Waiting { codes: Some(codes.into()), scales: Some(scales.into()) })
+        Ok([codes.into(), scales.into()])
     }
 }

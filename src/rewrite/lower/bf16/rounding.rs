@@ -10,7 +10,10 @@ use super::{
 };
 use crate::{
     onnx::{self, DataType, Graph, Model, NodeId, proto::Node},
-    rewrite::lower::{float, int, node},
+    rewrite::{
+        lower::{float, int, node},
+        patch::fresh_name,
+    },
 };
 
 /// Who reads a constant of more than one element.
@@ -42,13 +45,7 @@ impl<'a> Rounding<'a> {
     }
 
     fn fresh(&mut self, base: &str) -> String {
-        let mut name = base.to_owned();
-        let mut count = 1;
-        while !self.names.insert(name.clone()) {
-            name = format!("{base}_{count}");
-            count += 1;
-        }
-        name
+        fresh_name(&mut self.names, base)
     }
 
     /// Rounds one graph; `outer` are the values around it. Returns what its outputs are.
