@@ -11,6 +11,7 @@
 //! Source: OCP Microscaling Formats (MX) Specification v1.0.
 
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod formats;
 pub mod pack;
