@@ -106,7 +106,8 @@ struct Formats {
     #[arg(value_parser = PossibleValuesParser::new(["floor", "ceil", "even", "rceil"]))]
     scale_rule: String,
     /// What layers become: mx, int8 (weight-only DequantizeLinear), bf16 (the whole graph rounded),
-    /// bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales)
+    /// bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales), nvfp8 (fp8
+    /// E4M3 with one scale a tensor)
     #[arg(long, value_name = "TARGET", default_value = "mx")]
     lower: Lowering,
 }

@@ -58,13 +58,14 @@ impl Stage {
     /// The rewrite that makes the stage's graph; `None` where there is none.
     pub fn lowering(self) -> Option<Lowering> {
         Some(match self {
-            Self::Baseline | Self::NvFp8 => return None,
+            Self::Baseline => return None,
             Self::Bf16 => Lowering::Bf16,
             Self::Bfp16 => Lowering::Bfp16,
             Self::NvFp8EmuE4m3 => Lowering::NvFp8EmuE4m3,
             Self::NvFp8EmuE5m2 => Lowering::NvFp8EmuE5m2,
             Self::Mx(_) | Self::MxTierC | Self::MxTierD => Lowering::Mx,
             Self::Int8 => Lowering::Int8,
+            Self::NvFp8 => Lowering::NvFp8,
         })
     }
 

@@ -26,12 +26,23 @@ pub enum Lowering {
     /// The same in fp8 E5M2.
     #[serde(rename = "nvfp8-emu-e5m2")]
     NvFp8EmuE5m2,
+    /// `mx::MxMatMul` in fp8 E4M3 with one float32 scale a tensor: the weight's is stored, the
+    /// activation's is found in every run (current scaling).
+    #[serde(rename = "nvfp8")]
+    NvFp8,
 }
 
 impl Lowering {
     /// All of them, in the order of the help text.
-    pub const ALL: [Self; 6] =
-        [Self::Mx, Self::Int8, Self::Bf16, Self::Bfp16, Self::NvFp8EmuE4m3, Self::NvFp8EmuE5m2];
+    pub const ALL: [Self; 7] = [
+        Self::Mx,
+        Self::Int8,
+        Self::Bf16,
+        Self::Bfp16,
+        Self::NvFp8EmuE4m3,
+        Self::NvFp8EmuE5m2,
+        Self::NvFp8,
+    ];
 
     /// The name used on the command line, in stage names and in file names.
     pub fn name(self) -> &'static str {
@@ -42,6 +53,7 @@ impl Lowering {
             Self::Bfp16 => "bfp16",
             Self::NvFp8EmuE4m3 => "nvfp8-emu-e4m3",
             Self::NvFp8EmuE5m2 => "nvfp8-emu-e5m2",
+            Self::NvFp8 => "nvfp8",
         }
     }
 }
@@ -72,7 +84,7 @@ impl FromStr for Lowering {
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
         Self::ALL.into_iter().find(|lowering| lowering.name() == name).ok_or_else(|| match name {
-            "qdq" | "fp16" | "nvfp8" => LoweringError::NotAvailable(name.to_owned()),
+            "qdq" | "fp16" => LoweringError::NotAvailable(name.to_owned()),
             _ => LoweringError::Unknown(name.to_owned()),
         })
     }

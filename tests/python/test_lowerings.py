@@ -3,7 +3,7 @@
     MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so \
         python tests/python/test_lowerings.py AREA MODEL...
 
-AREA: int8, bf16, unscaled. Run by tests/it/lowerings.rs. Exit code 0 means that every check passed.
+AREA: int8, bf16, unscaled, nvfp8. Run by tests/it/lowerings.rs. Exit code 0 means that every check passed.
 """
 
 from __future__ import annotations
@@ -133,7 +133,48 @@ def unscaled(_: Path) -> str:
     return f"{len(formats)} lowerings, worst {worst:.3f} of the bound"
 
 
+def nvfp8(model: Path) -> str:
+    """One scale a tensor for both operands: biased layers against float64, then a model's logits."""
+    rng = np.random.default_rng(6)
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for n, k in ((20, 75), (64, 128), (3, 32)):
+            w = rng.normal(0, 1, (k, n)).astype(np.float32)
+            w[0, 0] = -9.5
+            bias = rng.normal(0, 1, n).astype(np.float32)
+            x = rng.normal(0, 3, (2, 5, k)).astype(np.float32)
+            x[0, 1, 2] = 40
+            graph = helper.make_graph(
+                [helper.make_node("MatMul", ["x", "w"], ["h"], "linear"), helper.make_node("Add", ["h", "b"], ["y"])],
+                "nvfp8",
+                [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "m", k])],
+                [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "m", n])],
+                [numpy_helper.from_array(w, "w"), numpy_helper.from_array(bias, "b")],
+            )
+            path = Path(folder) / f"layer{n}.onnx"
+            onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+            got = run(rewrite(path, "nvfp8", folder, "--all-linears", "--force"), {"x": x})
+
+            def scaled(v: np.ndarray) -> np.ndarray:
+                scale = np.float32(np.abs(v).max() / np.float32(448))
+                return emu.round_element((v / scale).astype(np.float64), "fp8_e4m3", "even") * np.float64(scale)
+
+            a, b = scaled(x), scaled(w)
+            bound = 1e-5 * (np.abs(a) @ np.abs(b) + np.abs(bias))
+            error = float((np.abs(got - (a @ b + bias)) / bound).max())
+            assert error <= 1, f"{n} x {k}: {error:.3g} of the bound"
+            assert (np.abs(got - (x @ w + bias)) > bound).any(), "nothing is rounded: the check is void"
+            worst = max(worst, error)
+        if model.suffix != ".onnx":
+            return f"worst {worst:.3f} of the bound"
+        want = run(model)
+        got = run(rewrite(model, "nvfp8", folder, "--all-linears", "--force"))
+        spread = float(np.abs(got - want).max() / np.ptp(want))
+        assert 1e-5 < spread < 0.2, f"{spread:.3g} of the range of the logits"
+    return f"worst {worst:.3f} of the bound, logits within {spread:.2e} of their range"
+
+
 if __name__ == "__main__":
-    areas = {"int8": int8, "bf16": bf16, "unscaled": unscaled}
+    areas = {"int8": int8, "bf16": bf16, "unscaled": unscaled, "nvfp8": nvfp8}
     for name in sys.argv[2:]:
         print(f"{sys.argv[1]} {name}: {areas[sys.argv[1]](Path(name))}")

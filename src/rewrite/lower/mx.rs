@@ -1,5 +1,5 @@
-//! Linear -> `mx::MxMatMul` with packed codes and scales. Also the target of `bfp16` and the fp8
-//! emulations, which differ in the operands' specification only.
+//! Linear -> `mx::MxMatMul` with packed codes and scales. Also the target of `bfp16`, `nvfp8` and the
+//! fp8 emulations, which differ in the operands' specification only.
 //!
 //! Weights are quantised while the model is written, one at a time; a weight that several layers
 //! share is quantised once.
@@ -126,10 +126,12 @@ impl Mx {
                 scales_payload,
             )),
             ScaleKind::None => None,
-            ScaleKind::Tensor => {
-                let reason = "one scale a tensor is not available yet".to_owned();
-                return Err(ExecuteError::Site { node: site.node_name.clone(), reason });
-            }
+            ScaleKind::Tensor => Some(patch.add_tensor(
+                &format!("{name}.mx_scale"),
+                &[1],
+                DataType::Float,
+                scales_payload,
+            )),
         };
         let packed = Packed { source, spec: *spec, codes, scales };
         self.packed.push(packed.clone());
@@ -186,6 +188,13 @@ impl Packer {
     }
 
     fn quantize(&self) -> onnx::Result<[Bytes; 2]> {
+        match self.spec.scale {
+            ScaleKind::Tensor => self.quantize_by_tensor(),
+            ScaleKind::E8M0 | ScaleKind::None => self.quantize_by_block(),
+        }
+    }
+
+    fn quantize_by_block(&self) -> onnx::Result<[Bytes; 2]> {
         let Rows { n, k, .. } = self.rows;
         let (row_bytes, row_scales) = (self.spec.row_bytes(k), self.spec.scales_len(1, k));
         let mut codes = vec![0u8; n * row_bytes];
@@ -194,14 +203,61 @@ impl Packer {
             &self.threads,
             (&mut codes, row_bytes),
             (&mut scales, row_scales),
-            |values, codes, scales| {
-                mx_kernels::quantize_rows(&self.spec, values, values.len() / k, k, codes, scales)
-                    .map_err(|error| onnx::Error::Payload {
-                        tensor: self.rows.name().to_owned(),
-                        what: error.to_string(),
-                    })
-            },
+            |values, codes, scales| self.quantize_rows(&self.spec, values, codes, scales),
         )?;
         Ok([codes.into(), scales.into()])
+    }
+
+    /// The weight is read twice, for its largest magnitude and for its codes.
+    fn quantize_by_tensor(&self) -> onnx::Result<[Bytes; 2]> {
+        let Rows { n, k, .. } = self.rows;
+        let mut largest = vec![0.0f32; n];
+        let no_output = (&mut [] as &mut [u8], 0);
+        self.rows.for_tiles(
+            &self.threads,
+            (&mut largest, 1),
+            no_output,
+            |values, largest, _| {
+                for (row, largest) in values.chunks(k).zip(largest) {
+                    let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
+                    *largest = finite.fold(0.0, f32::max);
+                }
+                Ok(())
+            },
+        )?;
+        let largest = largest.into_iter().fold(0.0, f32::max);
+        let scale = mx_kernels::reference::tensor_scale(self.spec.format, largest);
+        // Divided by the scale, codes are those of the plain cast.
+        let cast = QuantSpec { scale: ScaleKind::None, ..self.spec };
+        let row_bytes = self.spec.row_bytes(k);
+        let mut codes = vec![0u8; n * row_bytes];
+        let no_output = (&mut [] as &mut [u8], 0);
+        self.rows.for_tiles(
+            &self.threads,
+            (&mut codes, row_bytes),
+            no_output,
+            |values, codes, _| {
+                let quotients: Vec<f32> = values.iter().map(|v| v / scale).collect();
+                self.quantize_rows(&cast, &quotients, codes, &mut [])
+            },
+        )?;
+        let scale = mx_kernels::pack::tensor_scale_to_bytes(scale);
+        Ok([codes.into(), Bytes::copy_from_slice(&scale)])
+    }
+
+    fn quantize_rows(
+        &self,
+        spec: &QuantSpec,
+        values: &[f32],
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> onnx::Result<()> {
+        let k = self.rows.k;
+        mx_kernels::quantize_rows(spec, values, values.len() / k, k, codes, scales).map_err(
+            |error| onnx::Error::Payload {
+                tensor: self.rows.name().to_owned(),
+                what: error.to_string(),
+            },
+        )
     }
 }

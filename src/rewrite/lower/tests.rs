@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use mx_kernels::{ElementFormat, QuantSpec};
+use mx_kernels::{ElementFormat, QuantSpec, ScaleKind};
 use prost::Message as _;
 
 use crate::{
@@ -241,6 +241,27 @@ fn unscaled_lowerings_have_no_scales() {
         assert_eq!(text("scale"), "none");
         assert_eq!(initializers(&out)["layers.0.fc1.weight.mx_codes"], 6 * 64 * bytes);
     }
+}
+
+#[test]
+fn nvfp8_has_one_scale_a_tensor() {
+    let out = rewrite_with(&biased().model(), &options(Lowering::NvFp8));
+    assert_eq!(ops(&out), ["MxMatMul"]);
+    let w = "layers.0.fc1.weight";
+    let inputs = &named(&out, "MxMatMul")[0].input;
+    assert_eq!(inputs[1..], [format!("{w}.mx_codes"), format!("{w}.mx_scale"), "b".to_owned()]);
+    let weight = ramp(240);
+    let rows: Vec<f32> = (0..240).map(|i| weight[(i % 40) * 6 + i / 40]).collect();
+    let (format, rounding) = (ElementFormat::Fp8E4M3, mx_kernels::Rounding::Even);
+    let spec =
+        QuantSpec::new(format, ScaleKind::Tensor, 32, rounding, mx_kernels::ScaleRule::Floor);
+    let spec = spec.unwrap();
+    let (mut codes, mut scale) = (vec![0; 6 * 64], [0; 4]);
+    mx_kernels::quantize_rows(&spec, &rows, 6, 40, &mut codes, &mut scale).unwrap();
+    let bytes = |name: &str| out.tensor(out.graph().initializer(name).unwrap()).unwrap().bytes;
+    assert_eq!(bytes(&inputs[1]), codes);
+    assert_eq!(bytes(&inputs[2]), scale[..]);
+    assert_eq!(values(&inputs[2], &out), [50.0 / 17.0 / 448.0]);
 }
 
 #[test]
