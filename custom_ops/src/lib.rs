@@ -8,6 +8,7 @@
 //! where the model's static shapes show it, else when it runs. No panic leaves this library.
 
 mod abi;
+pub mod census;
 pub mod contract;
 mod guard;
 mod host;

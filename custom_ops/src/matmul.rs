@@ -96,6 +96,7 @@ impl Operator for MxMatMul {
         let node = Node(kctx);
         let name = node.name();
         let problem = protect(op::MX_MATMUL, &name, || check_node(&node, self.x))?;
+        crate::census::cpu();
         Ok(MatMulKernel { name, problem, x: self.x })
     }
 

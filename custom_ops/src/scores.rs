@@ -57,6 +57,7 @@ impl Operator for TokenScores {
         let node = Node(kctx);
         let name = node.name();
         let has_baseline = protect(op::TOKEN_SCORES, &name, || check_node(&node, self.logits))?;
+        crate::census::cpu();
         Ok(ScoresKernel { name, logits: self.logits, has_baseline })
     }
 

@@ -12,10 +12,12 @@
 //! Pointers to device memory are plain addresses ([`DevicePtr`]); the caller answers for their
 //! lengths, which follow from the shapes, and for their lifetime on the stream.
 
+mod devices;
 mod error;
 mod gpu;
 mod linear;
 
+pub use devices::{DeviceInfo, devices};
 pub use error::CudaError;
 pub use gpu::{Gpu, Stream};
 pub use linear::{LinearBuffers, LinearPlan};
