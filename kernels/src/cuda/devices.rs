@@ -47,8 +47,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
 
 fn describe(ordinal: u32) -> Result<DeviceInfo, CudaError> {
     use sys::CUdevice_attribute as Attribute;
-    let device =
-        result::device::get(ordinal.cast_signed()).map_err(|e| call("cuDeviceGet", e))?;
+    let device = result::device::get(ordinal.cast_signed()).map_err(|e| call("cuDeviceGet", e))?;
     let name = result::device::get_name(device).map_err(|e| call("cuDeviceGetName", e))?;
     // The second version tells MIG instances of one GPU apart.
     let mut uuid = sys::CUuuid { bytes: [0; 16] };
