@@ -6,7 +6,7 @@ use cudarc::driver::{
     sys,
 };
 
-use super::CudaError;
+use super::{CudaError, driver};
 
 /// One device, numbered as the CUDA runtime and ONNX Runtime number it: `CUDA_VISIBLE_DEVICES` and
 /// `CUDA_DEVICE_ORDER` have been applied by the driver.
@@ -30,17 +30,7 @@ pub struct DeviceInfo {
 /// # Errors
 /// No driver, or a driver that shows no device; the reason is its own.
 pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
-    const LIBRARY: &str = "libcuda (the NVIDIA driver)";
-    // SAFETY: only looks for the library.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(CudaError::Library {
-            library: LIBRARY,
-            reason: "not found on this machine; install the NVIDIA driver, or in a container pass \
-                     the GPUs on"
-                .into(),
-        });
-    }
-    result::init().map_err(|e| call("cuInit", e))?;
+    driver::init()?;
     let count = result::device::get_count().map_err(|e| call("cuDeviceGetCount", e))?;
     (0..u32::try_from(count).unwrap_or(0)).map(describe).collect()
 }

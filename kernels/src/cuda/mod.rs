@@ -12,15 +12,23 @@
 //! Pointers to device memory are plain addresses ([`DevicePtr`]); the caller answers for their
 //! lengths, which follow from the shapes, and for their lifetime on the stream.
 
+mod cache;
+pub mod compile;
 mod devices;
+mod driver;
 mod error;
 mod gpu;
+mod launch;
 mod linear;
+mod scores;
+pub mod units;
 
 pub use devices::{DeviceInfo, devices};
 pub use error::CudaError;
-pub use gpu::{Gpu, Stream};
+pub use gpu::{Attributes, Gpu, Stream};
+pub use launch::{Args, Function, Launch};
 pub use linear::{LinearBuffers, LinearPlan};
+pub use units::{Arch, Unit};
 
 /// An address in device memory.
 pub type DevicePtr = u64;

@@ -19,6 +19,11 @@ pub fn variants() -> Vec<&'static str> {
     available
 }
 
+/// Whether MX_REQUIRE names something, so that a test that cannot run without it fails.
+pub fn required(what: &str) -> bool {
+    std::env::var("MX_REQUIRE").unwrap_or_default().split(',').any(|r| r == what)
+}
+
 /// Every pair of format and scale that exists.
 pub fn specs() -> Vec<QuantSpec> {
     let mut all = Vec::new();

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout)] // what was skipped, and why
 
 mod common;
+mod cuda;
 mod golden;
 mod linear;
 mod quantize;

@@ -1,0 +1,3 @@
+//! What runs on, or is made for, an NVIDIA GPU.
+
+mod units;
