@@ -35,7 +35,6 @@ pub(crate) fn cpu() {
 }
 
 /// Counts a kernel of the CUDA provider.
-#[allow(dead_code, reason = "for the operators of the CUDA provider")]
 pub(crate) fn cuda() {
     MADE.set(Census { cuda: MADE.get().cuda + 1, ..MADE.get() });
 }

@@ -16,6 +16,8 @@ pub(crate) enum OpError {
     Contract(#[from] ContractError),
     #[error(transparent)]
     Kernel(#[from] mx_kernels::Error),
+    #[error(transparent)]
+    Cuda(#[from] mx_kernels::cuda::CudaError),
     #[error("ONNX Runtime's {call} failed: {message}")]
     Host { call: &'static str, message: String },
     #[error("a value is not a tensor")]
@@ -32,6 +34,12 @@ pub(crate) enum OpError {
     Output { index: usize },
     #[error("output {output} needs the input {input}, which is absent")]
     OutputWithout { output: &'static str, input: &'static str },
+    #[error("a tensor lies in {found}, the kernel runs on GPU {ordinal}")]
+    Place { found: String, ordinal: u32 },
+    #[error("the CUDA provider allocates in {0}")]
+    NotOnGpu(String),
+    #[error("a tensor at {address:#x} is not aligned to {alignment} bytes: bind memory that is")]
+    Alignment { address: u64, alignment: u64 },
     #[error("internal error, please report it: {0}")]
     Panic(String),
 }

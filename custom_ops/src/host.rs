@@ -5,6 +5,7 @@
 //! that matter are made here, with every answer checked.
 #![allow(unsafe_code)]
 
+mod gpu;
 mod infer;
 mod node;
 
@@ -14,6 +15,7 @@ use half::{bf16, f16};
 use ort::{AsPointer, operator::ComputeContext, sys};
 
 pub(crate) use self::{
+    gpu::{Scratch, ScratchPool, device_output, stream},
     infer::{inferred_input, set_inferred},
     node::Node,
 };
@@ -115,10 +117,12 @@ unsafe fn read_type_shape(
     Ok(TypeShape { element: ElementType(element), dims })
 }
 
-/// A tensor owned by ONNX Runtime, readable for `'a`.
+/// A tensor owned by ONNX Runtime, readable for `'a`. Where its elements lie, in host or in device
+/// memory, is up to who asks for them.
 #[derive(Debug)]
 pub(crate) struct TensorView<'a> {
     shape: TypeShape,
+    value: *const sys::OrtValue,
     data: *const c_void,
     lifetime: PhantomData<&'a ()>,
 }
@@ -148,7 +152,7 @@ impl<'a> TensorView<'a> {
         // SAFETY: `value` is a live tensor; the pointer is only read from.
         let status = unsafe { (api.GetTensorMutableData)(value.cast_mut(), &mut data) };
         check("GetTensorMutableData", status)?;
-        Ok(Self { shape, data, lifetime: PhantomData })
+        Ok(Self { shape, value, data, lifetime: PhantomData })
     }
 
     pub(crate) fn element(&self) -> ElementType {
@@ -159,8 +163,8 @@ impl<'a> TensorView<'a> {
         &self.shape.dims
     }
 
-    /// The elements; copied only where the data is not aligned for `T`, as data mapped from an
-    /// external file may be.
+    /// The elements, in host memory: for kernels of the CPU provider only. Copied only where the data
+    /// is not aligned for `T`, as data mapped from an external file may be.
     pub(crate) fn values<T: Element>(&self) -> Result<Cow<'a, [T]>, OpError> {
         if self.shape.element != T::TYPE {
             return Err(OpError::ElementType { found: self.shape.element, expected: T::TYPE });
@@ -183,7 +187,7 @@ impl<'a> TensorView<'a> {
 }
 
 /// The number of elements of a shape.
-fn elements(dims: &[i64]) -> Result<usize, OpError> {
+pub(crate) fn elements(dims: &[i64]) -> Result<usize, OpError> {
     dims.iter()
         .try_fold(1_usize, |count, &dim| count.checked_mul(usize::try_from(dim).ok()?))
         .filter(|&count| count <= isize::MAX as usize / 8)
@@ -203,21 +207,20 @@ pub(crate) fn input(ctx: &ComputeContext, index: usize) -> Result<Option<TensorV
     unsafe { TensorView::new(value) }.map(Some)
 }
 
-/// Allocates output `index` and returns its elements, `None` when the node leaves it out.
-/// The contents are whatever ONNX Runtime's allocator left there.
-#[allow(clippy::mut_from_ref)] // The context hands out memory that it does not look at itself.
-pub(crate) fn output<'a, T: Element>(
+/// Allocates output `index`, `None` when the node leaves it out.
+fn output_view<'a>(
     ctx: &'a ComputeContext,
     index: usize,
+    element: ElementType,
     dims: &[i64],
-) -> Result<Option<&'a mut [T]>, OpError> {
-    let api = ort::api();
-    let len = elements(dims)?;
+) -> Result<Option<TensorView<'a>>, OpError> {
+    elements(dims)?;
     let mut value = ptr::null_mut();
     // SAFETY: the context lives for the call; `dims` is readable.
     let status = unsafe {
         let ctx = ctx.ptr().cast_mut();
-        (api.KernelContext_GetOutput)(ctx, index, dims.as_ptr(), dims.len(), &mut value)
+        let call = ort::api().KernelContext_GetOutput;
+        call(ctx, index, dims.as_ptr(), dims.len(), &mut value)
     };
     check("KernelContext_GetOutput", status)?;
     if value.is_null() {
@@ -225,9 +228,22 @@ pub(crate) fn output<'a, T: Element>(
     }
     // SAFETY: the output lives until compute returns.
     let view = unsafe { TensorView::new(value)? };
-    if view.element() != T::TYPE || view.dims() != dims {
+    if view.element() != element || view.dims() != dims {
         return Err(OpError::Output { index });
     }
+    Ok(Some(view))
+}
+
+/// Allocates output `index` in host memory and returns its elements, `None` when the node leaves it
+/// out. The contents are whatever ONNX Runtime's allocator left there.
+#[allow(clippy::mut_from_ref)] // The context hands out memory that it does not look at itself.
+pub(crate) fn output<'a, T: Element>(
+    ctx: &'a ComputeContext,
+    index: usize,
+    dims: &[i64],
+) -> Result<Option<&'a mut [T]>, OpError> {
+    let Some(view) = output_view(ctx, index, T::TYPE, dims)? else { return Ok(None) };
+    let len = elements(dims)?;
     if len == 0 {
         return Ok(Some(&mut []));
     }

@@ -14,12 +14,16 @@ mod guard;
 mod host;
 mod matmul;
 mod pool;
+mod provider;
 mod scores;
+mod types;
 
 pub use abi::RegisterCustomOps;
-use matmul::{MxMatMul, XType};
+use matmul::MxMatMul;
 use ort::{operator::OperatorDomain, value::TensorElementType};
+use provider::Provider;
 use scores::TokenScores;
+use types::XType;
 
 /// The operators of domain `mx`, for `SessionBuilder::with_operators`.
 ///
@@ -27,12 +31,17 @@ use scores::TokenScores;
 /// ONNX Runtime refusing the domain, or not loaded.
 pub fn operator_domain() -> ort::Result<OperatorDomain> {
     let mut domain = OperatorDomain::new(contract::DOMAIN)?;
-    // One operator for each combination of types: ONNX Runtime picks by the node's inputs.
-    for x in XType::ALL {
-        for scales in [TensorElementType::Uint8, TensorElementType::Float32] {
-            domain = domain.add(MxMatMul { x, scales })?;
+    // One operator for each provider and combination of types: ONNX Runtime picks by the session's
+    // providers and the node's inputs.
+    for provider in Provider::ALL {
+        for x in XType::ALL {
+            for scales in [TensorElementType::Uint8, TensorElementType::Float32] {
+                domain = domain.add(MxMatMul { provider, x, scales })?;
+            }
         }
-        domain = domain.add(TokenScores { logits: x })?;
+    }
+    for logits in XType::ALL {
+        domain = domain.add(TokenScores { logits })?;
     }
     Ok(domain)
 }

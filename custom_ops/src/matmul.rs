@@ -1,9 +1,9 @@
 //! `MxMatMul`: a packed constant weight times X.
 
-use std::borrow::Cow;
+mod cpu;
+mod cuda;
 
-use half::{bf16, f16};
-use mx_kernels::{Float, FloatMut, LinearProblem, PackedWeight};
+use mx_kernels::LinearProblem;
 use ort::{
     operator::{
         ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
@@ -18,52 +18,14 @@ use crate::{
         check_x_shape, input, op,
     },
     guard::{OpError, protect},
-    host::{self, Element, ElementType, Node, TensorView, TypeShape},
-    pool::OrtPool,
+    host::{self, ElementType, Node, TensorView, TypeShape},
+    provider::{Device, Provider},
+    types::XType,
 };
 
-/// The float types that X and Y may have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum XType {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl XType {
-    pub(crate) const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
-
-    pub(crate) fn ort(self) -> TensorElementType {
-        match self {
-            Self::F32 => TensorElementType::Float32,
-            Self::F16 => TensorElementType::Float16,
-            Self::Bf16 => TensorElementType::Bfloat16,
-        }
-    }
-
-    pub(crate) fn element(self) -> ElementType {
-        match self {
-            Self::F32 => ElementType::F32,
-            Self::F16 => ElementType::F16,
-            Self::Bf16 => ElementType::BF16,
-        }
-    }
-
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::F16 => "float16",
-            Self::Bf16 => "bfloat16",
-        }
-    }
-
-    fn of(element: ElementType) -> Option<Self> {
-        Self::ALL.into_iter().find(|x| x.element() == element)
-    }
-}
-
-/// The operator for one type of X and one of scales.
+/// The operator for one provider, one type of X and one of scales.
 pub(crate) struct MxMatMul {
+    pub provider: Provider,
     pub x: XType,
     pub scales: TensorElementType,
 }
@@ -77,6 +39,10 @@ impl Operator for MxMatMul {
 
     fn versions(&self) -> std::ops::RangeInclusive<u32> {
         DOMAIN_VERSION as u32..=u32::MAX
+    }
+
+    fn execution_provider_type(&self) -> Option<&str> {
+        self.provider.name()
     }
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
@@ -95,9 +61,19 @@ impl Operator for MxMatMul {
     fn create_kernel<'attr>(&self, kctx: &KernelContext<'attr>) -> ort::Result<MatMulKernel> {
         let node = Node(kctx);
         let name = node.name();
-        let problem = protect(op::MX_MATMUL, &name, || check_node(&node, self.x))?;
-        crate::census::cpu();
-        Ok(MatMulKernel { name, problem, x: self.x })
+        protect(op::MX_MATMUL, &name, || {
+            let (attrs, has_bias) = check_node(&node, self.x)?;
+            let problem = LinearProblem {
+                n: attrs.n(),
+                k: attrs.k(),
+                weight: *attrs.weight(),
+                activation: attrs.activation().copied(),
+                alpha: attrs.alpha(),
+                beta: attrs.beta(),
+            };
+            let device = self.provider.device(&node)?;
+            Ok(MatMulKernel { name: name.clone(), attrs, problem, has_bias, x: self.x, device })
+        })
     }
 
     /// ONNX Runtime asks the first operator of the name, whatever the node's types are, and ignores
@@ -126,17 +102,16 @@ fn infer(ctx: &mut ShapeInferenceContext) -> Result<(), OpError> {
 /// Runtime runs one kernel from several threads at once.
 pub(crate) struct MatMulKernel {
     name: String,
-    problem: Problem,
-    x: XType,
-}
-
-struct Problem {
     attrs: MxMatMulAttrs,
+    problem: LinearProblem,
     has_bias: bool,
+    x: XType,
+    device: Device,
 }
 
-/// Reads the attributes and holds everything that the model declares against them.
-fn check_node(node: &Node<'_, '_>, x: XType) -> Result<Problem, OpError> {
+/// Reads the attributes and holds everything that the model declares against them; also whether there
+/// is a bias. Only types and shapes are looked at: the data of a constant may lie on the device.
+fn check_node(node: &Node<'_, '_>, x: XType) -> Result<(MxMatMulAttrs, bool), OpError> {
     let attrs = MxMatMulAttrs::read(node)?;
     let has_scales = node.has_input(input::SCALES)?;
     let has_bias = node.has_input(input::BIAS)?;
@@ -155,7 +130,7 @@ fn check_node(node: &Node<'_, '_>, x: XType) -> Result<Problem, OpError> {
             }
         }
     }
-    Ok(Problem { attrs, has_bias })
+    Ok((attrs, has_bias))
 }
 
 fn check_presence(attrs: &MxMatMulAttrs, has_scales: bool) -> Result<(), ContractError> {
@@ -221,33 +196,21 @@ impl Kernel for MatMulKernel {
     fn compute(&mut self, ctx: &ComputeContext) -> ort::Result<()> {
         // Several threads are here with the same kernel; from now on it is shared.
         let this: &Self = self;
-        protect(op::MX_MATMUL, &this.name, || match this.x {
-            XType::F32 => run::<f32>(this, ctx),
-            XType::F16 => run::<f16>(this, ctx),
-            XType::Bf16 => run::<bf16>(this, ctx),
+        protect(op::MX_MATMUL, &this.name, || match &this.device {
+            Device::Cpu => cpu::run(this, ctx),
+            Device::Gpu(device) => cuda::run(this, device, ctx),
         })
     }
 }
 
-/// A float type of X, Y and bias.
-pub(crate) trait XElement: Element {
-    fn float(values: &[Self]) -> Float<'_>;
-    fn float_mut(values: &mut [Self]) -> FloatMut<'_>;
+/// The shape of Y for that of X.
+fn output_dims(attrs: &MxMatMulAttrs, x: &[i64]) -> Vec<i64> {
+    let mut dims = x.to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = attrs.n() as i64;
+    }
+    dims
 }
-
-macro_rules! x_elements {
-    ($($rust:ty = $variant:ident),*) => {
-        $(impl XElement for $rust {
-            fn float(values: &[Self]) -> Float<'_> {
-                Float::$variant(values)
-            }
-            fn float_mut(values: &mut [Self]) -> FloatMut<'_> {
-                FloatMut::$variant(values)
-            }
-        })*
-    };
-}
-x_elements!(f32 = F32, f16 = F16, bf16 = Bf16);
 
 /// Input `index` with its type and shape held against the contract; the model's declarations may
 /// have left them open.
@@ -260,48 +223,6 @@ fn checked<'a>(
         input: input::NAMES[index],
         expected: "a tensor".to_owned(),
     })?;
-    check_input(&kernel.problem.attrs, index, kernel.x, view.element(), view.dims())?;
+    check_input(&kernel.attrs, index, kernel.x, view.element(), view.dims())?;
     Ok(view)
-}
-
-fn run<T: XElement>(kernel: &MatMulKernel, ctx: &ComputeContext) -> Result<(), OpError> {
-    let attrs = &kernel.problem.attrs;
-    let x_view = checked(kernel, ctx, input::X)?;
-    let codes = checked(kernel, ctx, input::CODES)?.values::<u8>()?;
-    let scales: Cow<'_, [u8]> = match attrs.scales_shape() {
-        ScalesShape::Absent => Cow::Borrowed(&[]),
-        ScalesShape::Blocks(_) => checked(kernel, ctx, input::SCALES)?.values::<u8>()?,
-        ScalesShape::Tensor => {
-            let scale = checked(kernel, ctx, input::SCALES)?.values::<f32>()?;
-            Cow::Owned(
-                scale.iter().flat_map(|s| mx_kernels::pack::tensor_scale_to_bytes(*s)).collect(),
-            )
-        }
-    };
-    let bias = match kernel.problem.has_bias {
-        true => Some(checked(kernel, ctx, input::BIAS)?.values::<T>()?),
-        false => None,
-    };
-    let x = x_view.values::<T>()?;
-    let mut dims = x_view.dims().to_vec();
-    if let Some(last) = dims.last_mut() {
-        *last = attrs.n() as i64;
-    }
-    let Some(y) = host::output::<T>(ctx, 0, &dims)? else { return Ok(()) };
-    if y.is_empty() {
-        return Ok(());
-    }
-    let weight = PackedWeight::new(*attrs.weight(), attrs.n(), attrs.k(), &codes, &scales)?;
-    let problem = LinearProblem {
-        n: attrs.n(),
-        k: attrs.k(),
-        weight: *attrs.weight(),
-        activation: attrs.activation().copied(),
-        alpha: attrs.alpha(),
-        beta: attrs.beta(),
-    };
-    let pool = OrtPool::new(ctx);
-    let bias = bias.as_deref().map(T::float);
-    mx_kernels::linear(&problem, T::float(&x), &weight, bias, T::float_mut(y), &pool)?;
-    pool.finish()
 }

@@ -14,8 +14,8 @@ use crate::{
     contract::{ContractError, DOMAIN_VERSION, check_shape, op, scores},
     guard::{OpError, protect},
     host::{self, Element, ElementType, Node, TensorView, TypeShape},
-    matmul::{XElement, XType},
     pool::OrtPool,
+    types::{XElement, XType},
 };
 
 /// The operator for one type of logits.
