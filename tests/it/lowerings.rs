@@ -52,6 +52,22 @@ fn nvfp8_scales_both_tensors() {
     python("nvfp8", &MODELS);
 }
 
+/// The generated model of the measurements is a Llama, and its layers are found.
+#[test]
+fn make_llama_writes_a_llama() {
+    let Some((python, _)) = support::python_and_library() else { return };
+    let out = Command::new(python)
+        .arg(support::root().join("tests/python/test_make_llama.py"))
+        .env("MX_REWRITE", support::mxrewrite())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .expect("the Python interpreter was probed before");
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && stdout.lines().count() == 3, "{stdout}{stderr}");
+    println!("{}", stdout.trim());
+}
+
 /// A killed run leaves no temporary file, and no model that is not whole.
 #[test]
 fn a_killed_run_leaves_nothing_behind() {
