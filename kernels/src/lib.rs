@@ -10,6 +10,7 @@
 //!
 //! Source: OCP Microscaling Formats (MX) Specification v1.0.
 
+pub mod act_matmul;
 pub mod cpu;
 pub mod cuda;
 pub mod error;
@@ -22,6 +23,7 @@ pub mod scale;
 pub mod scores;
 pub mod tensor;
 
+pub use act_matmul::ActMatMulProblem;
 pub use error::Error;
 pub use formats::ElementFormat;
 pub use parallel::{Parallel, Serial, StdThreads};
@@ -48,4 +50,20 @@ pub fn linear(
     par: &dyn Parallel,
 ) -> Result<(), Error> {
     cpu::linear(cpu::kernels(), problem, x, w, bias, y, par)
+}
+
+/// Products of matrices of a and b, each quantised along k on the fly; see [`ActMatMulProblem`].
+///
+/// Sums and rounding are those of [`fn@linear`], and so are its bounds.
+///
+/// # Errors
+/// A specification, length, dimension or pair that does not fit; y is untouched then.
+pub fn act_matmul(
+    problem: &ActMatMulProblem<'_>,
+    a: Float<'_>,
+    b: Float<'_>,
+    y: FloatMut<'_>,
+    par: &dyn Parallel,
+) -> Result<(), Error> {
+    act_matmul::act_matmul(problem, a, b, y, par)
 }

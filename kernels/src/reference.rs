@@ -2,6 +2,7 @@
 //! exact or has 53 bits. Nothing here is ever optimised; the kernels in `cpu` are held against it.
 
 use crate::{
+    act_matmul::{self, ActMatMulProblem},
     error::{Error, check_len},
     formats::ElementFormat,
     pack,
@@ -268,4 +269,19 @@ pub fn linear(
         }
     }
     Ok(())
+}
+
+/// Products of matrices that are both quantised, accumulated in f64; see [`crate::act_matmul()`].
+///
+/// # Errors
+/// As there.
+pub fn act_matmul(
+    problem: &ActMatMulProblem<'_>,
+    a: Float<'_>,
+    b: Float<'_>,
+    y: FloatMut<'_>,
+) -> Result<(), Error> {
+    act_matmul::in_order(problem, a, b, y, quantize_rows, |problem, x, w, y| {
+        linear(problem, x, w, None, y)
+    })
 }

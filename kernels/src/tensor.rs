@@ -120,6 +120,15 @@ pub enum Float<'a> {
 }
 
 impl Float<'_> {
+    /// The `len` values from `start` on.
+    pub(crate) fn slice(&self, start: usize, len: usize) -> Self {
+        match *self {
+            Self::F32(v) => Self::F32(&v[start..start + len]),
+            Self::F16(v) => Self::F16(&v[start..start + len]),
+            Self::Bf16(v) => Self::Bf16(&v[start..start + len]),
+        }
+    }
+
     /// Number of values.
     pub fn len(&self) -> usize {
         match self {

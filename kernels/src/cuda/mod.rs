@@ -12,6 +12,7 @@
 //! Pointers to device memory are plain addresses ([`DevicePtr`]); the caller answers for their
 //! lengths, which follow from the shapes, and for their lifetime on the stream.
 
+mod act_matmul;
 mod cache;
 pub mod compile;
 mod devices;
@@ -23,11 +24,13 @@ mod linear;
 mod scores;
 pub mod units;
 
+pub use act_matmul::{ActMatMulBuffers, ActMatMulPlan};
 pub use devices::{DeviceInfo, devices};
 pub use error::CudaError;
 pub use gpu::{Attributes, Gpu, Stream};
 pub use launch::{Args, Function, Launch};
 pub use linear::{LinearBuffers, LinearPlan};
+pub use scores::{ScoresBuffers, ScoresPlan};
 pub use units::{Arch, Unit};
 
 /// An address in device memory.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout)] // what was skipped, and why
 
+mod act_matmul;
 mod common;
 mod cuda;
 mod golden;
