@@ -3,7 +3,7 @@
 
 use anyhow::Context as _;
 use clap::{ArgGroup, Args, Parser};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::eval::corpus::Dataset;
 use mxrewrite::eval::devices::Request;
@@ -13,11 +13,12 @@ use mxrewrite::eval::run::{self, Data, Options};
 use mxrewrite::eval::stage::{Selection, Stage};
 use mxrewrite::eval::{Error, Observer, report};
 use mxrewrite::rewrite::{Activation, RewriteOptions, Tier};
-use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Measure what a precision costs: perplexity, entropy and bits per byte of ONNX language models
 /// on real text.
@@ -63,9 +64,8 @@ struct Cli {
     /// Tokens of a document that are used
     #[arg(long, value_name = "N", default_value_t = 512)]
     seq_len: usize,
-    /// cpu, cuda, cuda:0,1 or auto
-    #[arg(long, default_value = "auto")]
-    device: Request,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// Threads of one operator [default: ONNX Runtime's choice]
     #[arg(long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
@@ -91,6 +91,24 @@ struct Cli {
     stages: StageArgs,
     #[command(flatten)]
     rewrite: RewriteArgs,
+}
+
+/// Where stages run.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Devices")]
+struct PlaceArgs {
+    /// cpu, cuda (all GPUs), cuda:0,1 (these), or auto: the GPUs with free memory, else the CPU
+    #[arg(long, default_value = "auto")]
+    device: Request,
+    /// Share of its memory that a GPU must have free for auto to take it
+    #[arg(long, value_name = "0..1", default_value_t = 0.5, value_parser = share)]
+    min_free_ratio: f64,
+    /// Stages measured at a time on one GPU
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    workers_per_device: usize,
+    /// Spread the documents of one stage over all GPUs, instead of the stages
+    #[arg(long)]
+    shard_documents: bool,
 }
 
 /// Which stages of a sweep run.
@@ -168,6 +186,13 @@ fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("must be a number between 0 and 1".into()),
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match evaluate(&cli) {
@@ -196,7 +221,10 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
         data,
         max_samples: cli.max_samples,
         seq_len: cli.seq_len,
-        device: cli.device.clone(),
+        device: cli.place.device.clone(),
+        min_free_ratio: cli.place.min_free_ratio,
+        workers_per_device: cli.place.workers_per_device,
+        shard_documents: cli.place.shard_documents,
         threads: cli.threads,
         loader_workers: cli.loader_workers,
         ort_lib: cli.ort_lib.clone(),
@@ -294,18 +322,20 @@ impl RewriteArgs {
     }
 }
 
-/// Progress on stderr: a bar on a terminal, a line a stage elsewhere.
+/// Progress on stderr: a bar a stage on a terminal, a line a stage elsewhere.
 #[derive(Default)]
 struct Console {
-    bar: RefCell<Option<ProgressBar>>,
+    all: MultiProgress,
+    bars: Mutex<HashMap<usize, ProgressBar>>,
 }
 
 impl Console {
     fn say(&self, text: &str) {
-        match &*self.bar.borrow() {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
-        }
+        self.all.suspend(|| eprintln!("{text}"));
+    }
+
+    fn bars(&self) -> MutexGuard<'_, HashMap<usize, ProgressBar>> {
+        self.bars.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -336,7 +366,7 @@ impl Observer for Console {
         self.say(&format!("warning: {text}"));
     }
 
-    fn stage_started(&self, model: &str, stage: &str, total: u64) {
+    fn stage_started(&self, number: usize, model: &str, stage: &str, total: u64) {
         if !std::io::stderr().is_terminal() {
             return eprintln!("{model}: {stage} ...");
         }
@@ -348,27 +378,32 @@ impl Observer for Console {
             Ok(style) => bar.with_style(style.progress_chars("=> ")),
             Err(_) => bar,
         };
-        *self.bar.borrow_mut() = Some(bar);
+        self.bars().insert(number, self.all.add(bar));
     }
 
     fn interrupted(&self) -> bool {
         INTERRUPTED.load(Ordering::SeqCst)
     }
 
-    fn progress(&self, tokens: u64) {
-        if let Some(bar) = &*self.bar.borrow() {
+    fn progress(&self, number: usize, tokens: u64) {
+        if let Some(bar) = self.bars().get(&number) {
+            // Rewriting and loading are no part of the speed.
+            if bar.position() == 0 {
+                bar.reset_elapsed();
+                bar.reset_eta();
+            }
             bar.inc(tokens);
         }
     }
 
-    fn stage_finished(&self, record: &Record) {
-        if let Some(bar) = self.bar.borrow_mut().take() {
+    fn stage_finished(&self, number: usize, record: &Record) {
+        if let Some(bar) = self.bars().remove(&number) {
             bar.finish_and_clear();
         }
         let figures = match (record.status, record.ppl) {
             (Status::Ok, Some(ppl)) => format!("ppl {ppl:.3}"),
             _ => record.reason.clone().unwrap_or_default(),
         };
-        eprintln!("{}: {} {figures}", record.stage, record.status.name());
+        self.say(&format!("{}: {} {figures}", record.stage, record.status.name()));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::error::{Error, Result};
 use super::instrument;
-use super::measure::Observer;
+use super::observer::Observer;
 use super::process::{sha256_files, sha256_text};
 use super::session::open_model;
 use super::stage::Stage;

@@ -1,127 +1,171 @@
 //! One stage: make its graph, load it, score the corpus.
 
-use super::devices::{self, Device};
+use super::devices::{self, Chosen, Device};
 use super::error::{Error, Result};
+use super::gpus::MemoryProbe;
 use super::instrument;
 use super::job::{Job, Task};
-use super::metrics::{DocumentScore, Metrics};
-use super::process::PeakMemory;
-use super::record::Record;
+use super::metrics::Metrics;
+use super::observer::Observer;
+use super::process::{PeakDeviceMemory, PeakMemory, sha256_text};
+use super::record::{Record, Status};
 use super::run::Options;
 use super::runtime::Runtime;
 use super::schedule::Batch;
+use super::score::{self, Score, Scored};
 use super::session::{Scorer, SessionOptions, open_model};
 use super::stage::Stage;
+use super::store::WorkFolder;
 use super::windows::Corpus;
+use super::workers::Engine;
 use crate::onnx::{Graph, Model};
-use crate::rewrite::{RewriteOptions, rewrite_file};
+use crate::rewrite::{Activation, RewriteOptions, rewrite_file};
 use mx_custom_ops::contract;
+use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Who watches a run; the library prints nothing itself.
-pub trait Observer {
-    /// The output folder is ours; rewritten models lie under `work` while they are measured.
-    fn opened(&self, work: &Path) {
-        let _ = work;
-    }
-    /// Something worth a line.
-    fn note(&self, text: &str) {
-        let _ = text;
-    }
-    /// Something the user should know.
-    fn warn(&self, text: &str) {
-        let _ = text;
-    }
-    /// A stage begins; `total` tokens are to be scored.
-    fn stage_started(&self, model: &str, stage: &str, total: u64) {
-        let _ = (model, stage, total);
-    }
-    /// `tokens` more have been scored.
-    fn progress(&self, tokens: u64) {
-        let _ = tokens;
-    }
-    /// Whether to stop; asked after every batch.
-    fn interrupted(&self) -> bool {
-        false
-    }
-    /// A stage is over.
-    fn stage_finished(&self, record: &Record) {
-        let _ = record;
-    }
+/// One stage that is to be measured.
+pub(super) struct Item<'a> {
+    pub job: &'a Job,
+    pub task: &'a Task,
+    /// Decides whether a later run may reuse the result.
+    pub key: &'a str,
+    pub corpus: Arc<Corpus>,
+    pub batches: Arc<Vec<Batch>>,
 }
 
-/// Watches nothing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Silent;
-
-impl Observer for Silent {}
-
-/// How a stage ended, errors apart.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Measured {
-    Done,
-    Skipped(String),
-    Failed(String),
-}
-
-/// What a stage is measured with.
-pub(super) struct Measure<'a> {
+/// What stages are measured with.
+pub(super) struct Bench<'a> {
     pub runtime: &'a Runtime,
-    pub device: Device,
+    pub chosen: &'a Chosen,
     pub options: &'a Options,
-    pub corpus: &'a Corpus,
-    pub batches: &'a [Batch],
-    /// Folder for the rewritten model.
-    pub work: &'a Path,
+    /// Where rewritten models lie.
+    pub work_root: PathBuf,
     pub observer: &'a dyn Observer,
+    pub items: Vec<Item<'a>>,
+    pub stop: AtomicBool,
 }
 
-impl Measure<'_> {
-    /// Fills in `record`.
-    pub(super) fn task(&self, job: &Job, task: &Task, record: &mut Record) -> Result<Measured> {
-        let peak = PeakMemory::start();
-        let path = match task {
-            Task::Sweep(Stage::NvFp8) => {
-                return Ok(Measured::Skipped(devices::nvfp8_unavailable(self.device)));
-            }
-            Task::Sweep(stage) => self.rewritten(job, *stage, record)?,
+/// A stage whose graph is made, or is known not to be.
+pub(super) struct Ready {
+    record: Record,
+    graph: Result<Prepared>,
+    /// Holds the graph on disk until it has been measured.
+    folder: Option<WorkFolder>,
+    seconds: f64,
+}
+
+enum Prepared {
+    Graph(PathBuf),
+    Skipped(String),
+}
+
+/// A stage that ended.
+pub(super) struct Done {
+    pub number: usize,
+    pub record: Record,
+    /// What run.json says about it beyond the record.
+    pub details: Map<String, Value>,
+}
+
+impl Engine for Bench<'_> {
+    type Ready = Ready;
+    type Done = Done;
+
+    fn prepare(&self, number: usize) -> Ready {
+        let Item { job, task, corpus, .. } = &self.items[number];
+        let stage = task.name();
+        self.observer.stage_started(number, &job.model, &stage, corpus.tokens());
+        let start = Instant::now();
+        let mut record = blank(job, task, self.chosen, self.options);
+        let mut folder = None;
+        let graph = Error::catch(|| match task {
+            Task::Sweep(stage) => self.rewritten(job, *stage, &mut record, &mut folder),
             Task::Graph(_) => {
-                describe(&open_model(&job.path, &job.model)?, record)?;
-                job.path.clone()
+                describe(&open_model(&job.path, &job.model)?, &mut record)?;
+                Ok(Prepared::Graph(job.path.clone()))
             }
-        };
-        let model = open_model(&path, &job.model)?;
-        let files = instrument::files(&path, &model)?;
-        record.model_bytes = Some(files.iter().map(|(_, bytes)| bytes).sum());
-        drop(model);
-        let measured = self.score(&path, &task.name(), record)?;
-        record.peak_memory_bytes = peak.bytes();
-        Ok(measured)
+        });
+        Ready { record, graph, folder, seconds: start.elapsed().as_secs_f64() }
     }
 
-    /// The stage's graph.
-    fn rewritten(&self, job: &Job, stage: Stage, record: &mut Record) -> Result<PathBuf> {
-        let Some(lowering) = stage.lowering() else {
-            record.sites_replaced = Some(0);
-            return Ok(job.path.clone());
+    fn measure(&self, number: usize, ready: Ready, team: &[Device]) -> Option<Done> {
+        let Ready { mut record, graph, folder, seconds } = ready;
+        record.device = devices::name(team);
+        let mut details = Map::new();
+        let measured = graph.and_then(|graph| match graph {
+            Prepared::Skipped(reason) => Ok((Status::Skipped, Some(reason))),
+            Prepared::Graph(path) => {
+                details.insert("rewrite_seconds".into(), json!(seconds));
+                Error::catch(|| self.scored(number, &path, team, &mut record, &mut details))
+            }
+        });
+        drop(folder);
+        (record.status, record.reason) = match measured {
+            Err(Error::Interrupted) => return None,
+            Ok(ended) => ended,
+            Err(error) => (Status::Failed, Some(error.to_string())),
         };
+        self.observer.stage_finished(number, &record);
+        Some(Done { number, record, details })
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst) || self.observer.interrupted()
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Bench<'_> {
+    /// The stage's graph.
+    fn rewritten(
+        &self,
+        job: &Job,
+        stage: Stage,
+        record: &mut Record,
+        folder: &mut Option<WorkFolder>,
+    ) -> Result<Prepared> {
+        if stage == Stage::NvFp8
+            && let Some(reason) = self.nvfp8_unavailable()
+        {
+            return Ok(Prepared::Skipped(reason));
+        }
+        let Some(options) = self.rewrite_options(stage) else {
+            record.sites_replaced = Some(0);
+            return Ok(Prepared::Graph(job.path.clone()));
+        };
+        let name = sha256_text(&format!("{} {stage}", job.model));
+        let folder = folder.insert(WorkFolder::new(&self.work_root, &name[..16])?);
+        let path = folder.path().join("model.onnx");
+        let report =
+            rewrite_file(&job.path, &path, &options).map_err(|e| Error::Rewrite(e.to_string()))?;
+        record.sites_replaced = Some(report.sites as u64);
+        Ok(Prepared::Graph(path))
+    }
+
+    fn nvfp8_unavailable(&self) -> Option<String> {
+        match &self.chosen.gpus[..] {
+            [] => devices::nvfp8_unavailable(None),
+            gpus => gpus.iter().find_map(|gpu| devices::nvfp8_unavailable(Some(gpu))),
+        }
+    }
+
+    /// How the stage's graph is made; `None` where it is the model as it is.
+    fn rewrite_options(&self, stage: Stage) -> Option<RewriteOptions> {
+        let lowering = stage.lowering()?;
+        let rewrite = self.options.rewrite.clone();
         let format = match stage {
             Stage::Mx(format) => Some(format),
             _ => None,
         };
-        let options = RewriteOptions { lowering, format, overwrite: true, ..self.base(stage) };
-        let path = self.work.join("model.onnx");
-        let report =
-            rewrite_file(&job.path, &path, &options).map_err(|e| Error::Rewrite(e.to_string()))?;
-        record.sites_replaced = Some(report.sites as u64);
-        Ok(path)
-    }
-
-    fn base(&self, stage: Stage) -> RewriteOptions {
-        let rewrite = self.options.rewrite.clone();
-        match stage {
+        let base = match stage {
             Stage::Mx(_) | Stage::MxTierC | Stage::MxTierD => rewrite,
             // The other lowerings have one format, no blocks and no shared exponent.
             _ => RewriteOptions {
@@ -131,44 +175,145 @@ impl Measure<'_> {
                 threads: rewrite.threads,
                 ..RewriteOptions::default()
             },
-        }
+        };
+        let threads = base.threads.or_else(|| self.rewrite_threads());
+        Some(RewriteOptions { lowering, format, threads, overwrite: true, ..base })
     }
 
-    fn score(&self, path: &Path, stage: &str, record: &mut Record) -> Result<Measured> {
-        let options = SessionOptions {
-            device: self.device,
-            threads: self.options.threads,
-            debug: self.options.debug,
+    /// While GPUs measure, a CPU is left for each of them.
+    fn rewrite_threads(&self) -> Option<usize> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.chosen.on_gpu().then(|| cores.saturating_sub(self.chosen.devices.len()).max(1))
+    }
+
+    /// Scores the graph at `path` and fills in `record`.
+    fn scored(
+        &self,
+        number: usize,
+        path: &Path,
+        team: &[Device],
+        record: &mut Record,
+        details: &mut Map<String, Value>,
+    ) -> Result<(Status, Option<String>)> {
+        let Item { job, task, corpus, batches, .. } = &self.items[number];
+        let peak = PeakMemory::start();
+        let device_peak = self.watch(team);
+        let model = open_model(path, &job.model)?;
+        let files = instrument::files(path, &model)?;
+        record.model_bytes = Some(files.iter().map(|(_, bytes)| bytes).sum());
+        drop(model);
+        let work = score::Work {
+            windows: &corpus.windows,
+            batches,
+            warm_up: self.chosen.on_gpu(),
+            progress: &|tokens| self.observer.progress(number, tokens),
+            warn: &|text| self.observer.warn(&format!("{}: {text}", task.name())),
+            interrupted: &|| self.stopped(),
         };
-        let mut scorer = Scorer::open(self.runtime, path, stage, &options)?;
-        let mut documents = vec![DocumentScore::default(); self.corpus.windows.len()];
-        let start = Instant::now();
-        for batch in self.batches {
-            let scores = scorer.score(&self.corpus.windows, batch)?;
-            let mut tokens = 0;
-            for (&index, score) in batch.windows.iter().zip(scores) {
-                tokens += score.tokens;
-                documents[index] = score;
-            }
-            self.observer.progress(tokens);
-            if self.observer.interrupted() {
-                return Err(Error::Interrupted);
+        let loaded = AtomicU64::new(0);
+        let open = |device| self.open(path, &task.name(), device, &loaded);
+        let scored = score::score(&work, team, &open)?;
+        record.peak_memory_bytes = match device_peak {
+            Some((watch, before)) => watch.bytes().map(|bytes| bytes.saturating_sub(before)),
+            None => peak.bytes(),
+        };
+        self.tell(&scored, loaded.into_inner(), details);
+        Ok(conclude(&scored, record))
+    }
+
+    /// Watches the memory of the team's GPUs; with it, what was in use before the run.
+    fn watch(&self, team: &[Device]) -> Option<(PeakDeviceMemory, u64)> {
+        let mut uuids: Vec<String> = Vec::new();
+        let mut before = 0;
+        for gpu in team.iter().filter_map(|&device| self.chosen.gpu(device)) {
+            if !uuids.contains(&gpu.uuid) {
+                before += gpu.memory.as_ref().ok()?.used();
+                uuids.push(gpu.uuid.clone());
             }
         }
-        let seconds = start.elapsed().as_secs_f64();
-        let bad = documents.iter().filter(|d| !(d.nll.is_finite() && d.entropy.is_finite()));
-        match (bad.count(), Metrics::new(&documents)) {
-            (0, Some(metrics)) => {
-                record.set_metrics(&metrics, seconds);
-                Ok(Measured::Done)
-            }
-            (0, None) => Ok(Measured::Failed("no token was scored".into())),
-            (bad, _) => Ok(Measured::Failed(format!(
-                "the loss is not finite in {bad} of {} documents: the model returns NaN or Inf",
-                documents.len()
-            ))),
+        let watch = if uuids.is_empty() { None } else { PeakDeviceMemory::start(uuids) };
+        watch.map(|watch| (watch, before))
+    }
+
+    /// Loads the graph on a device; adds the device memory that it takes to `loaded`.
+    fn open(
+        &self,
+        path: &Path,
+        stage: &str,
+        device: Device,
+        loaded: &AtomicU64,
+    ) -> Result<Box<dyn Score>> {
+        if let Device::Cuda(ordinal) = device {
+            // The context exists before memory is looked at. Without it the session fails, and says why.
+            let _ = mx_kernels::cuda::Gpu::get(ordinal);
+        }
+        let gpu = self.chosen.gpu(device);
+        let used = || gpu.and_then(|gpu| MemoryProbe::new()?.used(&gpu.uuid));
+        let before = used();
+        let options =
+            SessionOptions { device, threads: self.options.threads, debug: self.options.debug };
+        let scorer = Scorer::open(self.runtime, path, stage, &options)?;
+        if let Some((before, after)) = before.zip(used()) {
+            loaded.fetch_add(after.saturating_sub(before), Ordering::SeqCst);
+        }
+        Ok(Box::new(scorer))
+    }
+
+    fn tell(&self, scored: &Scored, loaded: u64, details: &mut Map<String, Value>) {
+        details.insert("load_seconds".into(), json!(scored.load_seconds));
+        details.insert("outside_run_seconds".into(), json!(scored.outside_run_seconds));
+        if self.chosen.on_gpu() {
+            details.insert("loaded_device_bytes".into(), json!(loaded));
+        }
+        if let Some(rows) = scored.halved_to {
+            details.insert("batch_halved_to".into(), json!(rows));
         }
     }
+}
+
+/// The record's figures, and how the stage ended.
+fn conclude(scored: &Scored, record: &mut Record) -> (Status, Option<String>) {
+    let documents = &scored.documents;
+    let bad = documents.iter().filter(|d| !(d.nll.is_finite() && d.entropy.is_finite()));
+    match (bad.count(), Metrics::new(documents)) {
+        (0, Some(metrics)) => {
+            record.set_metrics(&metrics, scored.seconds);
+            let halved = scored
+                .halved_to
+                .map(|rows| format!("out of memory: batches cut to as few as {rows} documents"));
+            (Status::Ok, halved)
+        }
+        (0, None) => (Status::Failed, Some("no token was scored".into())),
+        (bad, _) => {
+            let documents = documents.len();
+            let text = format!(
+                "the loss is not finite in {bad} of {documents} documents: the model returns NaN or \
+                 Inf"
+            );
+            (Status::Failed, Some(text))
+        }
+    }
+}
+
+/// A record of a stage that has not ended.
+pub(super) fn blank(job: &Job, task: &Task, chosen: &Chosen, options: &Options) -> Record {
+    let device = devices::name(&chosen.devices);
+    let mut record = Record::new(&job.model, &task.name(), &device, Status::Failed);
+    if let Task::Sweep(stage) = task {
+        let rewrite = &options.rewrite;
+        record.tier = stage.follows_tier().then(|| rewrite.tier.name().to_owned());
+        if let Some((weight, activation)) = stage.formats() {
+            let mx = matches!(stage, Stage::Mx(_) | Stage::MxTierC | Stage::MxTierD);
+            let activation = match rewrite.activation {
+                Activation::None if mx => "none",
+                Activation::Format(format) if mx => format.name(),
+                _ => activation,
+            };
+            record.weight_format = Some(weight.into());
+            record.activation_format = Some(activation.into());
+        }
+    }
+    record
 }
 
 /// Says in `record` what MX nodes a finished graph holds.

@@ -1,12 +1,16 @@
 //! What the process is and uses: memory, date, hashes.
 
 use super::error::{Error, Result};
+use super::gpus::MemoryProbe;
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Peak resident memory since [`PeakMemory::start`].
 #[derive(Debug)]
@@ -29,6 +33,60 @@ impl PeakMemory {
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    }
+}
+
+/// Peak use of device memory while it lives, by a thread that asks NVML.
+#[derive(Debug)]
+pub struct PeakDeviceMemory {
+    done: Arc<AtomicBool>,
+    sampler: Option<JoinHandle<u64>>,
+}
+
+impl PeakDeviceMemory {
+    /// How often NVML is asked.
+    const EVERY: Duration = Duration::from_millis(50);
+
+    /// Starts to watch the GPUs with these UUIDs; `None` where NVML does not say.
+    pub fn start(uuids: Vec<String>) -> Option<Self> {
+        let probe = MemoryProbe::new()?;
+        Self::watch(move || uuids.iter().map(|uuid| probe.used(uuid)).sum())
+    }
+
+    /// Watches what `used` says.
+    fn watch(used: impl Fn() -> Option<u64> + Send + 'static) -> Option<Self> {
+        let first = used()?;
+        let done = Arc::new(AtomicBool::new(false));
+        let sampler = std::thread::spawn({
+            let done = Arc::clone(&done);
+            move || {
+                let mut peak = first;
+                while !done.load(Ordering::SeqCst) {
+                    peak = peak.max(used().unwrap_or(0));
+                    std::thread::park_timeout(Self::EVERY);
+                }
+                peak.max(used().unwrap_or(0))
+            }
+        });
+        Some(Self { done, sampler: Some(sampler) })
+    }
+
+    /// Ends the watch; bytes in use on all the GPUs at the fullest moment seen.
+    pub fn bytes(mut self) -> Option<u64> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Option<u64> {
+        self.done.store(true, Ordering::SeqCst);
+        let sampler = self.sampler.take()?;
+        sampler.thread().unpark();
+        sampler.join().ok()
+    }
+}
+
+impl Drop for PeakDeviceMemory {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -120,5 +178,18 @@ mod tests {
         drop(block);
         let after = PeakMemory::start().bytes().unwrap_or(0);
         assert!(after < with, "{after} {with}");
+    }
+
+    #[test]
+    fn the_fullest_moment_of_a_device_is_kept() {
+        use std::sync::atomic::AtomicU64;
+        let used = Arc::new(AtomicU64::new(7));
+        let seen = Arc::clone(&used);
+        let watch = PeakDeviceMemory::watch(move || Some(seen.load(Ordering::SeqCst))).unwrap();
+        used.store(90, Ordering::SeqCst);
+        std::thread::sleep(PeakDeviceMemory::EVERY * 3);
+        used.store(5, Ordering::SeqCst);
+        assert_eq!(watch.bytes(), Some(90));
+        assert!(PeakDeviceMemory::watch(|| None).is_none());
     }
 }

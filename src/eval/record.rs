@@ -41,7 +41,7 @@ pub struct Record {
     pub activation_format: Option<String>,
     /// How it ended.
     pub status: Status,
-    /// Why it did not run or failed.
+    /// Why it did not run or failed; of a stage that is ok, what happened on the way.
     pub reason: Option<String>,
     /// Linear layers replaced.
     pub sites_replaced: Option<u64>,
@@ -59,13 +59,15 @@ pub struct Record {
     pub entropy: Option<f64>,
     /// Bits a byte of text.
     pub bits_per_byte: Option<f64>,
-    /// Seconds spent scoring, without rewriting and loading.
+    /// Seconds spent scoring, without rewriting and loading; on a GPU one batch is run before the
+    /// clock starts.
     pub seconds: Option<f64>,
     /// Scored tokens a second.
     pub tokens_per_second: Option<f64>,
     /// Bytes of the graph's file and its external data.
     pub model_bytes: Option<u64>,
-    /// Peak resident memory of the process during the stage.
+    /// Peak resident memory of the process during the stage; on GPUs the peak of device memory in
+    /// use beyond what was in use before the run, sampled, all workers of the devices together.
     pub peak_memory_bytes: Option<u64>,
     /// Where it ran.
     pub device: String,

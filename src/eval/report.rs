@@ -25,7 +25,7 @@ const COLUMNS: [&str; 11] = [
 struct Table {
     model: String,
     rows: Vec<[String; COLUMNS.len()]>,
-    /// Stage and reason of what was skipped or failed.
+    /// Stage and reason of what was skipped or failed, or is ok with a remark.
     notes: Vec<(String, Status, String)>,
 }
 
@@ -58,7 +58,7 @@ fn table(model: &str, records: &[&Record]) -> Table {
     let rows = records.iter().map(|record| row(record, baseline)).collect();
     let notes = records
         .iter()
-        .filter(|record| record.status != Status::Ok)
+        .filter(|record| record.status != Status::Ok || record.reason.is_some())
         .map(|r| (r.stage.clone(), r.status, r.reason.clone().unwrap_or_default()))
         .collect();
     Table { model: model.into(), rows, notes }
@@ -188,7 +188,7 @@ fn facts(run: &Map<String, Value>) -> Vec<(String, String)> {
     }
     let mut out = Vec::new();
     for (name, value) in
-        run.iter().filter(|(name, _)| !["keys", "definition"].contains(&name.as_str()))
+        run.iter().filter(|(name, _)| !["keys", "stages", "definition"].contains(&name.as_str()))
     {
         flatten(name, value, &mut out);
     }

@@ -1,26 +1,28 @@
-//! A run: every job's stages, one after the other, each independent of the others.
+//! A run: every job's stages, each independent of the others.
 
 use super::corpus::{self, Dataset};
-use super::devices::{self, Device, Request};
+use super::devices::{self, Chosen, Device, Request};
 use super::error::{Error, Result};
+use super::gpus::Local;
 use super::instrument;
 use super::job::{Job, KeyParts, Task};
-use super::measure::{Measure, Measured, Observer};
-use super::process::{now, sha256_files, sha256_text};
+use super::measure::{Bench, Item, blank};
+use super::observer::Observer;
+use super::process::{now, sha256_files};
 use super::record::{Record, Status};
 use super::report;
 use super::runtime::{self, Runtime};
 use super::schedule;
 use super::session::open_model;
-use super::stage::Stage;
 use super::store::{Entry, Store};
 use super::windows::{Corpus, DEFINITION, Tokenizer};
-use crate::rewrite::{Activation, RewriteOptions};
+use super::workers;
+use crate::rewrite::RewriteOptions;
 use serde_json::{Map, Value, json};
 use std::cell::RefCell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Where the evaluation text comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +44,12 @@ pub struct Options {
     pub seq_len: usize,
     /// Where to run.
     pub device: Request,
+    /// Share of a GPU's memory that has to be free for `auto` to take it.
+    pub min_free_ratio: f64,
+    /// Stages that are measured on one GPU at a time.
+    pub workers_per_device: usize,
+    /// Spread the batches of one stage over all devices instead of the stages.
+    pub shard_documents: bool,
     /// Threads of one operator; `None` leaves it to ONNX Runtime.
     pub threads: Option<usize>,
     /// Threads that tokenise.
@@ -85,12 +93,15 @@ impl Outcome {
 /// What concerns the run as a whole: no ONNX Runtime, no data, a locked folder, a model that is not
 /// there, or not a single model that can be fed. What concerns one stage becomes its record.
 pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<Outcome> {
-    let device = devices::choose(&options.device)?;
     let runtime = runtime::load(options.ort_lib.as_deref())?;
+    let chosen = devices::choose(&options.device, options.min_free_ratio, &Local(&runtime))?;
+    if let Some(note) = &chosen.note {
+        observer.note(note);
+    }
     let data = fetch(&options.data, observer)?;
     let mut store = Store::open(&options.out, options.resume)?;
     observer.opened(&store.work_root());
-    let run = Run::new(jobs, options, device, &runtime, data, observer)?;
+    let run = Run::new(jobs, options, &chosen, &runtime, data, observer)?;
     // A mistyped tokenizer or data file must not cost the results of an earlier run, so nothing is
     // written before it is known that something can be measured.
     let mut prepared: Vec<_> = jobs.iter().map(|job| run.prepare(job)).collect();
@@ -101,12 +112,14 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     }
     store.keep(&run.wanted(jobs))?;
     store.set_run(run.facts.clone())?;
+    let mut items = Vec::new();
     for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
         match corpus {
-            Ok(corpus) => run.job(index, job, &corpus, &mut store)?,
+            Ok(corpus) => items.extend(run.items(index, job, corpus, &store)),
             Err(error) => run.refuse(index, job, &error, &mut store)?,
         }
     }
+    run.measure(items, &mut store)?;
     Ok(Outcome { entries: ordered(jobs, &store) })
 }
 
@@ -140,7 +153,7 @@ fn records_of(entries: &[Entry]) -> Vec<Record> {
 struct Run<'a> {
     jobs: &'a [Job],
     options: &'a Options,
-    device: Device,
+    chosen: &'a Chosen,
     runtime: &'a Runtime,
     data: PathBuf,
     observer: &'a dyn Observer,
@@ -156,21 +169,22 @@ struct Tokenised {
     tokenizer: PathBuf,
     /// Tokens that the tokenizer knows.
     size: usize,
-    corpus: Rc<Corpus>,
+    corpus: Arc<Corpus>,
 }
 
 impl<'a> Run<'a> {
     fn new(
         jobs: &'a [Job],
         options: &'a Options,
-        device: Device,
+        chosen: &'a Chosen,
         runtime: &'a Runtime,
         data: PathBuf,
         observer: &'a dyn Observer,
     ) -> Result<Self> {
         let data_sha = sha256_files([data.as_path()])?;
         let cpu = mx_kernels::cpu::variant();
-        let platform = format!("{} {cpu} {device} {:?}", runtime.version, options.threads);
+        let place = place(chosen, cpu);
+        let platform = format!("{} {place} {:?}", runtime.version, options.threads);
         let mut models = Vec::new();
         let mut keys = Vec::new();
         for job in jobs {
@@ -198,7 +212,8 @@ impl<'a> Run<'a> {
             "mxeval": env!("CARGO_PKG_VERSION"),
             "date": now(),
             "command": options.command,
-            "device": device.to_string(),
+            "device": devices::name(&chosen.devices),
+            "gpus": chosen.gpus.iter().map(gpu_facts).collect::<Vec<_>>(),
             "cpu_variant": cpu,
             "threads": options.threads.map_or_else(
                 || json!(format!("default ({} available)", available_threads())), |t| json!(t)),
@@ -207,6 +222,8 @@ impl<'a> Run<'a> {
             "data": {"path": data, "sha256": data_sha},
             "options": {
                 "max_samples": options.max_samples, "seq_len": options.seq_len,
+                "workers_per_device": options.workers_per_device,
+                "shard_documents": options.shard_documents,
                 "tier": options.rewrite.tier.name(), "block_size": options.rewrite.block_size,
                 "rounding": options.rewrite.rounding.name(),
                 "scale_rule": options.rewrite.scale_rule.name(),
@@ -216,7 +233,7 @@ impl<'a> Run<'a> {
         });
         let facts = facts.as_object().cloned().unwrap_or_default();
         let tokenised = RefCell::new(None);
-        Ok(Self { jobs, options, device, runtime, data, observer, keys, facts, tokenised })
+        Ok(Self { jobs, options, chosen, runtime, data, observer, keys, facts, tokenised })
     }
 
     fn wanted(&self, jobs: &[Job]) -> Vec<(String, String, String)> {
@@ -228,7 +245,7 @@ impl<'a> Run<'a> {
     }
 
     /// Tokenises the text for a job and checks that its model can be fed with it.
-    fn prepare(&self, job: &Job) -> Result<Rc<Corpus>> {
+    fn prepare(&self, job: &Job) -> Result<Arc<Corpus>> {
         let model = open_model(&job.path, &job.model)?;
         let inspection = instrument::inspect(&model, &job.model)?;
         let tokenised = self.tokenise(&job.tokenizer)?;
@@ -258,51 +275,59 @@ impl<'a> Run<'a> {
             corpus.tokens()
         ));
         let tokenised =
-            Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Rc::new(corpus) };
+            Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Arc::new(corpus) };
         *self.tokenised.borrow_mut() = Some(tokenised.clone());
         Ok(tokenised)
     }
 
-    /// Runs the stages of one job.
-    fn job(&self, index: usize, job: &Job, corpus: &Corpus, store: &mut Store) -> Result<()> {
-        let batches = schedule::plan(&corpus.windows, job.batch_size);
-        let total = corpus.tokens();
+    /// The stages of a job that no earlier run has measured.
+    fn items<'b>(
+        &'b self,
+        index: usize,
+        job: &'b Job,
+        corpus: Arc<Corpus>,
+        store: &Store,
+    ) -> Vec<Item<'b>> {
+        let batches = Arc::new(schedule::plan(&corpus.windows, job.batch_size));
+        let mut items = Vec::new();
         for (task, key) in job.tasks.iter().zip(&self.keys[index]) {
-            let stage = task.name();
-            if store.get(&job.model, &stage).is_some() {
-                self.observer.note(&format!("{stage}: kept from an earlier run"));
+            if store.get(&job.model, &task.name()).is_some() {
+                self.observer.note(&format!("{}: kept from an earlier run", task.name()));
                 continue;
             }
-            self.observer.stage_started(&job.model, &stage, total);
-            let mut record = self.blank(job, task);
-            let work = store.work(&sha256_text(&stage)[..16])?;
-            let measure = Measure {
-                runtime: self.runtime,
-                device: self.device,
-                options: self.options,
-                corpus,
-                batches: &batches,
-                work: &work,
-                observer: self.observer,
-            };
-            let measured = catch_unwind(AssertUnwindSafe(|| measure.task(job, task, &mut record)));
-            let measured = measured.unwrap_or_else(|panic| {
-                Ok(Measured::Failed(format!("panicked: {}", panic_text(&*panic))))
-            });
-            store.clear_work()?;
-            if self.observer.interrupted() {
-                return Err(Error::Interrupted);
-            }
-            let (status, reason) = match measured {
-                Ok(Measured::Done) => (Status::Ok, None),
-                Ok(Measured::Skipped(reason)) => (Status::Skipped, Some(reason)),
-                Ok(Measured::Failed(reason)) => (Status::Failed, Some(reason)),
-                Err(error) => (Status::Failed, Some(error.to_string())),
-            };
-            (record.status, record.reason) = (status, reason);
-            self.observer.stage_finished(&record);
-            store.append(record, key)?;
-            self.write_reports(store)?;
+            let (corpus, batches) = (Arc::clone(&corpus), Arc::clone(&batches));
+            items.push(Item { job, task, key, corpus, batches });
+        }
+        items
+    }
+
+    /// Measures `items`, writing each record as its stage ends.
+    fn measure(&self, items: Vec<Item<'_>>, store: &mut Store) -> Result<()> {
+        let bench = Bench {
+            runtime: self.runtime,
+            chosen: self.chosen,
+            options: self.options,
+            work_root: store.work_root(),
+            observer: self.observer,
+            items,
+            stop: AtomicBool::new(false),
+        };
+        let teams = teams(
+            &self.chosen.devices,
+            self.options.workers_per_device,
+            self.options.shard_documents,
+        );
+        // On the CPU rewriting one stage would slow down the measuring of another.
+        let ahead = self.chosen.on_gpu();
+        let count = bench.items.len();
+        let outcome = workers::run(&bench, count, &teams, ahead, |done| {
+            store.append(done.record, bench.items[done.number].key, done.details)?;
+            self.write_reports(store)
+        });
+        store.clear_work()?;
+        outcome?;
+        if self.observer.interrupted() {
+            return Err(Error::Interrupted);
         }
         self.write_reports(store)
     }
@@ -310,33 +335,12 @@ impl<'a> Run<'a> {
     /// Records a job that cannot be run at all.
     fn refuse(&self, index: usize, job: &Job, error: &Error, store: &mut Store) -> Result<()> {
         for (task, key) in job.tasks.iter().zip(&self.keys[index]) {
-            let mut record = self.blank(job, task);
-            record.status = Status::Failed;
+            let mut record = blank(job, task, self.chosen, self.options);
             record.reason = Some(error.to_string());
-            self.observer.stage_finished(&record);
-            store.append(record, key)?;
+            self.observer.stage_finished(usize::MAX, &record);
+            store.append(record, key, Map::new())?;
         }
         self.write_reports(store)
-    }
-
-    fn blank(&self, job: &Job, task: &Task) -> Record {
-        let device = self.device.to_string();
-        let mut record = Record::new(&job.model, &task.name(), &device, Status::Failed);
-        if let Task::Sweep(stage) = task {
-            let rewrite = &self.options.rewrite;
-            record.tier = stage.follows_tier().then(|| rewrite.tier.name().to_owned());
-            if let Some((weight, activation)) = stage.formats() {
-                let mx = matches!(stage, Stage::Mx(_) | Stage::MxTierC | Stage::MxTierD);
-                let activation = match rewrite.activation {
-                    Activation::None if mx => "none",
-                    Activation::Format(format) if mx => format.name(),
-                    _ => activation,
-                };
-                record.weight_format = Some(weight.into());
-                record.activation_format = Some(activation.into());
-            }
-        }
-        record
     }
 
     fn write_reports(&self, store: &Store) -> Result<()> {
@@ -346,11 +350,73 @@ impl<'a> Run<'a> {
     }
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+/// Who measures together: a device alone, each as often as there are workers, or all of them.
+fn teams(devices: &[Device], workers: usize, shard: bool) -> Vec<Vec<Device>> {
+    // The CPU has no second worker: it is one device whose cores one session uses.
+    let workers = if devices == [Device::Cpu] { 1 } else { workers.max(1) };
+    let slots = (0..workers).flat_map(|_| devices.iter().copied());
+    if shard { vec![slots.collect()] } else { slots.map(|device| vec![device]).collect() }
+}
+
+/// What decides the bits of a result, apart from ONNX Runtime: which GPUs of a kind does not.
+fn place(chosen: &Chosen, cpu: &str) -> String {
+    let mut kinds: Vec<String> = chosen
+        .gpus
+        .iter()
+        .map(|gpu| format!("{} {:?}", gpu.name, gpu.compute_capability))
+        .collect();
+    kinds.sort();
+    kinds.dedup();
+    if kinds.is_empty() { format!("{cpu} cpu") } else { kinds.join(" ") }
+}
+
+fn gpu_facts(gpu: &super::gpus::Gpu) -> Value {
+    let (major, minor) = gpu.compute_capability;
+    let memory = gpu.memory.as_ref().ok();
+    json!({
+        "device": Device::Cuda(gpu.ordinal).to_string(), "name": gpu.name, "uuid": gpu.uuid,
+        "compute_capability": format!("{major}.{minor}"),
+        "total_bytes": memory.map(|m| m.total), "free_bytes": memory.map(|m| m.free),
+    })
 }
 
 fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gpus::Gpu;
+    use super::*;
+
+    #[test]
+    fn teams_of_devices() {
+        let (a, b) = (Device::Cuda(0), Device::Cuda(1));
+        assert_eq!(teams(&[Device::Cpu], 3, false), [[Device::Cpu]]);
+        assert_eq!(teams(&[Device::Cpu], 1, true), [[Device::Cpu]]);
+        assert_eq!(teams(&[a, b], 1, false), [[a], [b]]);
+        // Stages alternate between devices before one gets its second.
+        assert_eq!(teams(&[a, b], 2, false), [[a], [b], [a], [b]]);
+        assert_eq!(teams(&[a, b], 2, true), [[a, b, a, b]]);
+    }
+
+    #[test]
+    fn a_result_holds_on_every_gpu_of_the_kind() {
+        let gpu = |ordinal, name: &str| Gpu {
+            ordinal,
+            name: name.into(),
+            uuid: format!("{ordinal}"),
+            compute_capability: (9, 0),
+            memory: Err("unseen".into()),
+        };
+        let chosen = |gpus: Vec<Gpu>| Chosen {
+            devices: gpus.iter().map(|gpu| Device::Cuda(gpu.ordinal)).collect(),
+            gpus,
+            note: None,
+        };
+        let one = place(&chosen(vec![gpu(0, "H100")]), "avx2");
+        assert_eq!(one, place(&chosen(vec![gpu(1, "H100"), gpu(0, "H100")]), "avx512"));
+        assert_ne!(one, place(&chosen(vec![gpu(0, "H200")]), "avx2"));
+        assert_ne!(one, place(&chosen(vec![]), "avx2"));
+    }
 }

@@ -19,6 +19,38 @@ pub struct Runtime {
     pub version: String,
 }
 
+impl Runtime {
+    /// Whether the library was built with the CUDA provider.
+    pub fn has_cuda(&self) -> bool {
+        use ort::ep::ExecutionProvider as _;
+        ort::ep::CUDA::is_available().unwrap_or(false)
+    }
+
+    /// Loads the CUDA provider's library without touching a device.
+    ///
+    /// # Errors
+    /// ONNX Runtime's reason: a library of CUDA or cuDNN that is missing, mostly.
+    pub fn probe_cuda(&self) -> std::result::Result<(), String> {
+        let builder = ort::session::Session::builder(&self.environment);
+        let added = builder.map_err(|e| e.to_string())?.with_execution_providers([cuda(0)]);
+        added.map(drop).map_err(|e| e.to_string())
+    }
+}
+
+/// The CUDA provider on a device. TF32 is off, so that float32 means float32; memory is asked for in
+/// the sizes needed, so that weights take what they are; convolutions are not chosen by timing them,
+/// so that two runs compute the same.
+pub(super) fn cuda(ordinal: u32) -> ort::ep::ExecutionProviderDispatch {
+    use ort::ep::{ArenaExtendStrategy, cuda::ConvAlgorithmSearch};
+    ort::ep::CUDA::default()
+        .with_device_id(ordinal.cast_signed())
+        .with_tf32(false)
+        .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
+        .with_conv_algorithm_search(ConvAlgorithmSearch::Heuristic)
+        .build()
+        .error_on_failure()
+}
+
 /// Loads ONNX Runtime: `library` (`--ort-lib`), else `ORT_DYLIB_PATH`, else the library beside the
 /// executable, else that of the `onnxruntime` Python package of `MX_PYTHON`, `.venv` or `python3`.
 ///

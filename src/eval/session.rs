@@ -4,12 +4,16 @@ use super::devices::Device;
 use super::error::{Error, Result};
 use super::instrument::{self, Inspection};
 use super::metrics::DocumentScore;
-use super::runtime::Runtime;
+use super::runtime::{self, Runtime};
 use super::schedule::{Batch, MASKED, Padded};
+use super::score::Score;
 use super::windows::Window;
 use crate::onnx::Model;
+use mx_custom_ops::census;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// A session that scores batches of windows.
 #[derive(Debug)]
@@ -17,6 +21,8 @@ pub struct Scorer {
     session: ort::session::Session,
     inspection: Inspection,
     shown: String,
+    /// Time inside ONNX Runtime's runs.
+    running: Duration,
 }
 
 /// How a session is set up.
@@ -34,7 +40,8 @@ impl Scorer {
     /// Opens the model at `path` with the scoring node appended. `shown` is its name in messages.
     ///
     /// # Errors
-    /// The file is no model, no causal language model, or ONNX Runtime refuses it.
+    /// The file is no model, no causal language model, ONNX Runtime refuses it, or a node of domain
+    /// `mx` has no kernel on the GPU that was asked for.
     pub fn open(
         runtime: &Runtime,
         path: &Path,
@@ -49,10 +56,12 @@ impl Scorer {
             .map_err(|e| Error::Model { model: shown.into(), reason: e.to_string() })?;
         drop(model);
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        census::reset();
         let session = builder(runtime, folder, options)
             .and_then(|mut builder| builder.commit_from_memory(&bytes))
-            .map_err(Error::ort(format!("loading {shown}")))?;
-        Ok(Self { session, inspection, shown: shown.to_owned() })
+            .map_err(Error::ort(format!("loading {shown} on {}", options.device)))?;
+        check_census(options.device, census::made(), shown)?;
+        Ok(Self { session, inspection, shown: shown.to_owned(), running: Duration::ZERO })
     }
 
     /// What the graph looks like.
@@ -60,14 +69,54 @@ impl Scorer {
         &self.inspection
     }
 
-    /// Scores the windows of one batch; the results are in the order of `batch.windows`.
-    ///
+    fn run(
+        &mut self,
+        windows: &[Window],
+        batch: &Batch,
+        padded: &Padded,
+    ) -> Result<Vec<DocumentScore>> {
+        let doing = format!("running {} on {} x {}", self.shown, padded.rows, padded.length);
+        let tensors = self.inspection.feeds.tensors(padded).map_err(Error::ort(&doing))?;
+        // A binding is good for one run: ONNX Runtime keeps the outputs of the last one, whose
+        // shapes differ. Inputs go to the device here, once; the scores come back, the logits stay.
+        let mut binding = self.session.create_binding().map_err(Error::ort(&doing))?;
+        for (name, tensor) in &tensors {
+            binding.bind_input(name.as_str(), tensor).map_err(Error::ort(&doing))?;
+        }
+        let host = host_memory().map_err(Error::ort(&doing))?;
+        for (name, _) in instrument::OUTPUTS {
+            binding.bind_output_to_device(name, &host).map_err(Error::ort(&doing))?;
+        }
+        let start = Instant::now();
+        let outputs = self.session.run_binding(&binding);
+        self.running += start.elapsed();
+        let outputs = outputs.map_err(Error::ort(&doing))?;
+        let [(nll, _), (entropy, _), (top1, _)] = instrument::OUTPUTS;
+        let (_, nll) = outputs[nll].try_extract_tensor::<f32>().map_err(Error::ort(&doing))?;
+        let (_, entropy) =
+            outputs[entropy].try_extract_tensor::<f32>().map_err(Error::ort(&doing))?;
+        let (_, top1) = outputs[top1].try_extract_tensor::<i64>().map_err(Error::ort(&doing))?;
+        let expected = padded.labels.len();
+        if [nll.len(), entropy.len(), top1.len()] != [expected; 3] {
+            return Err(Error::Model {
+                model: self.shown.clone(),
+                reason: format!("returned {} scores for {expected} positions", nll.len()),
+            });
+        }
+        let row = |(row, &index): (usize, &usize)| {
+            let row = row * padded.length..(row + 1) * padded.length;
+            let bytes = windows[index].bytes;
+            let (labels, nll) = (&padded.labels[row.clone()], &nll[row.clone()]);
+            sum(labels, nll, &entropy[row.clone()], &top1[row], bytes)
+        };
+        Ok(batch.windows.iter().enumerate().map(row).collect())
+    }
+}
+
+impl Score for Scorer {
     /// A graph with a fixed number of rows is run several times, with rows that score nothing in
     /// the last run.
-    ///
-    /// # Errors
-    /// ONNX Runtime fails, or the windows are longer than the graph's fixed sequence.
-    pub fn score(&mut self, windows: &[Window], batch: &Batch) -> Result<Vec<DocumentScore>> {
+    fn score(&mut self, windows: &[Window], batch: &Batch) -> Result<Vec<DocumentScore>> {
         let feeds = &self.inspection.feeds;
         if let Some(columns) = feeds.columns.filter(|&columns| columns < batch.length) {
             return Err(Error::Model {
@@ -89,45 +138,36 @@ impl Scorer {
         Ok(scores)
     }
 
-    fn run(
-        &mut self,
-        windows: &[Window],
-        batch: &Batch,
-        padded: &Padded,
-    ) -> Result<Vec<DocumentScore>> {
-        let doing = || format!("running {} on {} x {}", self.shown, padded.rows, padded.length);
-        let tensors = self.inspection.feeds.tensors(padded).map_err(Error::ort(doing()))?;
-        let doing = doing();
-        let outputs = self.session.run(tensors).map_err(Error::ort(&doing))?;
-        let [(nll, _), (entropy, _), (top1, _)] = instrument::OUTPUTS;
-        let (_, nll) = outputs[nll].try_extract_tensor::<f32>().map_err(Error::ort(&doing))?;
-        let (_, entropy) =
-            outputs[entropy].try_extract_tensor::<f32>().map_err(Error::ort(&doing))?;
-        let (_, top1) = outputs[top1].try_extract_tensor::<i64>().map_err(Error::ort(&doing))?;
-        let expected = padded.labels.len();
-        if [nll.len(), entropy.len(), top1.len()] != [expected; 3] {
-            return Err(Error::Model {
-                model: self.shown.clone(),
-                reason: format!("returned {} scores for {expected} positions", nll.len()),
-            });
-        }
-        Ok(batch
-            .windows
-            .iter()
-            .enumerate()
-            .map(|(row, &index)| {
-                let row = row * padded.length..(row + 1) * padded.length;
-                let bytes = windows[index].bytes;
-                sum(
-                    &padded.labels[row.clone()],
-                    &nll[row.clone()],
-                    &entropy[row.clone()],
-                    &top1[row],
-                    bytes,
-                )
-            })
-            .collect())
+    fn splits(&self) -> bool {
+        self.inspection.feeds.rows.is_none()
     }
+
+    fn running(&self) -> Duration {
+        self.running
+    }
+}
+
+/// Where scores are read.
+fn host_memory() -> ort::Result<MemoryInfo<'static>> {
+    let kind = (AllocatorType::Device, MemoryType::Default);
+    MemoryInfo::new(AllocationDevice::CPU, 0, kind.0, kind.1)
+}
+
+/// Refuses a session on a GPU of which a node of domain `mx` fell back to the CPU: its figures would
+/// be right and its speed a lie.
+fn check_census(device: Device, made: census::Census, shown: &str) -> Result<()> {
+    if device == Device::Cpu || made.cpu == 0 {
+        return Ok(());
+    }
+    Err(Error::Model {
+        model: shown.into(),
+        reason: format!(
+            "{} of its {} nodes of domain `mx` have no kernel on {device} and would run on the CPU; \
+             pass --device cpu, or --debug to see which",
+            made.cpu,
+            made.cpu + made.cuda
+        ),
+    })
 }
 
 /// Opens a model file; errors name it as the user did.
@@ -155,7 +195,6 @@ fn builder(
     folder: &Path,
     options: &SessionOptions,
 ) -> ort::Result<SessionBuilder> {
-    let Device::Cpu = options.device;
     let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.into());
     // Errors come back as errors; printed as well they would be there twice.
     let log =
@@ -175,6 +214,17 @@ fn builder(
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads)?;
     }
+    if let Device::Cuda(ordinal) = options.device {
+        // What is left to the CPU are shapes: a pool of spinning threads a session would only take
+        // time from the threads that feed the GPUs.
+        if options.threads.is_none() {
+            builder = builder.with_intra_threads(2)?;
+        }
+        builder = builder
+            .with_intra_op_spinning(false)?
+            .with_execution_providers([runtime::cuda(ordinal)])?
+            .with_deterministic_compute(true)?;
+    }
     Ok(builder)
 }
 
@@ -193,5 +243,14 @@ mod tests {
         );
         let expected = DocumentScore { nll: 2.0, entropy: 3.0, correct: 1, tokens: 2, bytes: 11 };
         assert_eq!(score, expected);
+    }
+
+    #[test]
+    fn a_node_that_fell_back_to_the_cpu_is_refused_on_a_gpu() {
+        let made = census::Census { cpu: 2, cuda: 3 };
+        assert!(check_census(Device::Cpu, made, "m").is_ok());
+        let error = check_census(Device::Cuda(0), made, "m").unwrap_err().to_string();
+        assert!(error.contains("2 of its 5 nodes") && error.contains("cuda:0"), "{error}");
+        assert!(check_census(Device::Cuda(0), census::Census { cpu: 0, cuda: 3 }, "m").is_ok());
     }
 }

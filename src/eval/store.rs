@@ -26,6 +26,8 @@ pub struct Store {
     entries: Vec<Entry>,
     /// Key of every record that is ok, by model and stage.
     keys: Map<String, Value>,
+    /// What a record has no field for, by model and stage.
+    details: Map<String, Value>,
     run: Map<String, Value>,
     _lock: File,
 }
@@ -61,6 +63,7 @@ impl Store {
             folder: folder.into(),
             entries: Vec::new(),
             keys: Map::new(),
+            details: Map::new(),
             run: Map::new(),
             _lock: lock,
         };
@@ -68,7 +71,7 @@ impl Store {
         store.clear_work()?;
         if resume {
             store.entries = read_entries(&folder.join(RESULTS))?;
-            store.keys = read_keys(&folder.join(RUN));
+            [store.keys, store.details] = read_run(&folder.join(RUN), ["keys", "stages"]);
         }
         Ok(store)
     }
@@ -80,6 +83,7 @@ impl Store {
     /// results.jsonl cannot be written.
     pub fn keep(&mut self, wanted: &[(String, String, String)]) -> Result<()> {
         let keys = std::mem::take(&mut self.keys);
+        let mut details = std::mem::take(&mut self.details);
         let matches = |record: &Record| {
             record.status == Status::Ok
                 && wanted.iter().any(|(model, stage, key)| {
@@ -95,6 +99,9 @@ impl Store {
             if matches(&entry.record) && !kept.iter().any(again) {
                 let slot = slot(model, stage);
                 if let Some(key) = keys.get(&slot) {
+                    if let Some(details) = details.remove(&slot) {
+                        self.details.insert(slot.clone(), details);
+                    }
                     self.keys.insert(slot, key.clone());
                 }
                 kept.push(entry);
@@ -111,11 +118,12 @@ impl Store {
         self.entries.iter().find(wanted)
     }
 
-    /// Appends a record, then its key: a stage that was cut off in between is run again.
+    /// Appends a record, then its key and `details` to run.json: a stage that was cut off in between
+    /// is run again.
     ///
     /// # Errors
     /// The folder cannot be written.
-    pub fn append(&mut self, record: Record, key: &str) -> Result<()> {
+    pub fn append(&mut self, record: Record, key: &str, details: Map<String, Value>) -> Result<()> {
         let path = self.folder.join(RESULTS);
         let mut file =
             OpenOptions::new().append(true).create(true).open(&path).map_err(Error::io(&path))?;
@@ -126,6 +134,9 @@ impl Store {
             .map_err(Error::io(&path))?;
         if record.status == Status::Ok {
             self.keys.insert(slot(&record.model, &record.stage), key.into());
+        }
+        if !details.is_empty() {
+            self.details.insert(slot(&record.model, &record.stage), Value::Object(details));
         }
         self.entries.push(Entry { record, line });
         self.write_run()
@@ -142,6 +153,7 @@ impl Store {
 
     fn write_run(&self) -> Result<()> {
         let mut run = self.run.clone();
+        run.insert("stages".into(), Value::Object(self.details.clone()));
         run.insert("keys".into(), Value::Object(self.keys.clone()));
         let text =
             serde_json::to_string_pretty(&run).map_err(|e| Error::Output(format!("{RUN}: {e}")))?;
@@ -160,16 +172,6 @@ impl Store {
             file.persist(&path).map_err(|e| e.error)
         });
         written.map(drop).map_err(Error::io(path))
-    }
-
-    /// A fresh folder for a rewritten model, removed by [`Store::clear_work`].
-    ///
-    /// # Errors
-    /// The folder cannot be made.
-    pub fn work(&self, stage: &str) -> Result<PathBuf> {
-        let path = self.folder.join(WORK).join(stage);
-        std::fs::create_dir_all(&path).map_err(Error::io(&path))?;
-        Ok(path)
     }
 
     /// Where rewritten models lie while they are measured.
@@ -207,6 +209,34 @@ fn set_readable(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
+/// A folder for one rewritten model, gone when the model has been measured.
+#[derive(Debug)]
+pub struct WorkFolder(PathBuf);
+
+impl WorkFolder {
+    /// Makes a folder below `root`, [`Store::work_root`].
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new(root: &Path, name: &str) -> Result<Self> {
+        let path = root.join(name);
+        std::fs::create_dir_all(&path).map_err(Error::io(&path))?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for WorkFolder {
+    fn drop(&mut self) {
+        // What is left over is removed at the end of the run and at the start of the next.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 fn slot(model: &str, stage: &str) -> String {
     format!("{model} {stage}")
 }
@@ -235,16 +265,14 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>> {
         .collect()
 }
 
-/// Keys of an earlier run; none that can be read means that nothing is reused.
-fn read_keys(path: &Path) -> Map<String, Value> {
+/// Parts of an earlier run.json; without the keys nothing is reused.
+fn read_run<const N: usize>(path: &Path, parts: [&str; N]) -> [Map<String, Value>; N] {
     let run = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    match run {
-        Some(Value::Object(mut run)) => match run.remove("keys") {
-            Some(Value::Object(keys)) => keys,
-            _ => Map::new(),
-        },
+    let mut run: Map<String, Value> = run.unwrap_or_default();
+    parts.map(|part| match run.remove(part) {
+        Some(Value::Object(part)) => part,
         _ => Map::new(),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -268,17 +296,20 @@ mod tests {
     fn resume_keeps_what_is_ok_and_has_the_same_key() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::open(dir.path(), false).unwrap();
-        store.append(record("baseline", Status::Ok), "k1").unwrap();
-        store.append(record("bf16", Status::Failed), "k2").unwrap();
-        store.append(record("int8", Status::Ok), "k3").unwrap();
+        let details = |n: u64| Map::from_iter([("n".to_owned(), Value::from(n))]);
+        store.append(record("baseline", Status::Ok), "k1", details(1)).unwrap();
+        store.append(record("bf16", Status::Failed), "k2", Map::new()).unwrap();
+        store.append(record("int8", Status::Ok), "k3", details(3)).unwrap();
         drop(store);
         let mut store = Store::open(dir.path(), true).unwrap();
         store.keep(&wanted(&[("baseline", "k1"), ("bf16", "k2"), ("int8", "other")])).unwrap();
         assert!(store.get("m.onnx", "baseline").is_some());
         assert!(store.get("m.onnx", "int8").is_none());
         assert_eq!(stages(dir.path()), ["baseline"]);
-        store.append(record("bf16", Status::Ok), "k2").unwrap();
+        store.append(record("bf16", Status::Ok), "k2", Map::new()).unwrap();
         assert_eq!(stages(dir.path()), ["baseline", "bf16"]);
+        let [kept] = read_run(&dir.path().join(RUN), ["stages"]);
+        assert_eq!(Value::Object(kept), serde_json::json!({"m.onnx baseline": {"n": 1}}));
         drop(store);
         // Without --resume everything starts anew.
         let mut store = Store::open(dir.path(), false).unwrap();
@@ -290,7 +321,7 @@ mod tests {
     fn a_line_cut_off_by_a_crash_is_dropped_and_foreign_files_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::open(dir.path(), false).unwrap();
-        store.append(record("baseline", Status::Ok), "k1").unwrap();
+        store.append(record("baseline", Status::Ok), "k1", Map::new()).unwrap();
         drop(store);
         let path = dir.path().join(RESULTS);
         let text = std::fs::read_to_string(&path).unwrap();
@@ -305,7 +336,15 @@ mod tests {
     fn one_writer_at_a_time_and_no_leftovers() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path(), false).unwrap();
-        std::fs::write(store.work("bf16").unwrap().join("model.onnx"), "x").unwrap();
+        let folder = |name| WorkFolder::new(&store.work_root(), name).unwrap();
+        let (left, gone) = (folder("a"), folder("b"));
+        for folder in [&left, &gone] {
+            std::fs::write(folder.path().join("model.onnx"), "x").unwrap();
+        }
+        drop(gone);
+        assert!(left.path().exists() && !store.work_root().join("b").exists());
+        // A run that is killed.
+        std::mem::forget(left);
         let error = Store::open(dir.path(), true).unwrap_err().to_string();
         assert!(error.contains("another mxeval"), "{error}");
         drop(store);
