@@ -89,7 +89,9 @@ fn run(devices: &[Device], warm_up: bool, fake: impl Fn(Device) -> Fake + Sync) 
         windows: &windows,
         batches: &batches,
         warm_up,
-        progress: &|tokens| drop(progress.fetch_add(tokens, Ordering::SeqCst)),
+        progress: &|tokens| {
+            progress.fetch_add(tokens, Ordering::SeqCst);
+        },
         warn: &|text| warnings.lock().unwrap().push(text.to_owned()),
         interrupted: &|| false,
     };
@@ -168,7 +170,9 @@ fn an_interruption_is_seen_after_a_batch() {
         windows: &windows,
         batches: &batches,
         warm_up: false,
-        progress: &|_| drop(seen.fetch_add(1, Ordering::SeqCst)),
+        progress: &|_| {
+            seen.fetch_add(1, Ordering::SeqCst);
+        },
         warn: &|_| {},
         interrupted: &|| seen.load(Ordering::SeqCst) >= 2,
     };
