@@ -168,7 +168,7 @@ impl Nvrtc {
         // SAFETY: a library that its user names or that lies where CUDA's do; its initialisers run,
         // and the signatures are those of NVRTC's header, the same since CUDA 11.
         unsafe {
-            let library = Library::new(path).map_err(|e| e.to_string())?;
+            let library = Library::new(path).map_err(|e| detail(&e))?;
             let version_fn: unsafe extern "C" fn(*mut c_int, *mut c_int) -> Status =
                 symbol(&library, "nvrtcVersion")?;
             let (mut major, mut minor) = (0, 0);
@@ -310,6 +310,11 @@ fn read(
     }
     let mut bytes = vec![0u8; len];
     (write(bytes.as_mut_ptr().cast()) == 0).then_some(bytes)
+}
+
+/// The loader's own words, which the error keeps one level down.
+fn detail(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), |e| e.to_string())
 }
 
 /// # Safety

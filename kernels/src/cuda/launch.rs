@@ -138,10 +138,10 @@ impl Function {
         stream: Stream,
         args: &mut Args,
     ) -> Result<(), CudaError> {
+        self.check_arguments(args)?;
         if [shape.grid.0, shape.grid.1, shape.grid.2].contains(&0) {
             return Ok(());
         }
-        self.check_arguments(args)?;
         let mut attributes = Vec::new();
         shape.attributes(self.gpu, &mut attributes);
         let config = sys::CUlaunchConfig {

@@ -1,3 +1,6 @@
 //! What runs on, or is made for, an NVIDIA GPU.
 
+pub mod common;
+mod runtime;
+mod scores;
 mod units;
