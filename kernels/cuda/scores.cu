@@ -19,6 +19,7 @@
 #define TYPE_BF16 2
 
 #define MINUS_INF (__int_as_float(0xff800000))
+#define INF_F64 (__longlong_as_double(0x7ff0000000000000LL))
 #define NAN_F64 (__longlong_as_double(0x7ff8000000000000LL))
 
 // exp(d) for d <= 0 within 1e-13, relatively; 0 below -700 and NaN for NaN. The same polynomial as
@@ -230,7 +231,12 @@ static __device__ __forceinline__ i64 top_token(const Softmax &all) {
     return all.max == MINUS_INF ? 0 : (i64)all.index;
 }
 
-// nll, entropy, top1 [rows] of logits [rows, vocab]. One block a row.
+// Writes a row's result where somebody asks for it.
+template <typename T> static __device__ __forceinline__ void put(T *to, u64 row, T value) {
+    if (to) to[row] = value;
+}
+
+// nll, entropy, top1 [rows] (null: not asked for) of logits [rows, vocab]. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 token_scores(const u8 *logits, const i64 *labels, float *nll, float *entropy, i64 *top1, u32 vocab,
              int type) {
@@ -238,9 +244,9 @@ token_scores(const u8 *logits, const i64 *labels, float *nll, float *entropy, i6
     i64 label = labels[row];
     if (label == MASKED) {
         if (threadIdx.x == 0) {
-            nll[row] = 0;
-            entropy[row] = 0;
-            top1[row] = 0;
+            put(nll, row, 0.0f);
+            put(entropy, row, 0.0f);
+            put(top1, row, (i64)0);
         }
         return;
     }
@@ -257,9 +263,9 @@ token_scores(const u8 *logits, const i64 *labels, float *nll, float *entropy, i6
     join(all);
     if (threadIdx.x == 0) {
         double log_sum = log(all.sum);
-        nll[row] = (float)label_nll(all, log_sum, values, label);
-        entropy[row] = (float)(log_sum - all.weighted / all.sum);
-        top1[row] = top_token(all);
+        put(nll, row, (float)label_nll(all, log_sum, values, label));
+        put(entropy, row, (float)(log_sum - all.weighted / all.sum));
+        put(top1, row, top_token(all));
     }
 }
 
@@ -272,11 +278,11 @@ token_scores_baseline(const u8 *logits, const u8 *baseline, const i64 *labels, f
     i64 label = labels[row];
     if (label == MASKED) {
         if (threadIdx.x == 0) {
-            nll[row] = 0;
-            entropy[row] = 0;
-            top1[row] = 0;
-            kl[row] = 0;
-            baseline_nll[row] = 0;
+            put(nll, row, 0.0f);
+            put(entropy, row, 0.0f);
+            put(top1, row, (i64)0);
+            put(kl, row, 0.0f);
+            put(baseline_nll, row, 0.0f);
         }
         return;
     }
@@ -309,15 +315,15 @@ token_scores_baseline(const u8 *logits, const u8 *baseline, const i64 *labels, f
     bool impossible = __syncthreads_or((double)ruled_out - (double)base.max >= -700.0);
     if (threadIdx.x == 0) {
         double log_sum = log(all.sum), base_log_sum = log(base.sum);
-        nll[row] = (float)label_nll(all, log_sum, values, label);
-        entropy[row] = (float)(log_sum - all.weighted / all.sum);
-        top1[row] = top_token(all);
-        baseline_nll[row] = (float)label_nll(base, base_log_sum, base_values, label);
+        put(nll, row, (float)label_nll(all, log_sum, values, label));
+        put(entropy, row, (float)(log_sum - all.weighted / all.sum));
+        put(top1, row, top_token(all));
+        put(baseline_nll, row, (float)label_nll(base, base_log_sum, base_values, label));
         // KL = sum p (log p - log q), with log p = (b - base.max) - base_log_sum and so on.
         double shift = (double)base.max - (double)all.max;
         double divergence = cross / base.sum - shift - base_log_sum + log_sum;
-        if (impossible && divergence == divergence) divergence = __longlong_as_double(0x7ff0000000000000LL);
+        if (impossible && divergence == divergence) divergence = INF_F64;
         // Rounding can leave -1e-17 where the distributions agree; NaN stays.
-        kl[row] = divergence < 0.0 ? 0.0f : (float)divergence;
+        put(kl, row, divergence < 0.0 ? 0.0f : (float)divergence);
     }
 }

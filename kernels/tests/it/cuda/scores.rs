@@ -354,4 +354,12 @@ fn no_rows_and_no_vocabulary() {
     let with = ScoresBuffers { baseline: one.ptr(), ..call.buffers };
     // SAFETY: nothing is enqueued.
     assert!(unsafe { call.plan.run(OwnStream::new().get(), &with) }.is_err());
+    // Outputs that nobody asks for are left out.
+    let some = ScoresBuffers { nll: 0, top1: 0, ..call.buffers };
+    let stream = OwnStream::new();
+    // SAFETY: the buffers that are there are as long as the plan says.
+    unsafe { call.plan.run(stream.get(), &some) }.unwrap();
+    stream.synchronize();
+    let s = call.read();
+    assert!((s.entropy[0] - 7f32.ln()).abs() < 1e-6 && s.nll[0].is_nan() && s.top1[0] == -1);
 }
