@@ -9,11 +9,15 @@
 //!            scales uint8 [n, ceil(k / block_size)] (e8m0) | float32 [1] (tensor) | "" (none)
 //!            bias [n], X's type, optional
 //!         -> Y [..., n], X's type
+//! MxActMatMul A [..., m, k], B [..., k, n] or [..., n, k] (transpose_b), one float type; both dynamic,
+//!            both quantised along k by the same block size, scale, rounding and scale rule
+//!         -> Y [..., m, n], broadcast and with vectors for matrices as MatMul has it
 //! TokenScores logits [b, s, v] (float32 | float16 | bfloat16), labels int64 [b, s] (-100 = masked),
 //!            baseline logits, optional, like logits
 //!         -> nll, entropy float32, top1 int64 [, kl, baseline_nll float32], all [b, s]
 //! ```
 
+mod act_matmul;
 mod error;
 mod shapes;
 #[cfg(test)]
@@ -24,6 +28,7 @@ use std::{borrow::Cow, fmt, str::FromStr};
 use mx_kernels::{ElementFormat, QuantSpec};
 
 pub use self::{
+    act_matmul::{MxActMatMulAttrs, Product, product, product_dims},
     error::ContractError,
     shapes::{ScalesShape, check_shape, check_x_shape},
 };
@@ -45,13 +50,13 @@ pub const MAX_DIM: i64 = i32::MAX as i64;
 pub mod op {
     /// `Y = alpha * X * W^T (+ beta * bias)` with a packed constant weight.
     pub const MX_MATMUL: &str = "MxMatMul";
-    /// Both operands dynamic; the name is reserved, no kernel exists yet.
+    /// `Y = alpha * A * B`, both dynamic and quantised on the fly.
     pub const MX_ACT_MATMUL: &str = "MxActMatMul";
     /// Per-token negative log likelihood, entropy, top-1 and divergence.
     pub const TOKEN_SCORES: &str = "TokenScores";
 }
 
-/// Attribute names of `MxMatMul`; the ONNX attribute type stands behind each.
+/// Attribute names of `MxMatMul` and `MxActMatMul`; the ONNX attribute type comes first.
 pub mod attr {
     /// int: the contraction length of X and W.
     pub const K: &str = "k";
@@ -61,9 +66,15 @@ pub mod attr {
     pub const WEIGHT_FORMAT: &str = "weight_format";
     /// string: element format that X is quantised to, or `none`.
     pub const ACTIVATION_FORMAT: &str = "activation_format";
+    /// string: element format that A is quantised to (`MxActMatMul`).
+    pub const A_FORMAT: &str = "a_format";
+    /// string: element format that B is quantised to (`MxActMatMul`), A's when absent.
+    pub const B_FORMAT: &str = "b_format";
+    /// int: 1 for B as [..., n, k] (`MxActMatMul`), 0 when absent.
+    pub const TRANSPOSE_B: &str = "transpose_b";
     /// int: 16, 32, 64, 128 or 256 elements along k share a scale.
     pub const BLOCK_SIZE: &str = "block_size";
-    /// string: `e8m0`, `none` or `tensor`.
+    /// string: `e8m0`, `none` or, but for `MxActMatMul`, `tensor`.
     pub const SCALE: &str = "scale";
     /// string: `even`, `nearest` or `floor`, for both operands.
     pub const ROUNDING: &str = "rounding";
@@ -93,6 +104,16 @@ pub mod input {
     pub const NAMES: [&str; COUNT] = ["X", "codes", "scales", "bias"];
 }
 
+/// Input positions of `MxActMatMul`.
+pub mod operand {
+    /// A, `[..., m, k]` or `[k]`.
+    pub const A: usize = 0;
+    /// B, `[..., k, n]`, `[..., n, k]` with `transpose_b`, or `[k]`.
+    pub const B: usize = 1;
+    /// What errors call the inputs, in order.
+    pub const NAMES: [&str; 2] = ["A", "B"];
+}
+
 /// Input and output positions of `TokenScores`.
 pub mod scores {
     /// Logits `[b, s, v]`.
@@ -103,7 +124,11 @@ pub mod scores {
     pub const BASELINE: usize = 2;
     /// What errors call the inputs, in order.
     pub const INPUT_NAMES: [&str; 3] = ["logits", "labels", "baseline"];
-    /// The outputs in order; the last two need a baseline.
+    /// Position of the output `top1`, the only one that is int64.
+    pub const TOP1: usize = 2;
+    /// Position of the first output that needs a baseline.
+    pub const AGAINST_BASELINE: usize = 3;
+    /// The outputs in order.
     pub const OUTPUT_NAMES: [&str; 5] = ["nll", "entropy", "top1", "kl", "baseline_nll"];
 }
 
@@ -216,21 +241,8 @@ impl MxMatMulAttrs {
         }
         let k = dimension(source, attr::K)?;
         let n = dimension(source, attr::N)?;
-        let block_size = int_or(source, attr::BLOCK_SIZE, 32)?;
-        let block_size = usize::try_from(block_size)
-            .ok()
-            .filter(|size| BLOCK_SIZES.contains(size))
-            .ok_or(ContractError::OutOfRange {
-                attribute: attr::BLOCK_SIZE,
-                value: block_size,
-                allowed: "16, 32, 64, 128 or 256",
-            })?;
-        let scale = parse(attr::SCALE, &text_or(source, attr::SCALE, "e8m0")?)?;
-        let rounding = parse(attr::ROUNDING, &text_or(source, attr::ROUNDING, "even")?)?;
-        let rule = parse(attr::SCALE_RULE, &text_or(source, attr::SCALE_RULE, "floor")?)?;
-        let format = parse(attr::WEIGHT_FORMAT, &text(source, attr::WEIGHT_FORMAT)?)?;
-        let weight = QuantSpec::new(format, scale, block_size, rounding, rule)
-            .map_err(|source| ContractError::Operand { attribute: attr::WEIGHT_FORMAT, source })?;
+        let weight =
+            quantisation(source, attr::WEIGHT_FORMAT, &text(source, attr::WEIGHT_FORMAT)?)?;
         let activation = text(source, attr::ACTIVATION_FORMAT)?;
         let activation = match activation.as_ref() {
             NO_FORMAT => None,
@@ -307,6 +319,30 @@ impl MxMatMulAttrs {
             .map(|_| ())
             .ok_or(ContractError::TooLarge { n: self.n, row_bytes })
     }
+}
+
+/// The quantisation of the operand whose format is `format`, the value of attribute `name`; the other
+/// attributes are shared by all operands of a node.
+fn quantisation(
+    source: &impl AttributeSource,
+    name: &'static str,
+    format: &str,
+) -> Result<QuantSpec, ContractError> {
+    let block_size = int_or(source, attr::BLOCK_SIZE, 32)?;
+    let block_size = usize::try_from(block_size)
+        .ok()
+        .filter(|size| BLOCK_SIZES.contains(size))
+        .ok_or(ContractError::OutOfRange {
+            attribute: attr::BLOCK_SIZE,
+            value: block_size,
+            allowed: "16, 32, 64, 128 or 256",
+        })?;
+    let scale = parse(attr::SCALE, &text_or(source, attr::SCALE, "e8m0")?)?;
+    let rounding = parse(attr::ROUNDING, &text_or(source, attr::ROUNDING, "even")?)?;
+    let rule = parse(attr::SCALE_RULE, &text_or(source, attr::SCALE_RULE, "floor")?)?;
+    let format = parse(name, format)?;
+    QuantSpec::new(format, scale, block_size, rounding, rule)
+        .map_err(|source| ContractError::Operand { attribute: name, source })
 }
 
 const BLOCK_SIZES: [usize; 5] = [16, 32, 64, 128, 256];

@@ -8,6 +8,7 @@
 //! where the model's static shapes show it, else when it runs. No panic leaves this library.
 
 mod abi;
+mod act_matmul;
 pub mod census;
 pub mod contract;
 mod guard;
@@ -19,6 +20,7 @@ mod scores;
 mod types;
 
 pub use abi::RegisterCustomOps;
+use act_matmul::MxActMatMul;
 use matmul::MxMatMul;
 use ort::{operator::OperatorDomain, value::TensorElementType};
 use provider::Provider;
@@ -38,10 +40,9 @@ pub fn operator_domain() -> ort::Result<OperatorDomain> {
             for scales in [TensorElementType::Uint8, TensorElementType::Float32] {
                 domain = domain.add(MxMatMul { provider, x, scales })?;
             }
+            domain = domain.add(MxActMatMul { provider, x })?;
+            domain = domain.add(TokenScores { provider, logits: x })?;
         }
-    }
-    for logits in XType::ALL {
-        domain = domain.add(TokenScores { logits })?;
     }
     Ok(domain)
 }

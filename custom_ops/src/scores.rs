@@ -1,7 +1,8 @@
 //! `TokenScores`: what a model thinks of the tokens that came, without its logits leaving the device.
 
-use half::{bf16, f16};
-use mx_kernels::{BaselineScores, TokenScores as Outputs};
+mod cpu;
+mod cuda;
+
 use ort::{
     operator::{
         ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
@@ -13,13 +14,14 @@ use ort::{
 use crate::{
     contract::{ContractError, DOMAIN_VERSION, check_shape, op, scores},
     guard::{OpError, protect},
-    host::{self, Element, ElementType, Node, TensorView, TypeShape},
-    pool::OrtPool,
-    types::{XElement, XType},
+    host::{self, ElementType, Node, TensorView, TypeShape},
+    provider::{Device, Provider},
+    types::XType,
 };
 
-/// The operator for one type of logits.
+/// The operator for one provider and one type of logits.
 pub(crate) struct TokenScores {
+    pub provider: Provider,
     pub logits: XType,
 }
 
@@ -32,6 +34,10 @@ impl Operator for TokenScores {
 
     fn versions(&self) -> std::ops::RangeInclusive<u32> {
         DOMAIN_VERSION as u32..=u32::MAX
+    }
+
+    fn execution_provider_type(&self) -> Option<&str> {
+        self.provider.name()
     }
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
@@ -56,9 +62,11 @@ impl Operator for TokenScores {
     fn create_kernel<'attr>(&self, kctx: &KernelContext<'attr>) -> ort::Result<ScoresKernel> {
         let node = Node(kctx);
         let name = node.name();
-        let has_baseline = protect(op::TOKEN_SCORES, &name, || check_node(&node, self.logits))?;
-        crate::census::cpu();
-        Ok(ScoresKernel { name, logits: self.logits, has_baseline })
+        protect(op::TOKEN_SCORES, &name, || {
+            let has_baseline = check_node(&node, self.logits)?;
+            let device = self.provider.device(&node)?;
+            Ok(ScoresKernel { name: name.clone(), logits: self.logits, has_baseline, device })
+        })
     }
 
     /// Only the required outputs: writing the shape of an output that a node does not list is out of
@@ -92,6 +100,7 @@ pub(crate) struct ScoresKernel {
     name: String,
     logits: XType,
     has_baseline: bool,
+    device: Device,
 }
 
 fn check_node(node: &Node<'_, '_>, logits: XType) -> Result<bool, OpError> {
@@ -129,10 +138,9 @@ impl Kernel for ScoresKernel {
     fn compute(&mut self, ctx: &ComputeContext) -> ort::Result<()> {
         // Several threads are here with the same kernel; from now on it is shared.
         let this: &Self = self;
-        protect(op::TOKEN_SCORES, &this.name, || match this.logits {
-            XType::F32 => run::<f32>(this, ctx),
-            XType::F16 => run::<f16>(this, ctx),
-            XType::Bf16 => run::<bf16>(this, ctx),
+        protect(op::TOKEN_SCORES, &this.name, || match &this.device {
+            Device::Cpu => cpu::run(this, ctx),
+            Device::Gpu(device) => cuda::run(this, device, ctx),
         })
     }
 }
@@ -150,24 +158,23 @@ fn required<'a>(
     Ok(view)
 }
 
-/// Output `index`, or room that nobody reads where the node leaves it out.
-fn output_or<'a, T: Element + Default>(
-    ctx: &'a ComputeContext,
-    index: usize,
-    dims: &[i64],
-    spare: &'a mut Vec<T>,
-    rows: usize,
-) -> Result<&'a mut [T], OpError> {
-    match host::output::<T>(ctx, index, dims)? {
-        Some(values) => Ok(values),
-        None => {
-            spare.resize(rows, T::default());
-            Ok(spare)
-        }
+/// The inputs of a call, held against the contract and against each other.
+struct Inputs<'a> {
+    logits: TensorView<'a>,
+    labels: TensorView<'a>,
+    baseline: Option<TensorView<'a>>,
+    /// Shape of every output.
+    dims: [i64; 2],
+    vocab: usize,
+}
+
+impl Inputs<'_> {
+    fn rows(&self) -> Result<usize, OpError> {
+        host::elements(&self.dims)
     }
 }
 
-fn run<T: XElement>(kernel: &ScoresKernel, ctx: &ComputeContext) -> Result<(), OpError> {
+fn inputs<'a>(kernel: &ScoresKernel, ctx: &'a ComputeContext) -> Result<Inputs<'a>, OpError> {
     let logits = required(kernel, ctx, scores::LOGITS)?;
     let labels = required(kernel, ctx, scores::LABELS)?;
     let &[b, s, v] = logits.dims() else {
@@ -183,48 +190,19 @@ fn run<T: XElement>(kernel: &ScoresKernel, ctx: &ComputeContext) -> Result<(), O
             let view = required(kernel, ctx, scores::BASELINE)?;
             let expected = [as_usize(b), as_usize(s), as_usize(v)];
             check_shape(scores::INPUT_NAMES[scores::BASELINE], &expected, view.dims())?;
-            Some(view.values::<T>()?)
+            Some(view)
         }
         false => None,
     };
-    let (logits, labels) = (logits.values::<T>()?, labels.values::<i64>()?);
-    let (dims, rows) = ([b, s], labels.len());
-    let (mut spare, mut spare_top1) = ([const { Vec::new() }; 4], Vec::new());
-    let [spare_nll, spare_entropy, spare_kl, spare_base] = &mut spare;
-    let nll = output_or(ctx, 0, &dims, spare_nll, rows)?;
-    let entropy = output_or(ctx, 1, &dims, spare_entropy, rows)?;
-    let top1 = output_or(ctx, 2, &dims, &mut spare_top1, rows)?;
-    let against = match &baseline {
-        Some(_) => Some(BaselineScores {
-            kl: output_or(ctx, 3, &dims, spare_kl, rows)?,
-            nll: output_or(ctx, 4, &dims, spare_base, rows)?,
-        }),
-        None => {
-            reject_baseline_outputs(ctx, &dims)?;
-            None
-        }
-    };
-    if rows == 0 {
-        return Ok(());
-    }
-    let pool = OrtPool::new(ctx);
-    let outputs = Outputs { nll, entropy, top1, baseline: against };
-    let baseline = baseline.as_deref().map(T::float);
-    mx_kernels::token_scores(T::float(&logits), &labels, as_usize(v), baseline, outputs, &pool)?;
-    pool.finish()
+    Ok(Inputs { logits, labels, baseline, dims: [b, s], vocab: as_usize(v) })
 }
 
-/// Outputs that compare with a baseline cannot be filled without one.
-fn reject_baseline_outputs(ctx: &ComputeContext, dims: &[i64]) -> Result<(), OpError> {
-    for index in 3..scores::OUTPUT_NAMES.len() {
-        if host::output::<f32>(ctx, index, dims)?.is_some() {
-            return Err(OpError::OutputWithout {
-                output: scores::OUTPUT_NAMES[index],
-                input: scores::INPUT_NAMES[scores::BASELINE],
-            });
-        }
+/// What to say when a node lists an output that compares with a baseline, but has none.
+fn without_baseline(index: usize) -> OpError {
+    OpError::OutputWithout {
+        output: scores::OUTPUT_NAMES[index],
+        input: scores::INPUT_NAMES[scores::BASELINE],
     }
-    Ok(())
 }
 
 fn shape_error(index: usize, expected: &str, found: &[i64]) -> ContractError {

@@ -40,6 +40,11 @@ fn weights_may_be_dynamic_and_shapes_unknown() {
 }
 
 #[test]
+fn products_of_activations_match_the_emulation() {
+    python("test_custom_ops.py", &["act-matmul"]);
+}
+
+#[test]
 fn token_scores_match_float64() {
     python("test_custom_ops.py", &["scores"]);
 }

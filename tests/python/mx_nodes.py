@@ -147,6 +147,77 @@ class Case:
         return replace(self, **changes)
 
 
+@dataclass
+class ActCase:
+    """One MxActMatMul node: shapes as NumPy's matmul takes them (B's last two exchanged for transpose)."""
+
+    a: tuple = (2, 3, 100)
+    b: tuple = (2, 100, 17)
+    a_format: str = "fp8_e4m3"
+    b_format: str = "fp8_e4m3"
+    scale: str = "e8m0"
+    block: int = 32
+    rounding: str = "even"
+    rule: str = "floor"
+    transpose: bool = False
+    alpha: float = 1.0
+    dtype: str = "float32"
+    seed: int = 0
+    spread: float = 3.0
+
+    def spec(self, fmt: str) -> emu.Spec:
+        return emu.Spec(fmt, self.block, self.rounding, self.rule, self.scale)
+
+    def attributes(self) -> dict:
+        names = dict(block_size=self.block, scale=self.scale, rounding=self.rounding, scale_rule=self.rule)
+        formats = dict(a_format=self.a_format, b_format=self.b_format)
+        return {**formats, **names, "transpose_b": int(self.transpose), "alpha": float(self.alpha)}
+
+    def data(self) -> tuple[np.ndarray, np.ndarray]:
+        """A and B in float64, values that dtype can hold; B as MatMul has it, not transposed."""
+        rng = np.random.default_rng(self.seed)
+        scatter = lambda s: rng.standard_normal(s) * np.exp2(rng.uniform(-self.spread, self.spread, s))
+        cast = lambda v: from_bits(to_bits(v, self.dtype), self.dtype)
+        return cast(scatter(self.a)), cast(scatter(self.b))
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        a, b = self.data()
+        if self.transpose and b.ndim > 1:
+            b = np.swapaxes(b, -1, -2)
+        return {"A": to_bits(a, self.dtype), "B": np.ascontiguousarray(to_bits(b, self.dtype))}
+
+    def values(self) -> dict[str, ort.OrtValue]:
+        return {name: value(bits, self.dtype) for name, bits in self.feeds().items()}
+
+    def model(self, declared: dict | None = None) -> onnx.ModelProto:
+        """With the shapes of the operands declared, or those of `declared` (None: unknown)."""
+        onnx_type = ONNX_TYPE[self.dtype]
+        shapes = {name: list(bits.shape) for name, bits in self.feeds().items()} if declared is None else declared
+        node = helper.make_node("MxActMatMul", ["A", "B"], ["Y"], name="layer.0/MxActMatMul", domain="mx", **self.attributes())
+        infos = [helper.make_tensor_value_info(name, onnx_type, shapes[name]) for name in ("A", "B")]
+        out = helper.make_empty_tensor_value_info("Y")
+        out.type.tensor_type.elem_type = onnx_type
+        return model([node], infos, [out], [])
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """As Case.expected."""
+        a, b = self.data()
+        if a.size == 0 or b.size == 0:
+            return (np.matmul(a, b),) * 2
+        aq = emu.fake_quantize(a, self.spec(self.a_format))
+        turned = b if b.ndim == 1 else np.swapaxes(b, -1, -2)
+        bq = emu.fake_quantize(np.ascontiguousarray(turned), self.spec(self.b_format))
+        bq = bq if b.ndim == 1 else np.swapaxes(bq, -1, -2)
+        alpha = float(np.float32(self.alpha))
+        return alpha * np.matmul(aq, bq), abs(alpha) * np.matmul(np.abs(aq), np.abs(bq))
+
+    def tolerance(self, y: np.ndarray, size: np.ndarray) -> np.ndarray:
+        return Case(k=self.a[-1], dtype=self.dtype).tolerance(y, size)
+
+    def replace(self, **changes) -> "ActCase":
+        return replace(self, **changes)
+
+
 def model(nodes, inputs, outputs, initializers) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "test", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("mx", 1)]

@@ -2,7 +2,7 @@
 
     MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so python tests/python/test_custom_ops.py AREA
 
-AREA: values, special, inputs, scores, errors, compute-errors, threads, lifetime. Run by
+AREA: values, special, inputs, act-matmul, scores, errors, compute-errors, threads, lifetime. Run by
 tests/it/custom_ops.rs. Exit code 0 means that every check passed.
 """
 
@@ -17,7 +17,7 @@ import mx_nodes as mx
 import numpy as np
 import onnx
 from broken_models import broken_models
-from mx_nodes import Case, emu
+from mx_nodes import ActCase, Case, emu
 from onnx import TensorProto, helper
 
 FORMATS = (*emu.MX_FORMATS, "mxint8")
@@ -172,6 +172,112 @@ def inputs() -> None:
     m = case.replace(bias=False).model()
     m.graph.node[0].input.append("")
     check(mx.session(m).run(None, {"X": case.feed()})[0].shape == want.shape, "a trailing absent bias")
+
+
+# --------------------------------------------------------------------------------------- act-matmul
+
+
+def run_act(case: ActCase, declared: dict | None = None) -> np.ndarray:
+    s = mx.session(case.model(declared), 2)
+    return mx.run(s, case.values(), [case.dtype])[0]
+
+
+SHAPES = (
+    ((3, 100), (100, 17)),
+    ((100,), (100, 17)),
+    ((3, 100), (100,)),
+    ((64,), (64,)),
+    ((70,), (5, 70, 4)),
+    ((5, 2, 70), (70,)),
+    ((2, 4, 5, 64), (2, 4, 64, 33)),
+    ((2, 4, 5, 64), (1, 64, 33)),
+    ((2, 1, 5, 33), (3, 33, 8)),
+    ((3, 40), (2, 1, 40, 8)),
+    ((5, 1, 1), (5, 1, 1)),
+    ((0, 3, 32), (32, 4)),
+    ((2, 0, 32), (2, 32, 4)),
+    ((2, 3, 32), (2, 32, 0)),
+)
+
+
+def act_matmul() -> None:
+    """MxActMatMul against float64 emulation: formats, types, NumPy's shapes, both ways round; errors."""
+    cases = [ActCase(a=a, b=b, transpose=turn, seed=i) for i, (a, b) in enumerate(SHAPES) for turn in (False, True)]
+    for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, DTYPES)):
+        cases.append(ActCase(a_format=fmt, b_format=FORMATS[(i + 1) % len(FORMATS)], dtype=dtype, seed=i, alpha=0.125))
+    for i, (rounding, rule, block) in enumerate(itertools.product(emu.ROUNDINGS, emu.SCALE_RULES, emu.BLOCK_SIZES)):
+        fmt = FORMATS[i % len(FORMATS)]
+        cases.append(ActCase(a_format=fmt, b_format=fmt, rounding=rounding, rule=rule, block=block, seed=i, transpose=i % 2))
+    for fmt in ("bf16", "fp8_e4m3", "fp8_e5m2"):
+        cases.append(ActCase(a_format=fmt, b_format=fmt, scale="none"))
+    cases.append(ActCase(a=(2, 6, 67, 128), b=(2, 6, 128, 90), transpose=True, spread=1.0))
+    worst = 0.0
+    for case in cases:
+        y, (want, size) = run_act(case), case.expected()
+        check(y.shape == want.shape, f"shape {y.shape}, expected {want.shape}: {case}")
+        if y.shape == want.shape and y.size:
+            ratio = float((np.abs(y - want) / case.tolerance(want, size)).max())
+            check(ratio <= 1.0, f"off by {ratio:.3g} tolerances: {case}")
+            worst = max(worst, ratio)
+        unknown = run_act(case, {"A": None, "B": None})
+        check(np.array_equal(y, unknown), f"the same without declared shapes: {case}")
+    print(f"{len(cases)} products, worst {worst:.3f} of the tolerance")
+
+    # Shape inference: names go where the dimensions go.
+    for a, b, turn, want in (
+        (["n", "h", "s", 64], ["n", "h", 64, "t"], False, ["n", "h", "s", "t"]),
+        (["n", "h", "s", 64], ["n", 1, "t", 64], True, ["n", "h", "s", "t"]),
+        (["n", "s", 64], [64, 8], False, ["n", "s", 8]),
+        ([64], ["n", 64, "t"], False, ["n", "t"]),
+    ):
+        got = mx.session(ActCase(transpose=turn).model({"A": a, "B": b})).get_outputs()[0].shape
+        check(got == want, f"inferred shape {got}, expected {want}")
+
+    for what, model, word in bad_act_models():
+        try:
+            mx.session(model)
+            check(False, f"{what}: accepted")
+        except Exception as error:  # noqa: BLE001
+            check("layer.0/MxActMatMul" in str(error) and word in str(error), f"{what}: {error}")
+    s = mx.session(ActCase().model({"A": None, "B": None}))
+    good = ActCase().feeds()
+    want = s.run(None, good)[0]
+    for a, b in (((3, 5), (6, 4)), ((), (5,)), ((5,), ()), ((2, 0), (0, 3)), ((2, 3, 5), (3, 5, 4)), ((4,), (3,))):
+        try:
+            s.run(None, {"A": np.ones(a, np.float32), "B": np.ones(b, np.float32)})
+            check(False, f"A {a} x B {b} was accepted")
+        except Exception as error:  # noqa: BLE001
+            check("layer.0/MxActMatMul" in str(error), f"A {a} x B {b}: {error}")
+        check((s.run(None, good)[0] == want).all(), f"after A {a} x B {b}")
+
+
+def bad_act_models():
+    """(what, model, word of the message) for nodes that break the contract."""
+    for name, value, word in (
+        ("a_format", "fp7", "a_format"),
+        ("a_format", None, "a_format"),
+        ("a_format", 3, "a_format"),
+        ("b_format", "bf16", "b_format"),
+        ("block_size", 24, "block_size"),
+        ("scale", "tensor", "scale"),
+        ("rounding", "up", "rounding"),
+        ("transpose_b", 2, "transpose_b"),
+        ("transpose_b", "yes", "transpose_b"),
+        ("alpha", float("inf"), "alpha"),
+    ):
+        m = ActCase().model()
+        node = m.graph.node[0]
+        kept = [a for a in node.attribute if a.name != name]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        if value is not None:
+            node.attribute.append(helper.make_attribute(name, value))
+        yield f"{name} = {value}", m, word
+    for what, shapes in {
+        "another k": {"A": [2, 32], "B": [33, 4]},
+        "batches that do not broadcast": {"A": [2, 2, 32], "B": [3, 32, 4]},
+    }.items():
+        yield what, ActCase().model(shapes), "B"
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -376,6 +482,7 @@ def lifetime() -> None:
 
 
 AREAS = {
+    "act-matmul": act_matmul,
     "values": values,
     "special": special,
     "inputs": inputs,

@@ -1,0 +1,27 @@
+//! `MxActMatMul` on the CUDA provider.
+#![allow(unsafe_code)]
+
+use mx_kernels::cuda::{ActMatMulBuffers, ActMatMulPlan};
+use ort::operator::ComputeContext;
+
+use super::{ActMatMulKernel, call};
+use crate::{guard::OpError, host, provider::GpuDevice};
+
+pub(super) fn run(
+    kernel: &ActMatMulKernel,
+    device: &GpuDevice,
+    ctx: &ComputeContext,
+) -> Result<(), OpError> {
+    let (call, ordinal) = (call(kernel, ctx)?, device.ordinal());
+    let y = host::device_output(ctx, 0, kernel.x.element(), &call.y_dims, ordinal)?;
+    let (Some(y), false) = (y, call.product.batches.is_empty()) else { return Ok(()) };
+    let (a, b) = (call.a.device_ptr(ordinal)?, call.b.device_ptr(ordinal)?);
+    let plan = ActMatMulPlan::new(device.gpu, &call.problem(&kernel.attrs), kernel.x.float_type())?;
+    let (stream, scratch) = device.enqueue_on(ctx, plan.scratch_bytes())?;
+    let buffers = ActMatMulBuffers { a, b, y, scratch: scratch.address() };
+    // SAFETY: every buffer lies on the plan's device, which was checked, and has the shape that
+    // the plan was made for; ONNX Runtime keeps inputs and outputs until its stream is done with
+    // them, and the scratch memory goes to no other stream.
+    unsafe { plan.run(stream, &buffers)? };
+    Ok(())
+}
