@@ -47,8 +47,8 @@ def check_case(case: Case, threads: int = 2) -> float:
 # ------------------------------------------------------------------------------------------- values
 
 
-def values() -> None:
-    """Every format, rounding, scale rule, block size, type and tail, against float64 emulation."""
+def value_cases() -> list[Case]:
+    """Every format, rounding, scale rule, block size, type and tail."""
     cases = []
     for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, DTYPES)):
         base = Case(weight=fmt, activation=fmt, dtype=dtype, seed=i)
@@ -70,6 +70,12 @@ def values() -> None:
     # Big enough for every blocked path of the kernels: several tiles along m, n and k, with tails.
     for fmt in FORMATS:
         cases.append(Case(weight=fmt, activation=fmt, n=301, k=1100, shape=(67,), spread=1.0))
+    return cases
+
+
+def values() -> None:
+    """Every case against float64 emulation."""
+    cases = value_cases()
     worst = max(check_case(case) for case in cases)
     print(f"{len(cases)} cases, worst {worst:.3f} of the tolerance")
 
@@ -200,8 +206,8 @@ SHAPES = (
 )
 
 
-def act_matmul() -> None:
-    """MxActMatMul against float64 emulation: formats, types, NumPy's shapes, both ways round; errors."""
+def act_cases() -> list[ActCase]:
+    """Formats, types, NumPy's shapes, both ways round."""
     cases = [ActCase(a=a, b=b, transpose=turn, seed=i) for i, (a, b) in enumerate(SHAPES) for turn in (False, True)]
     for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, DTYPES)):
         cases.append(ActCase(a_format=fmt, b_format=FORMATS[(i + 1) % len(FORMATS)], dtype=dtype, seed=i, alpha=0.125))
@@ -211,6 +217,12 @@ def act_matmul() -> None:
     for fmt in ("bf16", "fp8_e4m3", "fp8_e5m2"):
         cases.append(ActCase(a_format=fmt, b_format=fmt, scale="none"))
     cases.append(ActCase(a=(2, 6, 67, 128), b=(2, 6, 128, 90), transpose=True, spread=1.0))
+    return cases
+
+
+def act_matmul() -> None:
+    """MxActMatMul against float64 emulation; shape inference; errors."""
+    cases = act_cases()
     worst = 0.0
     for case in cases:
         y, (want, size) = run_act(case), case.expected()
