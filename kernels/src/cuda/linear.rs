@@ -1,14 +1,38 @@
 //! `y = alpha * x * w^T (+ beta * bias)` on packed weights.
+//!
+//! Three kernels, one after the other: x is quantised and folded to bfloat16 (`fold.cu`), the
+//! product runs on tensor cores with the weight decoded on its way to registers (`linear.cu`), and
+//! partial sums are added, scaled and written (`finish.cu`). Values that no normal bfloat16 holds
+//! mark their row or column, whose sums the last kernel takes again in fp64.
+#![allow(unsafe_code)]
 
-use super::{CudaError, DevicePtr, FloatType, Gpu, Stream};
-use crate::LinearProblem;
+use super::{
+    Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream, Unit,
+    params::{Batches, Finish, Fold, Linear, Operand, Quant},
+    tiles::{FRAGMENT_ROWS, STEP, THREADS, Tiling},
+};
+use crate::{ElementFormat, LinearProblem, QuantSpec, ScaleKind};
+
+pub(super) const FOLD: Unit = Unit::plain("fold");
+pub(super) const FINISH: Unit = Unit::plain("finish");
+
+/// k that one block of `fold` takes.
+pub(super) const FOLD_K: usize = 1024;
+/// Blocks of the search for a tensor's largest magnitude.
+const LARGEST_BLOCKS: usize = 256;
+/// Rows beyond which a product runs in several pieces: scratch memory stays below about this.
+const MOST_SCRATCH: usize = 512 << 20;
+/// Most rows of one piece: the last kernel has one block a row in y.
+const MOST_ROWS: usize = 32 << 10;
+/// Alignment of each part of the scratch memory.
+const ALIGN: usize = 256;
 
 /// Where the operands of one product lie in device memory.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearBuffers {
     /// X, [m, k].
     pub x: DevicePtr,
-    /// Packed codes, [n, row bytes].
+    /// Packed codes, [n, row bytes], aligned to 4 bytes.
     pub codes: DevicePtr,
     /// Scales, [n, blocks] bytes for `e8m0`, one float32 for `tensor`, 0 for `none`.
     pub scales: DevicePtr,
@@ -23,14 +47,49 @@ pub struct LinearBuffers {
 /// How a product of given size is computed on a device.
 #[derive(Debug, Clone)]
 pub struct LinearPlan {
-    scratch_bytes: usize,
+    gpu: &'static Gpu,
+    problem: LinearProblem,
+    m: usize,
+    x_type: FloatType,
+    has_bias: bool,
+    /// Rows that run at a time.
+    piece: usize,
+    layout: Layout,
+    tiling: Option<Tiling>,
+}
+
+/// Where the parts of the scratch memory begin.
+#[derive(Debug, Clone, Copy, Default)]
+struct Layout {
+    bad_m: usize,
+    bad_n: usize,
+    amax: usize,
+    scale: usize,
+    partial: usize,
+    total: usize,
 }
 
 impl LinearPlan {
-    /// A plan for `m` rows of `x_type`. Cheap: no device call.
+    /// Loads every kernel that products like `problem` need: compiling takes up to seconds and
+    /// cannot happen while a stream is being captured.
     ///
     /// # Errors
-    /// An invalid specification or a dimension of zero.
+    /// No way to compile, or a driver that refuses the result.
+    pub fn prepare(gpu: &'static Gpu, problem: &LinearProblem) -> Result<(), CudaError> {
+        Tiling::prepare(gpu, problem.weight.format)?;
+        for name in ["fold", "largest"] {
+            gpu.function(FOLD, name)?;
+        }
+        for name in ["finish", "repair"] {
+            gpu.function(FINISH, name)?;
+        }
+        Ok(())
+    }
+
+    /// A plan for `m` rows of `x_type`.
+    ///
+    /// # Errors
+    /// An invalid specification, a dimension of zero, or sizes beyond 2^31.
     pub fn new(
         gpu: &'static Gpu,
         problem: &LinearProblem,
@@ -38,26 +97,343 @@ impl LinearPlan {
         x_type: FloatType,
         has_bias: bool,
     ) -> Result<Self, CudaError> {
-        let _ = (gpu, problem, m, x_type, has_bias);
-        Err(CudaError::Unsupported("not built yet".into()))
+        check_problem(problem, m)?;
+        let mut piece = m.min(MOST_ROWS);
+        loop {
+            let plan = Self::with_piece(gpu, problem, (m, piece), x_type, has_bias)?;
+            if plan.layout.total <= MOST_SCRATCH || piece <= 128 {
+                return Ok(plan);
+            }
+            piece = piece.div_ceil(2).next_multiple_of(128);
+        }
+    }
+
+    fn with_piece(
+        gpu: &'static Gpu,
+        problem: &LinearProblem,
+        (m, piece): (usize, usize),
+        x_type: FloatType,
+        has_bias: bool,
+    ) -> Result<Self, CudaError> {
+        let problem = *problem;
+        let mut plan =
+            Self { gpu, problem, m, x_type, has_bias, piece, layout: Layout::default(), tiling: None };
+        if m == 0 {
+            return Ok(plan);
+        }
+        let rows = plan.terms() * piece;
+        let tiling = Tiling::new(gpu, problem.weight.format, (rows, problem.n, problem.k, 1))?;
+        let part = |at: &mut usize, bytes: usize| {
+            let start = *at;
+            *at = (start + bytes).next_multiple_of(ALIGN);
+            start
+        };
+        let mut at = tiling.padded_rows * plan.steps() * STEP * 2;
+        plan.layout = Layout {
+            bad_m: part(&mut at, piece * plan.parts()),
+            bad_n: part(&mut at, tiling.splits * problem.n),
+            amax: part(&mut at, LARGEST_BLOCKS * 4),
+            scale: part(&mut at, 4),
+            partial: if plan.partial(&tiling) {
+                part(&mut at, tiling.splits * rows * problem.n * 4)
+            } else {
+                at
+            },
+            total: at,
+        };
+        plan.layout.total = at;
+        plan.tiling = Some(tiling);
+        Ok(plan)
     }
 
     /// Bytes of scratch memory that [`Self::run`] needs.
     pub fn scratch_bytes(&self) -> usize {
-        self.scratch_bytes
+        self.layout.total
+    }
+
+    /// bfloat16 terms that hold a value of X exactly.
+    fn terms(&self) -> usize {
+        match (self.problem.activation, self.x_type) {
+            (Some(_), _) | (None, FloatType::Bf16) => 1,
+            (None, FloatType::F16) => 2,
+            (None, FloatType::F32) => 3,
+        }
+    }
+
+    fn steps(&self) -> usize {
+        self.problem.k.div_ceil(STEP)
+    }
+
+    /// Blocks of `fold` that share a row.
+    fn parts(&self) -> usize {
+        (self.steps() * STEP).div_ceil(FOLD_K)
+    }
+
+    /// Whether the product kernel leaves partial sums rather than Y.
+    fn partial(&self, tiling: &Tiling) -> bool {
+        tiling.splits > 1 || self.terms() > 1 || self.tensor_scale()
+    }
+
+    fn tensor_scale(&self) -> bool {
+        self.problem.weight.scale == ScaleKind::Tensor
     }
 
     /// Enqueues the product on `stream`.
     ///
     /// # Safety
     /// The buffers are device memory of the plan's device, as long as the plan's shapes say, and
-    /// stay valid until the stream has run the work.
+    /// stay valid until the stream has run the work. No other work uses the scratch meanwhile.
     ///
     /// # Errors
-    /// A launch that CUDA refuses.
-    #[allow(unsafe_code)]
+    /// A buffer that is not aligned, a launch that CUDA refuses.
     pub unsafe fn run(&self, stream: Stream, buffers: &LinearBuffers) -> Result<(), CudaError> {
-        let _ = (stream, buffers);
-        Err(CudaError::Unsupported("not built yet".into()))
+        let Some(tiling) = &self.tiling else { return Ok(()) };
+        if !buffers.codes.is_multiple_of(4) {
+            return Err(CudaError::Unsupported("packed codes are not aligned to 4 bytes".into()));
+        }
+        // SAFETY: as the caller promises; every kernel below stays within the plan's shapes.
+        unsafe {
+            if self.tensor_scale() && self.problem.activation.is_some() {
+                self.largest(stream, buffers)?;
+            }
+            for first in (0..self.m).step_by(self.piece) {
+                let rows = self.piece.min(self.m - first);
+                let size = self.x_type.bytes();
+                let piece = LinearBuffers {
+                    x: buffers.x + (first * self.problem.k * size) as u64,
+                    y: buffers.y + (first * self.problem.n * size) as u64,
+                    ..*buffers
+                };
+                self.fold(tiling, stream, &piece, rows)?;
+                self.product(tiling, stream, &piece, rows)?;
+                self.finish(tiling, stream, &piece, rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn largest(&self, stream: Stream, b: &LinearBuffers) -> Result<(), CudaError> {
+        let mut args = Args::new()
+            .with(b.x)
+            .with(self.x_type as i32)
+            .with((self.m * self.problem.k) as i64)
+            .with(b.scratch + self.layout.amax as u64);
+        let function = self.gpu.function(FOLD, "largest")?;
+        // SAFETY: the whole of X is read; a partial result a block is written.
+        unsafe { function.launch(&Launch::linear(LARGEST_BLOCKS as u32, 256), stream, &mut args) }
+    }
+
+    unsafe fn fold(
+        &self,
+        tiling: &Tiling,
+        stream: Stream,
+        b: &LinearBuffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let width = self.steps() * STEP;
+        let terms = self.terms();
+        let padded = self.padded(tiling, rows);
+        let fold = Fold {
+            x: b.x,
+            out: b.scratch,
+            bad: b.scratch + self.layout.bad_m as u64,
+            amax: b.scratch + self.layout.amax as u64,
+            scale: b.scratch + self.layout.scale as u64,
+            x_batch: 0,
+            out_batch: 0,
+            amax_count: LARGEST_BLOCKS as i32,
+            m: rows as i32,
+            k: self.problem.k as i32,
+            kind: self.x_type as i32,
+            rows: padded as i32,
+            width: width as i32,
+            terms: terms as i32,
+            order: order(self.problem.weight.format),
+            fragments: 1,
+            shift: shift(self.problem.weight.format),
+            parts: self.parts() as i32,
+            quant: self.x_quant(),
+            _pad: 0,
+        };
+        let blocks = (rows + padded - terms * rows) as u32;
+        let shape = Launch::new((blocks, self.parts() as u32, 1), (128, 1, 1));
+        // SAFETY: rows and widths are the buffers'.
+        unsafe { self.gpu.function(FOLD, "fold")?.launch(&shape, stream, &mut Args::new().with(fold)) }
+    }
+
+    /// Rows of the folded X, whole tiles.
+    fn padded(&self, tiling: &Tiling, rows: usize) -> usize {
+        (self.terms() * rows).next_multiple_of(tiling.padded_rows / tiling.grid.1 as usize)
+    }
+
+    fn x_quant(&self) -> Quant {
+        self.problem.activation.as_ref().map_or_else(Quant::as_is, Quant::of)
+    }
+
+    unsafe fn product(
+        &self,
+        tiling: &Tiling,
+        stream: Stream,
+        b: &LinearBuffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let weight = &self.problem.weight;
+        let padded = self.padded(tiling, rows);
+        let partial = self.partial(tiling);
+        let linear = Linear {
+            codes: b.codes,
+            scales: if weight.scale == ScaleKind::E8M0 { b.scales } else { 0 },
+            x: b.scratch,
+            y: if partial { b.scratch + self.layout.partial as u64 } else { b.y },
+            bias: if self.has_bias && !partial { b.bias } else { 0 },
+            bad_n: b.scratch + self.layout.bad_n as u64,
+            x_batch: 0,
+            w_batch: 0,
+            n: self.problem.n as i32,
+            row_bytes: weight.row_bytes(self.problem.k) as i32,
+            blocks: weight.blocks(self.problem.k) as i32,
+            block_shift: weight.block_size.trailing_zeros() as i32,
+            steps: self.steps() as i32,
+            splits: tiling.splits as i32,
+            rows: (self.terms() * rows) as i32,
+            tiles: (padded / FRAGMENT_ROWS) as i32,
+            stages: tiling.stages as i32,
+            copy_bytes: copy_bytes(b.codes, weight.row_bytes(self.problem.k)),
+            partial: i32::from(partial),
+            kind: self.x_type as i32,
+            w_constant: 1,
+            alpha: self.problem.alpha,
+            beta: self.problem.beta,
+            batches: Batches::ONE,
+            _pad: 0,
+        };
+        let rows_per_block = tiling.padded_rows / tiling.grid.1 as usize;
+        let grid = (tiling.grid.0, (padded / rows_per_block) as u32, tiling.splits as u32);
+        let shape = Launch::new(grid, (THREADS, 1, 1)).shared(tiling.shared).overlap(true);
+        // SAFETY: shapes and strides are the buffers'.
+        unsafe { tiling.function.launch(&shape, stream, &mut Args::new().with(linear)) }
+    }
+
+    unsafe fn finish(
+        &self,
+        tiling: &Tiling,
+        stream: Stream,
+        b: &LinearBuffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let partial = self.partial(tiling);
+        let weight = &self.problem.weight;
+        let scale = b.scratch + self.layout.scale as u64;
+        let tensor = self.tensor_scale();
+        let finish = Finish {
+            partial: if partial { b.scratch + self.layout.partial as u64 } else { 0 },
+            y: b.y,
+            bias: if self.has_bias { b.bias } else { 0 },
+            bad_m: b.scratch + self.layout.bad_m as u64,
+            bad_n: b.scratch + self.layout.bad_n as u64,
+            factor_x: if tensor && self.problem.activation.is_some() { scale } else { 0 },
+            factor_w: if tensor { b.scales } else { 0 },
+            kind: self.x_type as i32,
+            m: rows as i32,
+            n: self.problem.n as i32,
+            k: self.problem.k as i32,
+            splits: tiling.splits as i32,
+            terms: self.terms() as i32,
+            parts_m: self.parts() as i32,
+            parts_n: tiling.splits as i32,
+            alpha: self.problem.alpha,
+            beta: self.problem.beta,
+            x: Operand {
+                values: b.x,
+                codes: 0,
+                scales: 0,
+                scale,
+                batch: 0,
+                row_stride: self.problem.k as i64,
+                k_stride: 1,
+                row_bytes: 0,
+                kind: self.x_type as i32,
+                quant: self.x_quant(),
+            },
+            w: Operand {
+                values: 0,
+                codes: b.codes,
+                scales: b.scales,
+                scale: 0,
+                batch: 0,
+                row_stride: 0,
+                k_stride: 0,
+                row_bytes: weight.row_bytes(self.problem.k) as i32,
+                kind: 0,
+                quant: Quant::of(weight),
+            },
+            batches: Batches::ONE,
+        };
+        // SAFETY: shapes and strides are the buffers'.
+        unsafe { launch_finish(self.gpu, stream, &finish, partial, 1) }
+    }
+}
+
+/// Launches the last kernel of a product: the whole of it, or only the repair of a finished Y.
+pub(super) unsafe fn launch_finish(
+    gpu: &'static Gpu,
+    stream: Stream,
+    finish: &Finish,
+    partial: bool,
+    batches: usize,
+) -> Result<(), CudaError> {
+    let mut args = Args::new().with(*finish);
+    let (name, grid) = if partial {
+        let columns = (finish.n as u32).div_ceil(256);
+        ("finish", (columns, finish.m as u32, batches as u32))
+    } else {
+        args.push(batches as i32);
+        ("repair", (gpu.attributes().multiprocessors.min(finish.m as u32), 1, 1))
+    };
+    let shape = Launch::new(grid, (256, 1, 1)).overlap(true);
+    // SAFETY: the caller answers for `finish`.
+    unsafe { gpu.function(FINISH, name)?.launch(&shape, stream, &mut args) }
+}
+
+/// How `fold` orders X for weights of a format.
+pub(super) fn order(format: ElementFormat) -> i32 {
+    match format.bits() {
+        16 => 0,
+        8 => 1,
+        _ => 2,
+    }
+}
+
+/// Power of two that X carries for weights of a format; `SHIFT` of `weights.cuh`.
+pub(super) fn shift(format: ElementFormat) -> i32 {
+    if format == ElementFormat::Bf16 { 0 } else { 32 }
+}
+
+/// Widest copy that rows of W are aligned for.
+pub(super) fn copy_bytes(codes: DevicePtr, row_bytes: usize) -> i32 {
+    let aligned = |bytes: u64| codes.is_multiple_of(bytes) && (row_bytes as u64).is_multiple_of(bytes);
+    [16, 8].into_iter().find(|&bytes| aligned(bytes)).unwrap_or(4) as i32
+}
+
+/// Checks what the kernels' 32-bit sizes rely on.
+fn check_problem(problem: &LinearProblem, m: usize) -> Result<(), CudaError> {
+    let zero = |what| Err(CudaError::Problem(crate::Error::ZeroDimension(what)));
+    if problem.n == 0 {
+        return zero("n");
+    }
+    if problem.k == 0 {
+        return zero("k");
+    }
+    let check = |spec: &QuantSpec| spec.validate();
+    check(&problem.weight)?;
+    problem.activation.as_ref().map_or(Ok(()), check)?;
+    let most = i32::MAX as usize - (1 << 16);
+    if problem.n > most || problem.k > most || problem.weight.row_bytes(problem.k) > most {
+        let (n, k) = (problem.n, problem.k);
+        return Err(CudaError::Unsupported(format!("a weight of {n} x {k} is beyond 32-bit sizes")));
+    }
+    match (m as u64).checked_mul(problem.k.max(problem.n) as u64) {
+        Some(elements) if elements < 1 << 40 => Ok(()),
+        _ => Err(CudaError::Unsupported(format!("{m} rows are too many"))),
     }
 }

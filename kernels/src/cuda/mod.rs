@@ -13,6 +13,7 @@
 //! lengths, which follow from the shapes, and for their lifetime on the stream.
 
 mod act_matmul;
+pub mod blas;
 mod cache;
 pub mod compile;
 mod devices;
@@ -21,7 +22,9 @@ mod error;
 mod gpu;
 mod launch;
 mod linear;
+mod params;
 mod scores;
+mod tiles;
 pub mod units;
 
 pub use act_matmul::{ActMatMulBuffers, ActMatMulPlan};

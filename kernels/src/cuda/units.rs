@@ -125,14 +125,26 @@ macro_rules! embedded {
 }
 
 /// Sources by unit name.
-const SOURCES: &[(&str, &str)] = embedded!["scores.cu" => "scores"];
+const SOURCES: &[(&str, &str)] = embedded![
+    "fold.cu" => "fold",
+    "linear.cu" => "linear",
+    "finish.cu" => "finish",
+    "scores.cu" => "scores",
+];
 
 /// Headers as sources include them.
-pub(super) const HEADERS: &[(&str, &str)] = embedded!["types.cuh" => "types.cuh"];
+pub(super) const HEADERS: &[(&str, &str)] = embedded![
+    "common.cuh" => "common.cuh",
+    "formats.cuh" => "formats.cuh",
+    "weights.cuh" => "weights.cuh",
+    "types.cuh" => "types.cuh",
+];
 
 /// Every unit that some plan loads: what continuous integration and ahead-of-time builds compile.
 pub fn all() -> Vec<Unit> {
-    vec![super::scores::UNIT]
+    let mut all = vec![super::linear::FOLD, super::linear::FINISH, super::scores::UNIT];
+    all.extend(super::tiles::units());
+    all
 }
 
 /// Lower-case hexadecimal.

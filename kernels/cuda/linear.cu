@@ -1,0 +1,295 @@
+// Y = X W^T on tensor cores, W decoded on its way from shared memory to registers.
+//
+// W is the 16-row operand of the matrix instruction, X (folded by fold.cu into fragment order) the
+// 8-column one: few rows of X leave no part of the tensor cores' 16 rows empty. A block of eight
+// warps takes 128 or 256 features and 8 to 128 rows of X over its share of k; copies of the next
+// 128-wide steps run behind the products. Shares of k are added by finish.cu in a fixed order.
+#include "weights.cuh"
+
+struct Linear {
+    const u8* codes;
+    const u8* scales;        // null: no block scales
+    const uint4* x;          // folded
+    void* y;                 // Y, or partial sums [batch, splits, rows, n]
+    const void* bias;        // null with partial sums
+    u8* bad_n;               // [matrices of W, splits, n]
+    long long x_batch;       // 16-byte units between matrices of X
+    long long w_batch;       // bytes between matrices of W
+    int n;
+    int row_bytes;
+    int blocks;
+    int block_shift;         // log2 of the block size
+    int steps;               // of 128 k
+    int splits;
+    int rows;                // rows of X that count
+    int tiles;               // 8-row tiles of X, a multiple of a block's
+    int stages;
+    int copy_bytes;          // 16, 8 or 4: what W's rows are aligned to
+    int partial;             // 1: y takes float partial sums
+    int type;
+    int w_constant;          // W is not made by the kernel before
+    float alpha;
+    float beta;
+    int dims[4];             // broadcasting, see finish.cu
+    int a[4];
+    int b[4];
+};
+
+const int WARPS = 8;
+
+template <int ROWS, int BYTES>
+DEVICE void copy_weight(const Linear& p, const u8* codes, int n0, int step, u32 to) {
+    const int PIECES = STEP_BYTES / BYTES;
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += WARPS * 32) {
+        int row = i / PIECES, at = step * STEP_BYTES + i % PIECES * BYTES;
+        bool valid = n0 + row < p.n && at < p.row_bytes;
+        const u8* from = codes + (valid ? (long long)(n0 + row) * p.row_bytes + at : 0);
+        copy_async<BYTES>(to + i * BYTES, from, valid);
+    }
+}
+
+// Features per warp: 16 * MT; rows of X per block: 8 * NT.
+template <int NT, int MT>
+struct Tile {
+    static const int ROWS = WARPS * 16 * MT;
+    static const int W_BYTES = ROWS * STEP_BYTES;
+    static const int X_BYTES = NT * 2048;
+    static const int STAGE = W_BYTES + X_BYTES;
+
+    const Linear& p;
+    const u8* codes;
+    const u8* scales;
+    const uint4* x;
+    int n0, tile0;
+
+    DEVICE void copy_w(u32 stage, int step) const {
+        if (p.copy_bytes == 16)
+            copy_weight<ROWS, 16>(p, codes, n0, step, stage);
+        else if (p.copy_bytes == 8)
+            copy_weight<ROWS, 8>(p, codes, n0, step, stage);
+        else
+            copy_weight<ROWS, 4>(p, codes, n0, step, stage);
+    }
+    DEVICE void copy_x(u32 stage, int step) const {
+        const uint4* from = x + ((long long)step * p.tiles + tile0) * 128;
+        for (int i = threadIdx.x; i < NT * 128; i += WARPS * 32)
+            copy_async<16>(stage + W_BYTES + i * 16, from + i, true);
+    }
+
+    // Scale bytes of this lane's rows, both halves of its codes: low byte codes 0-15, then 16-31.
+    DEVICE void load_scales(int step, int row, int t, u32 (&s)[2 * MT]) const {
+        int first = (step * 128 + code_offset(t, 0)) >> p.block_shift;
+        int second = (step * 128 + code_offset(t, 2)) >> p.block_shift;
+#pragma unroll
+        for (int i = 0; i < 2 * MT; i++) {
+            const u8* at = scales + (long long)min(row + i * 8, p.n - 1) * p.blocks;
+            u32 a = first < p.blocks ? at[first] : 127;
+            u32 b = second == first ? a : second < p.blocks ? at[second] : 127;
+            s[i] = a | b << 8;
+        }
+    }
+};
+
+template <int NT, int MT>
+DEVICE void store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long long out, int n0, int m0) {
+    const int COLUMNS = 16 * MT, PITCH = COLUMNS + 1;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        if (m0 + nt * 8 >= p.rows) return;
+        __syncwarp();
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                scratch[(t * 2 + i % 2) * PITCH + mt * 16 + g + i / 2 * 8] = acc[mt][nt][i];
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < 8 * COLUMNS; i += 32) {
+            int row = i / COLUMNS, column = i % COLUMNS, m = m0 + nt * 8 + row, n = n0 + column;
+            if (m >= p.rows || n >= p.n) continue;
+            float v = scratch[row * PITCH + column];
+            long long at = out + (long long)m * p.n + n;
+            if (p.partial) {
+                static_cast<float*>(p.y)[at] = v;
+            } else {
+                v *= p.alpha;
+                if (p.bias) v += p.beta * load_float(p.bias, p.type, n);
+                store_float(p.y, p.type, at, v);
+            }
+        }
+    }
+}
+
+// Block (features, rows of X, matrix * splits + split).
+template <int NT, int MT>
+DEVICE void linear(const Linear& p) {
+    extern __shared__ uint4 shared[];
+    typedef Tile<NT, MT> T;
+    int split = blockIdx.z % p.splits, matrix = blockIdx.z / p.splits, ia = 0, ib = 0, rest = matrix;
+#pragma unroll
+    for (int d = 3; d >= 0; d--) {
+        int i = rest % p.dims[d];
+        rest /= p.dims[d];
+        ia += i * p.a[d];
+        ib += i * p.b[d];
+    }
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    T tile = {p, p.codes + ib * p.w_batch, p.scales, p.x + ia * p.x_batch, int(blockIdx.x) * T::ROWS,
+              int(blockIdx.y) * NT};
+    int begin = int((long long)p.steps * split / p.splits);
+    int end = int((long long)p.steps * (split + 1) / p.splits);
+    u32 base = shared_address(shared);
+    int row = tile.n0 + warp * 16 * MT + g;
+
+    if (!p.w_constant) wait_for_previous();
+    for (int s = 0; s < p.stages - 1; s++)
+        if (begin + s < end) tile.copy_w(base + s * T::STAGE, begin + s);
+    u32 next_scales[2 * MT], bad[2 * MT];
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) next_scales[i] = 127 | 127 << 8, bad[i] = 0;
+    if (p.scales && begin < end) tile.load_scales(begin, row, t, next_scales);
+    if (p.w_constant) wait_for_previous();
+    launch_dependents();
+    for (int s = 0; s < p.stages - 1; s++) {
+        if (begin + s < end) tile.copy_x(base + s * T::STAGE, begin + s);
+        copy_commit();
+    }
+
+    float acc[MT][NT][4] = {};
+    int stage = 0;
+    for (int step = begin; step < end; step++) {
+        copy_wait(p.stages - 2);
+        __syncthreads();
+        int ahead = step + p.stages - 1, to = stage == 0 ? p.stages - 1 : stage - 1;
+        if (ahead < end) {
+            tile.copy_w(base + to * T::STAGE, ahead);
+            tile.copy_x(base + to * T::STAGE, ahead);
+        }
+        copy_commit();
+        u32 scales[2 * MT];
+#pragma unroll
+        for (int i = 0; i < 2 * MT; i++) scales[i] = next_scales[i];
+        if (p.scales && step + 1 < end) tile.load_scales(step + 1, row, t, next_scales);
+
+        const u8* here = reinterpret_cast<const u8*>(shared) + stage * T::STAGE;
+        const u8* codes = here + (warp * 16 * MT + g) * STEP_BYTES;
+        const uint4* x = reinterpret_cast<const uint4*>(here + T::W_BYTES) + lane;
+        u32 w[2 * MT][LANE_WORDS], multipliers[2 * MT][2];
+#pragma unroll
+        for (int i = 0; i < 2 * MT; i++) {
+            load_codes(codes + i * 8 * STEP_BYTES, t, w[i]);
+            bad[i] |= special(w[i]);
+            multipliers[i][0] = multiplier(scales[i] & 255, w[i], bad[i]);
+            multipliers[i][1] = multiplier(scales[i] >> 8, w[i], bad[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 a[MT][2][4];
+#pragma unroll
+            for (int i = 0; i < 2 * MT; i++) {
+                u32 pairs[4];
+                expand(w[i], j, pairs);
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    if (WEIGHT != BFLOAT16) pairs[q] = mul_bf16x2(pairs[q], multipliers[i][j / 2]);
+                    a[i / 2][q / 2][q % 2 * 2 + i % 2] = pairs[q];
+                }
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                uint4 b = x[(nt * 4 + j) * 32];
+#pragma unroll
+                for (int mt = 0; mt < MT; mt++) {
+                    mma_bf16(acc[mt][nt], a[mt][0], b.x, b.y);
+                    mma_bf16(acc[mt][nt], a[mt][1], b.z, b.w);
+                }
+            }
+        }
+        stage = stage + 1 == p.stages ? 0 : stage + 1;
+    }
+    copy_wait(0);
+    __syncthreads();
+
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        u32 any = bad[i];
+        any |= __shfl_xor_sync(0xffffffffu, any, 1);
+        any |= __shfl_xor_sync(0xffffffffu, any, 2);
+        int n = row + i * 8;
+        if (blockIdx.y == 0 && t == 0 && n < p.n)
+            p.bad_n[((long long)ib * p.splits + split) * p.n + n] = any != 0;
+    }
+    float* scratch = reinterpret_cast<float*>(shared) + warp * 8 * (16 * MT + 1);
+    long long out = (long long)blockIdx.z * p.rows * p.n;
+    store<NT, MT>(p, acc, scratch, out, tile.n0 + warp * 16 * MT, tile.tile0 * 8);
+}
+
+#define KERNEL(NAME, NT, MT, PER_SM)                                                   \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) NAME(const Linear p) { \
+        linear<NT, MT>(p);                                                             \
+    }
+KERNEL(linear_8, 1, 1, 3)
+KERNEL(linear_16, 2, 1, 3)
+KERNEL(linear_32, 4, 1, 2)
+KERNEL(linear_64, 8, 1, 2)
+KERNEL(linear_128, 16, 2, 1)
+
+struct Dequantise {
+    const u8* codes;
+    const u8* scales;
+    uint4* out;              // [n, width] bfloat16, row-major
+    u8* bad_n;               // [parts, n]
+    int n;
+    int k;
+    int row_bytes;
+    int blocks;
+    int block_shift;
+    int width;               // k padded to a multiple of 8
+};
+
+// W as bfloat16 times 2^-SHIFT; eight codes a thread. Block (row, 1024 k).
+extern "C" __global__ void __launch_bounds__(128) dequantise(const Dequantise p) {
+    launch_dependents();
+    int n = blockIdx.x, k = (blockIdx.y * 128 + threadIdx.x) * 8;
+    u32 bad = 0;
+    if (k < p.width) {
+        // Rows are whole blocks, so eight codes from a multiple of eight on are all there.
+        const u8* from = p.codes + (long long)n * p.row_bytes + (long long)k * BITS / 8;
+        u32 w[LANE_WORDS] = {};
+        if (BITS == 6) {
+            // Six bytes, aligned to two.
+            const u16* h = reinterpret_cast<const u16*>(from);
+            w[0] = h[0] | u32(h[1]) << 16, w[1] = h[2];
+        } else {
+#pragma unroll
+            for (int i = 0; i < BITS / 4; i++) w[i] = reinterpret_cast<const u32*>(from)[i];
+        }
+        if (k + 8 > p.k) {
+            // What lies behind the end of a row is no part of it.
+            for (int i = p.k - k; i < 8; i++) {
+                int bit = i * BITS;
+                for (int b = bit; b < bit + BITS; b++) w[b / 32] &= ~(1u << b % 32);
+            }
+        }
+        bad |= special(w);
+        u32 scale = p.scales ? p.scales[(long long)n * p.blocks + (k >> p.block_shift)] : 127;
+        u32 m = multiplier(scale, w, bad), v[4];
+        expand(w, 0, v);
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = WEIGHT == BFLOAT16 ? v[i] : mul_bf16x2(v[i], m);
+        // Back to the order of k.
+        uint4 o;
+        if (BITS == 16)
+            o = make_uint4(v[0], v[1], v[2], v[3]);
+        else if (BITS == 8)
+            o = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632),
+                           __byte_perm(v[2], v[3], 0x5410), __byte_perm(v[2], v[3], 0x7632));
+        else
+            o = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
+                           __byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x7632));
+        p.out[((long long)n * p.width + k) / 8] = o;
+    }
+    bad = __syncthreads_or(bad);
+    if (threadIdx.x == 0) p.bad_n[(long long)blockIdx.y * p.n + n] = bad != 0;
+}

@@ -1,0 +1,122 @@
+//! Which kernel of `linear.cu` takes a product, in how many shares of k, with how many stages.
+
+use super::{CudaError, Function, Gpu, Unit};
+use crate::ElementFormat;
+
+/// k of one step of the kernels.
+pub(super) const STEP: usize = 128;
+/// Rows of X in one fragment.
+pub(super) const FRAGMENT_ROWS: usize = 8;
+/// Threads of a block of `linear.cu`.
+pub(super) const THREADS: u32 = 256;
+
+/// Modules of `linear.cu`, by weight format.
+const UNITS: [Unit; 7] = [
+    Unit { name: "linear", defines: &[("WEIGHT", 0)] },
+    Unit { name: "linear", defines: &[("WEIGHT", 1)] },
+    Unit { name: "linear", defines: &[("WEIGHT", 2)] },
+    Unit { name: "linear", defines: &[("WEIGHT", 3)] },
+    Unit { name: "linear", defines: &[("WEIGHT", 4)] },
+    Unit { name: "linear", defines: &[("WEIGHT", 5)] },
+    Unit { name: "linear", defines: &[("WEIGHT", 6)] },
+];
+
+/// The module for weights of one format.
+pub(super) const fn unit(format: ElementFormat) -> Unit {
+    UNITS[format as usize]
+}
+
+/// Every module of `linear.cu`.
+pub(super) const fn units() -> [Unit; 7] {
+    UNITS
+}
+
+/// One kernel of `linear.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Kernel {
+    name: &'static str,
+    /// Rows of X of a block.
+    rows: usize,
+    /// Features of a block.
+    features: usize,
+    /// Blocks that a multiprocessor's registers hold.
+    per_multiprocessor: usize,
+}
+
+const KERNELS: [Kernel; 5] = [
+    Kernel { name: "linear_8", rows: 8, features: 128, per_multiprocessor: 3 },
+    Kernel { name: "linear_16", rows: 16, features: 128, per_multiprocessor: 3 },
+    Kernel { name: "linear_32", rows: 32, features: 128, per_multiprocessor: 2 },
+    Kernel { name: "linear_64", rows: 64, features: 128, per_multiprocessor: 2 },
+    Kernel { name: "linear_128", rows: 128, features: 256, per_multiprocessor: 1 },
+];
+
+/// Most copies under way that the kernels can wait for.
+const MOST_STAGES: usize = 6;
+/// Shared memory of a multiprocessor that each block costs beside its own.
+const RESERVED: usize = 1 << 10;
+
+/// A kernel with its division of the work.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiling {
+    pub function: Function,
+    /// Rows of X, padded to whole tiles of the kernel.
+    pub padded_rows: usize,
+    /// Blocks along the features and along the rows.
+    pub grid: (u32, u32),
+    /// Shares of k.
+    pub splits: usize,
+    pub stages: usize,
+    pub shared: u32,
+}
+
+impl Tiling {
+    /// For `rows` rows of X, `n` features and `k`, `batch` times.
+    pub fn new(
+        gpu: &'static Gpu,
+        format: ElementFormat,
+        (rows, n, k, batch): (usize, usize, usize, usize),
+    ) -> Result<Self, CudaError> {
+        let attributes = gpu.attributes();
+        let wanted = KERNELS.iter().position(|kernel| rows <= kernel.rows).unwrap_or(4);
+        let fits = |kernel: &Kernel| 2 * stage_bytes(kernel, format) <= attributes.shared_per_block as usize;
+        let kernel = KERNELS[..=wanted].iter().rev().find(|kernel| fits(kernel)).ok_or_else(|| {
+            let have = attributes.shared_per_block;
+            CudaError::Unsupported(format!("{have} bytes of shared memory a block are too few"))
+        })?;
+        let per_block = (attributes.shared_per_multiprocessor as usize / kernel.per_multiprocessor)
+            .saturating_sub(RESERVED)
+            .min(attributes.shared_per_block as usize);
+        let stages = (per_block / stage_bytes(kernel, format)).clamp(2, MOST_STAGES);
+        let shared = (stages * stage_bytes(kernel, format)) as u32;
+        let function = gpu.function(unit(format), kernel.name)?;
+        function.allow_shared(shared)?;
+
+        let grid = (n.div_ceil(kernel.features), rows.div_ceil(kernel.rows));
+        let slots = attributes.multiprocessors as usize * kernel.per_multiprocessor;
+        // A share of fewer than four steps spends its time filling the pipeline.
+        let most = (k.div_ceil(STEP) / 4).max(1);
+        let splits = (slots / (grid.0 * grid.1 * batch).max(1)).clamp(1, most);
+        Ok(Self {
+            function,
+            padded_rows: grid.1 * kernel.rows,
+            grid: (grid.0 as u32, grid.1 as u32),
+            splits,
+            stages,
+            shared,
+        })
+    }
+
+    /// Loads every kernel of a format, so that none is compiled later, within a capture.
+    pub fn prepare(gpu: &'static Gpu, format: ElementFormat) -> Result<(), CudaError> {
+        for kernel in &KERNELS {
+            gpu.function(unit(format), kernel.name)?;
+        }
+        Ok(())
+    }
+}
+
+/// Shared memory of one step of k.
+fn stage_bytes(kernel: &Kernel, format: ElementFormat) -> usize {
+    kernel.features * STEP * format.bits() as usize / 8 + kernel.rows * STEP * 2
+}
