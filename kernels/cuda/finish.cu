@@ -31,6 +31,7 @@ struct Finish {
     const u8* bad_n;         // [matrices of B, parts_n, n]
     const float* factor_x;   // tensor scales, or null
     const float* factor_w;
+    const u32* any_bad;      // 0: nothing is marked
     int type;
     int m;
     int n;
@@ -133,7 +134,7 @@ DEVICE void write(const Finish& f, int batch, int m, int n, double sum) {
 }
 
 // Block (256 columns, row, matrix).
-extern "C" __global__ void __launch_bounds__(256) finish(const Finish f) {
+extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ Finish f) {
     wait_for_previous();
     launch_dependents();
     int m = blockIdx.y, batch = blockIdx.z, n = blockIdx.x * 256 + threadIdx.x, ia, ib;
@@ -151,6 +152,9 @@ extern "C" __global__ void __launch_bounds__(256) finish(const Finish f) {
         for (int s = 0; s < f.splits; s++) sum += p[(s * rows + (long long)term * f.m + m) * f.n];
         total += sum;
     }
+    // A sum that left fp32 on its way may come back; fp64 tells.
+    if ((float_bits(total) & 0x7fffffffu) >= INFINITY_BITS)
+        return write(f, batch, m, n, exact_sum(f, ia, ib, m, n));
     if (f.factor_x || f.factor_w) return write(f, batch, m, n, total);
     float v = f.alpha * total;
     if (f.bias) v += f.beta * load_float(f.bias, f.type, n);
@@ -158,9 +162,10 @@ extern "C" __global__ void __launch_bounds__(256) finish(const Finish f) {
 }
 
 // Only the marked rows and columns of a finished Y; blocks take rows in turn.
-extern "C" __global__ void __launch_bounds__(256) repair(const Finish f, int batches) {
+extern "C" __global__ void __launch_bounds__(256) repair(const __grid_constant__ Finish f, int batches) {
     wait_for_previous();
     launch_dependents();
+    if (*f.any_bad == 0) return;
     for (int batch = 0; batch < batches; batch++) {
         int ia, ib;
         matrices(f.batches, batch, ia, ib);

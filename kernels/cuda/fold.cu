@@ -10,6 +10,7 @@ struct Fold {
     u8* bad;                 // [batch, m, parts]
     const u32* amax;         // bits of partial maxima, for a tensor scale
     float* scale;            // the tensor scale is written here
+    u32* any_bad;            // set where anything is marked (cleared by the caller), or null
     long long x_batch;       // elements between matrices of X
     long long out_batch;     // 16-byte units between matrices of the output
     int amax_count;
@@ -132,7 +133,7 @@ DEVICE bool fold_cast(const Quant& q, int shift, float divisor, float (&v)[8]) {
 }
 
 // Block (row or padding row, 1024 k, matrix).
-extern "C" __global__ void __launch_bounds__(128) fold(const Fold f) {
+extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ Fold f) {
     wait_for_previous();
     launch_dependents();
     int chunk = blockIdx.y, row = blockIdx.x, k = (chunk * 128 + threadIdx.x) * 8;
@@ -185,7 +186,10 @@ extern "C" __global__ void __launch_bounds__(128) fold(const Fold f) {
         if (k < f.width) put(f, out, row, k, v);
     }
     bad = __syncthreads_or(bad);
-    if (threadIdx.x == 0) f.bad[((long long)blockIdx.z * f.m + row) * f.parts + chunk] = bad;
+    if (threadIdx.x == 0) {
+        f.bad[((long long)blockIdx.z * f.m + row) * f.parts + chunk] = bad;
+        if (bad && f.any_bad) atomicOr(f.any_bad, 1u);
+    }
 }
 
 // Largest finite magnitude of `count` values; one partial result a block.
@@ -210,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Codes and scales as the file format has them; one thread a block of one row.
 extern "C" __global__ void __launch_bounds__(128)
-    quantize(const Fold f, u8* codes, u8* scales, int blocks, int row_bytes) {
+    quantize(const __grid_constant__ Fold f, u8* codes, u8* scales, int blocks, int row_bytes) {
     long long i = blockIdx.x * 128ll + threadIdx.x;
     if (i >= (long long)f.m * blocks) return;
     const Quant& q = f.q;
@@ -252,6 +256,7 @@ struct FoldB {
     const void* b;
     u16* out;                // [batch, n, width]
     u8* bad;                 // [batch, n]
+    u32* any_bad;
     long long b_batch;
     int n;
     int k;
@@ -262,7 +267,7 @@ struct FoldB {
 };
 
 // B as a bfloat16 weight: one thread a column, its blocks one after the other.
-extern "C" __global__ void __launch_bounds__(64) fold_b(const FoldB f) {
+extern "C" __global__ void __launch_bounds__(64) fold_b(const __grid_constant__ FoldB f) {
     wait_for_previous();
     launch_dependents();
     int n = blockIdx.x * 64 + threadIdx.x;
@@ -296,4 +301,5 @@ extern "C" __global__ void __launch_bounds__(64) fold_b(const FoldB f) {
         }
     }
     f.bad[(long long)blockIdx.y * f.n + n] = bad;
+    if (bad && f.any_bad) atomicOr(f.any_bad, 1u);
 }

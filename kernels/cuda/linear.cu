@@ -12,7 +12,8 @@ struct Linear {
     const uint4* x;          // folded
     void* y;                 // Y, or partial sums [batch, splits, rows, n]
     const void* bias;        // null with partial sums
-    u8* bad_n;               // [matrices of W, splits, n]
+    u8* bad_n;               // [matrices of W, splits * blocks of rows, n]
+    u32* any_bad;
     long long x_batch;       // 16-byte units between matrices of X
     long long w_batch;       // bytes between matrices of W
     int n;
@@ -90,13 +91,15 @@ struct Tile {
     }
 };
 
+// Returns whether a sum is not finite: it may have left fp32 on its way, and fp64 has to tell.
 template <int NT, int MT>
-DEVICE void store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long long out, int n0, int m0) {
+DEVICE bool store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long long out, int n0, int m0) {
     const int COLUMNS = 16 * MT, PITCH = COLUMNS + 1;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    bool wild = false;
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-        if (m0 + nt * 8 >= p.rows) return;
+        if (m0 + nt * 8 >= p.rows) break;
         __syncwarp();
 #pragma unroll
         for (int mt = 0; mt < MT; mt++)
@@ -109,6 +112,7 @@ DEVICE void store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long
             int row = i / COLUMNS, column = i % COLUMNS, m = m0 + nt * 8 + row, n = n0 + column;
             if (m >= p.rows || n >= p.n) continue;
             float v = scratch[row * PITCH + column];
+            wild |= (float_bits(v) & 0x7fffffffu) >= INFINITY_BITS;
             long long at = out + (long long)m * p.n + n;
             if (p.partial) {
                 static_cast<float*>(p.y)[at] = v;
@@ -119,6 +123,7 @@ DEVICE void store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long
             }
         }
     }
+    return wild;
 }
 
 // Block (features, rows of X, matrix * splits + split).
@@ -156,7 +161,8 @@ DEVICE void linear(const Linear& p) {
         copy_commit();
     }
 
-    float acc[MT][NT][4] = {};
+    const int GROUP = NT < 4 ? NT : 4, CHAINS = NT <= 2 ? 2 : 1;
+    float acc[MT][NT][4] = {}, odd[MT][CHAINS == 2 ? NT : 1][4] = {};
     int stage = 0;
     for (int step = begin; step < end; step++) {
         copy_wait(p.stages - 2);
@@ -197,36 +203,50 @@ DEVICE void linear(const Linear& p) {
                 }
             }
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
-                uint4 b = x[(nt * 4 + j) * 32];
+            for (int first = 0; first < NT; first += GROUP) {
+                uint4 b[GROUP];
 #pragma unroll
-                for (int mt = 0; mt < MT; mt++) {
-                    mma_bf16(acc[mt][nt], a[mt][0], b.x, b.y);
-                    mma_bf16(acc[mt][nt], a[mt][1], b.z, b.w);
-                }
+                for (int i = 0; i < GROUP; i++) b[i] = x[((first + i) * 4 + j) * 32];
+                // Products that add to one another stand apart: each takes some thirty cycles.
+#pragma unroll
+                for (int i = 0; i < GROUP; i++)
+#pragma unroll
+                    for (int mt = 0; mt < MT; mt++) mma_bf16(acc[mt][first + i], a[mt][0], b[i].x, b[i].y);
+#pragma unroll
+                for (int i = 0; i < GROUP; i++)
+#pragma unroll
+                    for (int mt = 0; mt < MT; mt++)
+                        mma_bf16(CHAINS == 2 ? odd[mt][CHAINS == 2 ? first + i : 0] : acc[mt][first + i], a[mt][1], b[i].z, b[i].w);
             }
         }
         stage = stage + 1 == p.stages ? 0 : stage + 1;
     }
     copy_wait(0);
     __syncthreads();
-
+    if (CHAINS == 2) {
 #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-        u32 any = bad[i];
-        any |= __shfl_xor_sync(0xffffffffu, any, 1);
-        any |= __shfl_xor_sync(0xffffffffu, any, 2);
-        int n = row + i * 8;
-        if (blockIdx.y == 0 && t == 0 && n < p.n)
-            p.bad_n[((long long)ib * p.splits + split) * p.n + n] = any != 0;
+        for (int i = 0; i < MT * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] += odd[i / 4 / NT][CHAINS == 2 ? i / 4 % NT : 0][i % 4];
     }
     float* scratch = reinterpret_cast<float*>(shared) + warp * 8 * (16 * MT + 1);
     long long out = (long long)blockIdx.z * p.rows * p.n;
-    store<NT, MT>(p, acc, scratch, out, tile.n0 + warp * 16 * MT, tile.tile0 * 8);
+    u32 wild = store<NT, MT>(p, acc, scratch, out, tile.n0 + warp * 16 * MT, tile.tile0 * 8);
+    wild = p.partial ? 0 : __any_sync(0xffffffffu, wild);
+    long long part = (long long)(ib * gridDim.y + blockIdx.y) * p.splits + split;
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        u32 any = bad[i] | wild;
+        any |= __shfl_xor_sync(0xffffffffu, any, 1);
+        any |= __shfl_xor_sync(0xffffffffu, any, 2);
+        int n = row + i * 8;
+        if (t == 0 && n < p.n) {
+            p.bad_n[part * p.n + n] = any != 0;
+            if (any && p.any_bad) atomicOr(p.any_bad, 1u);
+        }
+    }
 }
 
 #define KERNEL(NAME, NT, MT, PER_SM)                                                   \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) NAME(const Linear p) { \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) NAME(const __grid_constant__ Linear p) { \
         linear<NT, MT>(p);                                                             \
     }
 KERNEL(linear_8, 1, 1, 3)
@@ -240,6 +260,7 @@ struct Dequantise {
     const u8* scales;
     uint4* out;              // [n, width] bfloat16, row-major
     u8* bad_n;               // [parts, n]
+    u32* any_bad;
     int n;
     int k;
     int row_bytes;
@@ -249,7 +270,7 @@ struct Dequantise {
 };
 
 // W as bfloat16 times 2^-SHIFT; eight codes a thread. Block (row, 1024 k).
-extern "C" __global__ void __launch_bounds__(128) dequantise(const Dequantise p) {
+extern "C" __global__ void __launch_bounds__(128) dequantise(const __grid_constant__ Dequantise p) {
     launch_dependents();
     int n = blockIdx.x, k = (blockIdx.y * 128 + threadIdx.x) * 8;
     u32 bad = 0;
@@ -291,5 +312,8 @@ extern "C" __global__ void __launch_bounds__(128) dequantise(const Dequantise p)
         p.out[((long long)n * p.width + k) / 8] = o;
     }
     bad = __syncthreads_or(bad);
-    if (threadIdx.x == 0) p.bad_n[(long long)blockIdx.y * p.n + n] = bad != 0;
+    if (threadIdx.x == 0) {
+        p.bad_n[(long long)blockIdx.y * p.n + n] = bad != 0;
+        if (bad && p.any_bad) atomicOr(p.any_bad, 1u);
+    }
 }

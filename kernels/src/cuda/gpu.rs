@@ -183,6 +183,26 @@ impl Gpu {
         work()
     }
 
+    /// Enqueues zeros into `words` 32-bit words.
+    ///
+    /// # Safety
+    /// `to` is device memory of at least that length, valid until the stream has run the work.
+    ///
+    /// # Errors
+    /// What CUDA refuses.
+    pub(super) unsafe fn clear(
+        &self,
+        stream: Stream,
+        to: super::DevicePtr,
+        words: usize,
+    ) -> Result<(), CudaError> {
+        self.with_current(|| {
+            // SAFETY: as the caller promises.
+            let code = unsafe { sys::cuMemsetD32Async(to, 0, words, stream.0.cast()) };
+            check("cuMemsetD32Async", code)
+        })
+    }
+
     /// A kernel of a unit. The first call for a unit finds or compiles its machine code and loads
     /// it, which takes up to seconds and must not happen while a stream is being captured; later
     /// ones look it up.

@@ -65,6 +65,7 @@ struct Layout {
     bad_n: usize,
     amax: usize,
     scale: usize,
+    any_bad: usize,
     partial: usize,
     total: usize,
 }
@@ -131,9 +132,10 @@ impl LinearPlan {
         let mut at = tiling.padded_rows * plan.steps() * STEP * 2;
         plan.layout = Layout {
             bad_m: part(&mut at, piece * plan.parts()),
-            bad_n: part(&mut at, tiling.splits * problem.n),
+            bad_n: part(&mut at, tiling.splits * tiling.grid.1 as usize * problem.n),
             amax: part(&mut at, LARGEST_BLOCKS * 4),
             scale: part(&mut at, 4),
+            any_bad: part(&mut at, 4),
             partial: if plan.partial(&tiling) {
                 part(&mut at, tiling.splits * rows * problem.n * 4)
             } else {
@@ -174,6 +176,11 @@ impl LinearPlan {
         tiling.splits > 1 || self.terms() > 1 || self.tensor_scale()
     }
 
+    /// The word that says whether Y needs a repair; 0 where the last kernel looks at every sum.
+    fn any_bad(&self, tiling: &Tiling, b: &LinearBuffers) -> DevicePtr {
+        if self.partial(tiling) { 0 } else { b.scratch + self.layout.any_bad as u64 }
+    }
+
     fn tensor_scale(&self) -> bool {
         self.problem.weight.scale == ScaleKind::Tensor
     }
@@ -204,6 +211,10 @@ impl LinearPlan {
                     y: buffers.y + (first * self.problem.n * size) as u64,
                     ..*buffers
                 };
+                let any_bad = self.any_bad(tiling, &piece);
+                if any_bad != 0 {
+                    self.gpu.clear(stream, any_bad, 1)?;
+                }
                 self.fold(tiling, stream, &piece, rows)?;
                 self.product(tiling, stream, &piece, rows)?;
                 self.finish(tiling, stream, &piece, rows)?;
@@ -239,6 +250,7 @@ impl LinearPlan {
             bad: b.scratch + self.layout.bad_m as u64,
             amax: b.scratch + self.layout.amax as u64,
             scale: b.scratch + self.layout.scale as u64,
+            any_bad: self.any_bad(tiling, b),
             x_batch: 0,
             out_batch: 0,
             amax_count: LARGEST_BLOCKS as i32,
@@ -287,6 +299,7 @@ impl LinearPlan {
             y: if partial { b.scratch + self.layout.partial as u64 } else { b.y },
             bias: if self.has_bias && !partial { b.bias } else { 0 },
             bad_n: b.scratch + self.layout.bad_n as u64,
+            any_bad: self.any_bad(tiling, b),
             x_batch: 0,
             w_batch: 0,
             n: self.problem.n as i32,
@@ -325,6 +338,7 @@ impl LinearPlan {
         let weight = &self.problem.weight;
         let scale = b.scratch + self.layout.scale as u64;
         let tensor = self.tensor_scale();
+        let blocks = self.padded(tiling, rows) / (tiling.padded_rows / tiling.grid.1 as usize);
         let finish = Finish {
             partial: if partial { b.scratch + self.layout.partial as u64 } else { 0 },
             y: b.y,
@@ -333,6 +347,7 @@ impl LinearPlan {
             bad_n: b.scratch + self.layout.bad_n as u64,
             factor_x: if tensor && self.problem.activation.is_some() { scale } else { 0 },
             factor_w: if tensor { b.scales } else { 0 },
+            any_bad: self.any_bad(tiling, b),
             kind: self.x_type as i32,
             m: rows as i32,
             n: self.problem.n as i32,
@@ -340,7 +355,7 @@ impl LinearPlan {
             splits: tiling.splits as i32,
             terms: self.terms() as i32,
             parts_m: self.parts() as i32,
-            parts_n: tiling.splits as i32,
+            parts_n: (tiling.splits * blocks) as i32,
             alpha: self.problem.alpha,
             beta: self.problem.beta,
             x: Operand {
