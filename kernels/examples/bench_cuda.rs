@@ -65,7 +65,10 @@ fn capture(stream: sys::CUstream, work: impl FnOnce(Stream)) -> Graph {
     let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: a live stream.
     unsafe {
-        ok(sys::cuStreamBeginCapture_v2(stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL));
+        ok(sys::cuStreamBeginCapture_v2(
+            stream,
+            sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        ));
         work(Stream(stream.cast()));
         ok(sys::cuStreamEndCapture(stream, &mut graph));
         ok(sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
@@ -105,7 +108,9 @@ fn main() {
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--formats" => formats = args.next().unwrap().split(',').map(|f| f.parse().unwrap()).collect(),
+            "--formats" => {
+                formats = args.next().unwrap().split(',').map(|f| f.parse().unwrap()).collect()
+            }
             "--shapes" => {
                 let pair = |s: &str| {
                     let (n, k) = s.split_once('x').unwrap();
@@ -118,7 +123,10 @@ fn main() {
     }
     let gpu = Gpu::get(0).unwrap();
     gpu.bind().unwrap();
-    println!("{}; x bfloat16, both operands quantised; us a call (times as fast as bf16)", gpu.attributes().name);
+    println!(
+        "{}; x bfloat16, both operands quantised; us a call (times as fast as bf16)",
+        gpu.attributes().name
+    );
     let mut stream = std::ptr::null_mut();
     // SAFETY: stores a stream.
     ok(unsafe { sys::cuStreamCreate(&mut stream, 1) });
@@ -129,7 +137,12 @@ fn main() {
     }
 }
 
-fn row(gpu: &'static Gpu, stream: sys::CUstream, formats: &[ElementFormat], (m, n, k): (usize, usize, usize)) {
+fn row(
+    gpu: &'static Gpu,
+    stream: sys::CUstream,
+    formats: &[ElementFormat],
+    (m, n, k): (usize, usize, usize),
+) {
     let copies = |bytes: usize| (240_usize << 20).div_ceil(bytes).clamp(2, 12);
     let x = upload(&bf16s(m * k));
     let y = alloc(m * n * 2);
@@ -154,7 +167,8 @@ fn row(gpu: &'static Gpu, stream: sys::CUstream, formats: &[ElementFormat], (m, 
     contenders.push(("bf16".to_owned(), graph, weights.len(), Vec::new()));
     for &format in formats {
         let spec = QuantSpec::mx(format).unwrap();
-        let problem = LinearProblem { n, k, weight: spec, activation: Some(spec), alpha: 1.0, beta: 1.0 };
+        let problem =
+            LinearProblem { n, k, weight: spec, activation: Some(spec), alpha: 1.0, beta: 1.0 };
         LinearPlan::prepare(gpu, &problem).unwrap();
         let plan = LinearPlan::new(gpu, &problem, m, FloatType::Bf16, false).unwrap();
         let mask = match format {
@@ -162,7 +176,8 @@ fn row(gpu: &'static Gpu, stream: sys::CUstream, formats: &[ElementFormat], (m, 
             ElementFormat::Fp8E5M2 => 0xbf,
             _ => 0xff,
         };
-        let (codes, scales) = (random(spec.codes_len(n, k), mask, 0), random(spec.scales_len(n, k), 1, 126));
+        let (codes, scales) =
+            (random(spec.codes_len(n, k), mask, 0), random(spec.scales_len(n, k), 1, 126));
         let weights: Vec<(u64, u64)> =
             (0..copies(codes.len())).map(|_| (upload(&codes), upload(&scales))).collect();
         let scratch = alloc(plan.scratch_bytes());
@@ -186,7 +201,8 @@ fn row(gpu: &'static Gpu, stream: sys::CUstream, formats: &[ElementFormat], (m, 
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    let medians: Vec<_> = contenders.iter().map(|(name, _, _, t)| (name, median(t.clone()))).collect();
+    let medians: Vec<_> =
+        contenders.iter().map(|(name, _, _, t)| (name, median(t.clone()))).collect();
     let base = medians[0].1;
     print!("M={m:<5} N={n:<6} K={k:<6} bf16 {base:8.2}");
     for (name, us) in &medians[1..] {

@@ -131,7 +131,9 @@ impl Dense {
             None => {
                 let made = gpu.with_current(|| {
                     catch_unwind(result::create_handle)
-                        .unwrap_or(Err(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)))
+                        .unwrap_or(Err(result::CublasError(
+                            sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+                        )))
                         .map_err(|e| CudaError::Call {
                             call: "cublasLtCreate",
                             reason: format!("{:?}", e.0),
@@ -162,19 +164,33 @@ impl Dense {
     ///
     /// # Errors
     /// What cuBLASLt refuses.
-    pub unsafe fn run(&self, stream: Stream, alpha: f32, b: &DenseBuffers) -> Result<(), CudaError> {
+    pub unsafe fn run(
+        &self,
+        stream: Stream,
+        alpha: f32,
+        b: &DenseBuffers,
+    ) -> Result<(), CudaError> {
         let beta = 0.0_f32;
         self.gpu.with_current(|| {
             let described = Described::new(&self.problem)?;
             // SAFETY: descriptors are alive; pointers are as the caller promises.
             unsafe {
                 if self.problem.bias {
-                    described.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &b.bias)?;
+                    described.set(
+                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                        &b.bias,
+                    )?;
                 }
                 if b.scales != [0; 2] {
                     // cuBLASLt is column-major: its first factor is w.
-                    described.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &b.scales[1])?;
-                    described.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b.scales[0])?;
+                    described.set(
+                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                        &b.scales[1],
+                    )?;
+                    described.set(
+                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,
+                        &b.scales[0],
+                    )?;
                 }
                 check(
                     "cublasLtMatmul",
@@ -303,8 +319,10 @@ fn search(
     problem: &DenseProblem,
 ) -> Result<Option<sys::cublasLtMatmulAlgo_t>, CudaError> {
     let described = Described::new(problem)?;
-    let failed =
-        |e: result::CublasError| CudaError::Call { call: "cublasLtMatmulPreference", reason: format!("{:?}", e.0) };
+    let failed = |e: result::CublasError| CudaError::Call {
+        call: "cublasLtMatmulPreference",
+        reason: format!("{:?}", e.0),
+    };
     let preference = result::create_matmul_pref().map_err(failed)?;
     let workspace = WORKSPACE;
     // SAFETY: all descriptors are alive; the preference is destroyed once.

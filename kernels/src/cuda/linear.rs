@@ -117,8 +117,16 @@ impl LinearPlan {
         has_bias: bool,
     ) -> Result<Self, CudaError> {
         let problem = *problem;
-        let mut plan =
-            Self { gpu, problem, m, x_type, has_bias, piece, layout: Layout::default(), tiling: None };
+        let mut plan = Self {
+            gpu,
+            problem,
+            m,
+            x_type,
+            has_bias,
+            piece,
+            layout: Layout::default(),
+            tiling: None,
+        };
         if m == 0 {
             return Ok(plan);
         }
@@ -270,7 +278,9 @@ impl LinearPlan {
         let blocks = (rows + padded - terms * rows) as u32;
         let shape = Launch::new((blocks, self.parts() as u32, 1), (128, 1, 1));
         // SAFETY: rows and widths are the buffers'.
-        unsafe { self.gpu.function(FOLD, "fold")?.launch(&shape, stream, &mut Args::new().with(fold)) }
+        unsafe {
+            self.gpu.function(FOLD, "fold")?.launch(&shape, stream, &mut Args::new().with(fold))
+        }
     }
 
     /// Rows of the folded X, whole tiles.
@@ -426,7 +436,8 @@ pub(super) fn shift(format: ElementFormat) -> i32 {
 
 /// Widest copy that rows of W are aligned for.
 pub(super) fn copy_bytes(codes: DevicePtr, row_bytes: usize) -> i32 {
-    let aligned = |bytes: u64| codes.is_multiple_of(bytes) && (row_bytes as u64).is_multiple_of(bytes);
+    let aligned =
+        |bytes: u64| codes.is_multiple_of(bytes) && (row_bytes as u64).is_multiple_of(bytes);
     [16, 8].into_iter().find(|&bytes| aligned(bytes)).unwrap_or(4) as i32
 }
 
@@ -445,7 +456,9 @@ fn check_problem(problem: &LinearProblem, m: usize) -> Result<(), CudaError> {
     let most = i32::MAX as usize - (1 << 16);
     if problem.n > most || problem.k > most || problem.weight.row_bytes(problem.k) > most {
         let (n, k) = (problem.n, problem.k);
-        return Err(CudaError::Unsupported(format!("a weight of {n} x {k} is beyond 32-bit sizes")));
+        return Err(CudaError::Unsupported(format!(
+            "a weight of {n} x {k} is beyond 32-bit sizes"
+        )));
     }
     match (m as u64).checked_mul(problem.k.max(problem.n) as u64) {
         Some(elements) if elements < 1 << 40 => Ok(()),

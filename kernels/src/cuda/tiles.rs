@@ -79,11 +79,14 @@ impl Tiling {
     ) -> Result<Self, CudaError> {
         let attributes = gpu.attributes();
         let wanted = KERNELS.iter().position(|kernel| rows <= kernel.rows).unwrap_or(4);
-        let fits = |kernel: &Kernel| 2 * stage_bytes(kernel, format) <= attributes.shared_per_block as usize;
-        let kernel = KERNELS[..=wanted].iter().rev().find(|kernel| fits(kernel)).ok_or_else(|| {
-            let have = attributes.shared_per_block;
-            CudaError::Unsupported(format!("{have} bytes of shared memory a block are too few"))
-        })?;
+        let fits = |kernel: &Kernel| {
+            2 * stage_bytes(kernel, format) <= attributes.shared_per_block as usize
+        };
+        let kernel =
+            KERNELS[..=wanted].iter().rev().find(|kernel| fits(kernel)).ok_or_else(|| {
+                let have = attributes.shared_per_block;
+                CudaError::Unsupported(format!("{have} bytes of shared memory a block are too few"))
+            })?;
         let per_block = (attributes.shared_per_multiprocessor as usize / kernel.per_multiprocessor)
             .saturating_sub(RESERVED)
             .min(attributes.shared_per_block as usize);

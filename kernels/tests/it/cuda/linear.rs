@@ -6,11 +6,11 @@ use half::{bf16, f16};
 use mx_kernels::{
     ElementFormat, Float, FloatMut, LinearProblem, PackedWeight, QuantSpec, Rounding, ScaleKind,
     ScaleRule,
-    cuda::{FloatType, Gpu, LinearBuffers, LinearPlan, Stream},
+    cuda::{FloatType, Gpu, LinearBuffers, LinearPlan},
     dequantize_rows, fake_quantize_rows, quantize_rows, reference,
 };
 
-use super::common::{Buffer, OwnStream, gpu, quick, synchronize};
+use super::common::{Buffer, OwnStream, gpu, quick};
 use crate::common::{Random, specs};
 
 /// A packed weight, here and on the device.
@@ -113,7 +113,7 @@ elements!(
 /// Y of one product; the scratch is poisoned.
 fn run<T: Element>(
     gpu: &'static Gpu,
-    stream: Stream,
+    stream: &OwnStream,
     problem: &LinearProblem,
     w: &Weight,
     x: &[T],
@@ -132,13 +132,18 @@ fn run<T: Element>(
         y: y.ptr(),
         scratch: scratch.ptr(),
     };
-    // SAFETY: buffers as long as the plan says; read() waits.
-    unsafe { plan.run(stream, &buffers) }.unwrap();
+    // SAFETY: buffers as long as the plan says, alive until the stream is done.
+    unsafe { plan.run(stream.get(), &buffers) }.unwrap();
+    stream.synchronize();
     let first = y.read::<T>();
     scratch.read::<u8>();
     // SAFETY: as above.
-    unsafe { plan.run(stream, &buffers) }.unwrap();
-    let same = first.iter().zip(y.read::<T>()).all(|(a, b)| bytemuck::bytes_of(a) == bytemuck::bytes_of(&b));
+    unsafe { plan.run(stream.get(), &buffers) }.unwrap();
+    stream.synchronize();
+    let same = first
+        .iter()
+        .zip(y.read::<T>())
+        .all(|(a, b)| bytemuck::bytes_of(a) == bytemuck::bytes_of(&b));
     assert!(same, "another result the second time");
     first
 }
@@ -233,7 +238,7 @@ fn shapes() {
                     };
                     let problem = w.problem(activation);
                     let x = random.normals(m * k);
-                    let y = run(gpu, stream.get(), &problem, &w, &x, None);
+                    let y = run(gpu, &stream, &problem, &w, &x, None);
                     let units = worst(&problem, &w, &x, None, &y, &mut random);
                     assert!(units <= 32.0, "{format} {activation:?} {m}x{n}x{k}: {units}");
                     (most, count) = (most.max(units), count + 1);
@@ -262,7 +267,7 @@ fn systematic_data() {
                     let x: Vec<f32> = (0..m * k).map(|_| value()).collect();
                     let w = Weight::quantised(spec, n, k, &w);
                     let problem = w.problem(quantised.then_some(spec));
-                    let y = run(gpu, stream.get(), &problem, &w, &x, None);
+                    let y = run(gpu, &stream, &problem, &w, &x, None);
                     let units = worst(&problem, &w, &x, None, &y, &mut random);
                     let bound = k as f64 / 16.0 + 32.0;
                     assert!(units <= bound, "{spec:?} {m}x{k}: {units} over {bound}");
@@ -307,7 +312,7 @@ fn every_code_and_scale_byte() {
                     x[i * k + (i * 17 + random.below(k)) % k] = 1.0;
                 }
                 let problem = w.problem(None);
-                let got = run(gpu, stream.get(), &problem, &w, &x, None);
+                let got = run(gpu, &stream, &problem, &w, &x, None);
                 for (i, (a, b)) in got.iter().zip(reference_of(&problem, &w, &x)).enumerate() {
                     let flushed = b.abs() < f32::MIN_POSITIVE && *a == 0.0;
                     let same = *a == b || a.is_nan() && b.is_nan() || flushed;
@@ -326,7 +331,9 @@ fn extreme_scales_and_special_blocks() {
     let mut random = Random(14);
     for spec in specs() {
         for m in [1, 3, 20, 140] {
-            for (up, down) in [(120, -120), (-120, 120), (-126, 100), (126, -126), (60, 60), (-140, 30)] {
+            for (up, down) in
+                [(120, -120), (-120, 120), (-126, 100), (126, -126), (60, 60), (-140, 30)]
+            {
                 for quantised in [true, false] {
                     let (n, k) = (18, 160);
                     let mut scaled = |len, e| -> Vec<f32> {
@@ -343,22 +350,29 @@ fn extreme_scales_and_special_blocks() {
                     x[(m - 1) * k + 130] = f32::INFINITY;
                     let w = Weight::quantised(spec, n, k, &w);
                     let problem = w.problem(quantised.then_some(spec));
-                    let got = run(gpu, stream.get(), &problem, &w, &x, None);
+                    let got = run(gpu, &stream, &problem, &w, &x, None);
                     let want = reference_of(&problem, &w, &x);
                     for i in 0..m {
                         // Magnitudes from the row with its signs aligned, one output at a time.
                         for j in 0..n {
                             let (a, b) = (got[i * n + j], want[i * n + j]);
                             if b.is_nan() || b.is_infinite() {
-                                assert!(a == b || a.is_nan() && b.is_nan(), "{spec:?} {m} [{i},{j}]: {a:e}, not {b:e}");
+                                assert!(
+                                    a == b || a.is_nan() && b.is_nan(),
+                                    "{spec:?} {m} [{i},{j}]: {a:e}, not {b:e}"
+                                );
                                 continue;
                             }
                             let magnitude = magnitude(&problem, &w, &x[i * k..][..k], j);
                             let bound = (k as f64 / 16.0 + 32.0) * 2f64.powi(-23) * magnitude
                                 + 2f64.powi(-149);
-                            let flushed = b.abs() < f32::MIN_POSITIVE && a.abs() < f32::MIN_POSITIVE;
+                            let flushed =
+                                b.abs() < f32::MIN_POSITIVE && a.abs() < f32::MIN_POSITIVE;
                             let error = (f64::from(a) - f64::from(b)).abs();
-                            assert!(flushed || error <= bound, "{spec:?} {quantised} {m} ({up}, {down}) [{i},{j}]: {a:e}, not {b:e}, over {bound:e}");
+                            assert!(
+                                flushed || error <= bound,
+                                "{spec:?} {quantised} {m} ({up}, {down}) [{i},{j}]: {a:e}, not {b:e}, over {bound:e}"
+                            );
                         }
                     }
                 }
@@ -395,7 +409,8 @@ fn types_bias_and_factors() {
     let stream = OwnStream::new();
     let mut random = Random(15);
     for spec in specs() {
-        for (m, n, k) in [(1, 37, 70), (5, 130, 257), (17, 16, 300), (90, 270, 400), (300, 64, 96)] {
+        for (m, n, k) in [(1, 37, 70), (5, 130, 257), (17, 16, 300), (90, 270, 400), (300, 64, 96)]
+        {
             let spec = QuantSpec {
                 block_size: [16, 32, 64, 128, 256][random.below(5)],
                 rounding: Rounding::ALL[random.below(3)],
@@ -415,7 +430,7 @@ fn types_bias_and_factors() {
                         let of = |v: &[f32]| v.iter().map(|&v| <$type as Element>::from_f32(v)).collect::<Vec<_>>();
                         let (x, bias) = (of(&x), of(&bias));
                         for bias in [Some(&bias[..]), None] {
-                            let y = run(gpu, stream.get(), &problem, &w, &x, bias);
+                            let y = run(gpu, &stream, &problem, &w, &x, bias);
                             let units = worst(&problem, &w, &x, bias, &y, &mut random);
                             assert!(units <= 32.0, "{spec:?} {quantised} {m}x{n}x{k}: {units}");
                         }
@@ -432,7 +447,9 @@ fn types_bias_and_factors() {
 fn graphs_and_streams() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random(16);
-    for (m, format) in [(1, ElementFormat::Fp4E2M1), (40, ElementFormat::Fp6E3M2), (300, ElementFormat::Fp8E4M3)] {
+    for (m, format) in
+        [(1, ElementFormat::Fp4E2M1), (40, ElementFormat::Fp6E3M2), (300, ElementFormat::Fp8E4M3)]
+    {
         let spec = mx(format);
         let (n, k) = (600, 1024);
         let w = Weight::random(spec, n, k, &mut random);
@@ -457,10 +474,10 @@ fn graphs_and_streams() {
             x.write(&values);
             y.fill(0xff);
             scratch.fill(0xff);
-            synchronize();
             graph.launch(&stream);
+            stream.synchronize();
             let replayed = y.read::<f32>();
-            let plain = run(gpu, other.get(), &problem, &w, &values, None);
+            let plain = run(gpu, &other, &problem, &w, &values, None);
             assert_eq!(replayed, plain, "{format} m={m}");
         }
     }
