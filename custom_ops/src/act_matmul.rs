@@ -3,6 +3,7 @@
 mod cpu;
 mod cuda;
 
+use mx_kernels::ActMatMulProblem;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
     ShapeInferenceContext,
@@ -54,6 +55,9 @@ impl Operator for MxActMatMul {
         protect(op::MX_ACT_MATMUL, &name, || {
             let attrs = check_node(&node, self.x)?;
             let device = self.provider.device(&node)?;
+            if let Device::Gpu(device) = &device {
+                cuda::prepare(device.gpu, &attrs, self.x)?;
+            }
             Ok(ActMatMulKernel { name: name.clone(), attrs, x: self.x, device })
         })
     }
@@ -162,18 +166,17 @@ struct Call<'a> {
     y_dims: Vec<i64>,
 }
 
-impl Call<'_> {
-    fn problem(&self, attrs: &MxActMatMulAttrs) -> mx_kernels::ActMatMulProblem<'_> {
-        mx_kernels::ActMatMulProblem {
-            m: self.product.m,
-            n: self.product.n,
-            k: self.product.k,
-            a_spec: *attrs.a(),
-            b_spec: *attrs.b(),
-            transpose_b: attrs.transpose_b(),
-            alpha: attrs.alpha(),
-            batches: &self.product.batches,
-        }
+/// What the kernels call the product of a node.
+fn problem<'a>(attrs: &MxActMatMulAttrs, product: &'a Product) -> ActMatMulProblem<'a> {
+    ActMatMulProblem {
+        m: product.m,
+        n: product.n,
+        k: product.k,
+        a_spec: *attrs.a(),
+        b_spec: *attrs.b(),
+        transpose_b: attrs.transpose_b(),
+        alpha: attrs.alpha(),
+        batches: &product.batches,
     }
 }
 

@@ -72,6 +72,9 @@ impl Operator for MxMatMul {
                 beta: attrs.beta(),
             };
             let device = self.provider.device(&node)?;
+            if let Device::Gpu(device) = &device {
+                cuda::prepare(device.gpu, &problem, self.x, has_bias)?;
+            }
             Ok(MatMulKernel { name: name.clone(), attrs, problem, has_bias, x: self.x, device })
         })
     }

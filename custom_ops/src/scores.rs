@@ -65,6 +65,9 @@ impl Operator for TokenScores {
         protect(op::TOKEN_SCORES, &name, || {
             let has_baseline = check_node(&node, self.logits)?;
             let device = self.provider.device(&node)?;
+            if let Device::Gpu(device) = &device {
+                cuda::prepare(device.gpu, self.logits, has_baseline)?;
+            }
             Ok(ScoresKernel { name: name.clone(), logits: self.logits, has_baseline, device })
         })
     }

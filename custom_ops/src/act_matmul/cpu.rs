@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use ort::operator::ComputeContext;
 
-use super::{ActMatMulKernel, call};
+use super::{ActMatMulKernel, call, problem};
 use crate::{
     guard::OpError,
     host,
@@ -27,7 +27,7 @@ fn run_as<T: XElement>(kernel: &ActMatMulKernel, ctx: &ComputeContext) -> Result
     }
     let (a, b) = (call.a.values::<T>()?, call.b.values::<T>()?);
     let pool = OrtPool::new(ctx);
-    let problem = call.problem(&kernel.attrs);
+    let problem = problem(&kernel.attrs, &call.product);
     mx_kernels::act_matmul(&problem, T::float(&a), T::float(&b), T::float_mut(y), &pool)?;
     pool.finish()
 }

@@ -1,11 +1,28 @@
 //! `MxActMatMul` on the CUDA provider.
 #![allow(unsafe_code)]
 
-use mx_kernels::cuda::{ActMatMulBuffers, ActMatMulPlan};
+use mx_kernels::cuda::{ActMatMulBuffers, ActMatMulPlan, Gpu};
 use ort::operator::ComputeContext;
 
-use super::{ActMatMulKernel, call};
-use crate::{guard::OpError, host, provider::GpuDevice};
+use super::{ActMatMulKernel, call, problem};
+use crate::{
+    contract::{MxActMatMulAttrs, Product},
+    guard::OpError,
+    host,
+    provider::GpuDevice,
+    types::XType,
+};
+
+/// Compiles or loads the kernels, so that a machine that cannot says so when the session is created.
+pub(super) fn prepare(
+    gpu: &'static Gpu,
+    attrs: &MxActMatMulAttrs,
+    x: XType,
+) -> Result<(), OpError> {
+    let product = Product { m: 1, n: 1, k: 1, batches: vec![(0, 0)] };
+    ActMatMulPlan::new(gpu, &problem(attrs, &product), x.float_type())?;
+    Ok(())
+}
 
 pub(super) fn run(
     kernel: &ActMatMulKernel,
@@ -16,7 +33,11 @@ pub(super) fn run(
     let y = host::device_output(ctx, 0, kernel.x.element(), &call.y_dims, ordinal)?;
     let (Some(y), false) = (y, call.product.batches.is_empty()) else { return Ok(()) };
     let (a, b) = (call.a.device_ptr(ordinal)?, call.b.device_ptr(ordinal)?);
-    let plan = ActMatMulPlan::new(device.gpu, &call.problem(&kernel.attrs), kernel.x.float_type())?;
+    let plan = ActMatMulPlan::new(
+        device.gpu,
+        &problem(&kernel.attrs, &call.product),
+        kernel.x.float_type(),
+    )?;
     let (stream, scratch) = device.enqueue_on(ctx, plan.scratch_bytes())?;
     let buffers = ActMatMulBuffers { a, b, y, scratch: scratch.address() };
     // SAFETY: every buffer lies on the plan's device, which was checked, and has the shape that

@@ -2,7 +2,10 @@
 //! here, and nothing waits for the device.
 #![allow(unsafe_code)]
 
-use mx_kernels::cuda::{LinearBuffers, LinearPlan};
+use mx_kernels::{
+    LinearProblem,
+    cuda::{Gpu, LinearBuffers, LinearPlan},
+};
 use ort::operator::ComputeContext;
 
 use super::{MatMulKernel, checked, output_dims};
@@ -11,7 +14,19 @@ use crate::{
     guard::OpError,
     host,
     provider::GpuDevice,
+    types::XType,
 };
+
+/// Compiles or loads the kernels, so that a machine that cannot says so when the session is created.
+pub(super) fn prepare(
+    gpu: &'static Gpu,
+    problem: &LinearProblem,
+    x: XType,
+    has_bias: bool,
+) -> Result<(), OpError> {
+    LinearPlan::new(gpu, problem, 1, x.float_type(), has_bias)?;
+    Ok(())
+}
 
 pub(super) fn run(
     kernel: &MatMulKernel,

@@ -2,7 +2,7 @@
 //! vocabulary is no error here, but scores NaN.
 #![allow(unsafe_code)]
 
-use mx_kernels::cuda::{ScoresBuffers, ScoresPlan};
+use mx_kernels::cuda::{Gpu, ScoresBuffers, ScoresPlan};
 use ort::operator::ComputeContext;
 
 use super::{ScoresKernel, inputs, without_baseline};
@@ -11,7 +11,15 @@ use crate::{
     guard::OpError,
     host::{self, ElementType},
     provider::GpuDevice,
+    types::XType,
 };
+
+/// Compiles or loads the kernels, so that a machine that cannot says so when the session is created.
+pub(super) fn prepare(gpu: &'static Gpu, logits: XType, has_baseline: bool) -> Result<(), OpError> {
+    let float = logits.float_type();
+    ScoresPlan::new(gpu, 1, 1, float, has_baseline.then_some(float))?;
+    Ok(())
+}
 
 pub(super) fn run(
     kernel: &ScoresKernel,
