@@ -57,7 +57,7 @@ impl ActMatMulProblem<'_> {
         Ok(())
     }
 
-    /// Checks everything that [`crate::act_matmul`] relies on.
+    /// Checks everything that [`crate::act_matmul()`] relies on.
     ///
     /// # Errors
     /// As [`Self::check_sizes`], a buffer that holds no whole number of matrices, a pair that names a
@@ -144,7 +144,7 @@ fn pack_b(
     Ok(Packed { codes, scales })
 }
 
-/// See [`crate::act_matmul`].
+/// See [`crate::act_matmul()`].
 pub(crate) fn act_matmul(
     problem: &ActMatMulProblem<'_>,
     a: Float<'_>,

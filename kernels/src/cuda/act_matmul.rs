@@ -3,7 +3,7 @@
 use super::{CudaError, DevicePtr, FloatType, Gpu, Stream};
 use crate::ActMatMulProblem;
 
-/// Where the operands of [`crate::act_matmul`] lie in device memory.
+/// Where the operands of [`crate::act_matmul()`] lie in device memory.
 #[derive(Debug, Clone, Copy)]
 pub struct ActMatMulBuffers {
     /// A's matrices.
