@@ -38,54 +38,77 @@ struct Linear {
 
 const int WARPS = 8;
 
-template <int ROWS, int BYTES>
-DEVICE void copy_weight(const Linear& p, const u8* codes, int n0, int step, u32 to) {
-    const int PIECES = STEP_BYTES / BYTES;
-    for (int i = threadIdx.x; i < ROWS * PIECES; i += WARPS * 32) {
-        int row = i / PIECES, at = step * STEP_BYTES + i % PIECES * BYTES;
-        bool valid = n0 + row < p.n && at < p.row_bytes;
-        const u8* from = codes + (valid ? (long long)(n0 + row) * p.row_bytes + at : 0);
-        copy_async<BYTES>(to + i * BYTES, from, valid);
+// One step of rows that are aligned to 4 or 8 bytes only: small blocks, or an odd number of blocks.
+__device__ __noinline__ void copy_unaligned(const u8* first, int row_bytes, int have, int rows, u32 to, int step) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * (STEP_BYTES / 4); i += WARPS * 32) {
+        int row = i / (STEP_BYTES / 4), at = step * STEP_BYTES + i % (STEP_BYTES / 4) * 4;
+        bool valid = row < have && at < row_bytes;
+        copy_async<4>(to + i * 4, valid ? first + (long long)row * row_bytes + at : first, valid);
     }
 }
 
-// Features per warp: 16 * MT; rows of X per block: 8 * NT.
+// One block's part of W and X. Features per warp: 16 * MT; rows of X per block: 8 * NT.
 template <int NT, int MT>
 struct Tile {
     static const int ROWS = WARPS * 16 * MT;
     static const int W_BYTES = ROWS * STEP_BYTES;
     static const int X_BYTES = NT * 2048;
     static const int STAGE = W_BYTES + X_BYTES;
+    // 16-byte pieces of a row's step, and rows that the block's threads copy at a time.
+    static const int PIECES = STEP_BYTES / 16;
+    static const int PASS = PIECES == 6 ? 32 : WARPS * 32 / PIECES;
 
     const Linear& p;
-    const u8* codes;
-    const u8* scales;
-    const uint4* x;
+    const u8* codes;         // this thread's first piece, at step 0
+    const uint4* x;          // this thread's first piece, at step 0
+    const u8* scales[2 * MT];
     int n0, tile0;
+    bool whole;              // every row of the block is one of W's
+
+    DEVICE Tile(const Linear& p, int ia, int ib, int row) : p(p) {
+        n0 = blockIdx.x * ROWS, tile0 = blockIdx.y * NT;
+        whole = n0 + ROWS <= p.n;
+        int first = n0 + threadIdx.x / PIECES;
+        codes = p.codes + ib * p.w_batch + (long long)first * p.row_bytes + threadIdx.x % PIECES * 16;
+        x = p.x + ia * p.x_batch + (long long)tile0 * 128 + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < 2 * MT; i++)
+            scales[i] = p.scales + (long long)min(row + i * 8, p.n - 1) * p.blocks;
+    }
 
     DEVICE void copy_w(u32 stage, int step) const {
-        if (p.copy_bytes == 16)
-            copy_weight<ROWS, 16>(p, codes, n0, step, stage);
-        else if (p.copy_bytes == 8)
-            copy_weight<ROWS, 8>(p, codes, n0, step, stage);
-        else
-            copy_weight<ROWS, 4>(p, codes, n0, step, stage);
+        if (p.copy_bytes != 16) {
+            const u8* first = codes - (long long)(threadIdx.x / PIECES) * p.row_bytes - threadIdx.x % PIECES * 16;
+            return copy_unaligned(first, p.row_bytes, min(ROWS, p.n - n0), ROWS, stage, step);
+        }
+        if (PIECES * PASS < WARPS * 32 && threadIdx.x >= PIECES * PASS) return;
+        const u8* from = codes + (long long)step * STEP_BYTES;
+        u32 to = stage + threadIdx.x * 16;
+        bool inside = step * STEP_BYTES + int(threadIdx.x) % PIECES * 16 < p.row_bytes;
+#pragma unroll
+        for (int i = 0; i < ROWS / PASS; i++) {
+            bool valid = inside && (whole || n0 + int(threadIdx.x) / PIECES + i * PASS < p.n);
+            copy_async<16>(to + i * PASS * STEP_BYTES, valid ? from + i * PASS * p.row_bytes : p.codes, valid);
+        }
     }
     DEVICE void copy_x(u32 stage, int step) const {
-        const uint4* from = x + ((long long)step * p.tiles + tile0) * 128;
-        for (int i = threadIdx.x; i < NT * 128; i += WARPS * 32)
-            copy_async<16>(stage + W_BYTES + i * 16, from + i, true);
+        const uint4* from = x + (long long)step * p.tiles * 128;
+        u32 to = stage + W_BYTES + threadIdx.x * 16;
+        if (NT == 1 && threadIdx.x >= 128) return;
+#pragma unroll
+        for (int i = 0; i < (NT + 1) / 2; i++) copy_async<16>(to + i * 4096, from + i * 256, true);
     }
 
     // Scale bytes of this lane's rows, both halves of its codes: low byte codes 0-15, then 16-31.
-    DEVICE void load_scales(int step, int row, int t, u32 (&s)[2 * MT]) const {
+    DEVICE void load_scales(int step, int t, u32 (&s)[2 * MT]) const {
         int first = (step * 128 + code_offset(t, 0)) >> p.block_shift;
         int second = (step * 128 + code_offset(t, 2)) >> p.block_shift;
+        bool in_first = first < p.blocks, in_second = second < p.blocks;
 #pragma unroll
         for (int i = 0; i < 2 * MT; i++) {
-            const u8* at = scales + (long long)min(row + i * 8, p.n - 1) * p.blocks;
-            u32 a = first < p.blocks ? at[first] : 127;
-            u32 b = second == first ? a : second < p.blocks ? at[second] : 127;
+            u32 a = in_first ? scales[i][first] : 127;
+            u32 b = second == first ? a : in_second ? scales[i][second] : 127;
             s[i] = a | b << 8;
         }
     }
@@ -140,12 +163,11 @@ DEVICE void linear(const Linear& p) {
         ib += i * p.b[d];
     }
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    T tile = {p, p.codes + ib * p.w_batch, p.scales, p.x + ia * p.x_batch, int(blockIdx.x) * T::ROWS,
-              int(blockIdx.y) * NT};
     int begin = int((long long)p.steps * split / p.splits);
     int end = int((long long)p.steps * (split + 1) / p.splits);
     u32 base = shared_address(shared);
-    int row = tile.n0 + warp * 16 * MT + g;
+    int row = blockIdx.x * T::ROWS + warp * 16 * MT + g;
+    T tile(p, ia, ib, row);
 
     if (!p.w_constant) wait_for_previous();
     for (int s = 0; s < p.stages - 1; s++)
@@ -153,7 +175,7 @@ DEVICE void linear(const Linear& p) {
     u32 next_scales[2 * MT], bad[2 * MT];
 #pragma unroll
     for (int i = 0; i < 2 * MT; i++) next_scales[i] = 127 | 127 << 8, bad[i] = 0;
-    if (p.scales && begin < end) tile.load_scales(begin, row, t, next_scales);
+    if (p.scales && begin < end) tile.load_scales(begin, t, next_scales);
     if (p.w_constant) wait_for_previous();
     launch_dependents();
     for (int s = 0; s < p.stages - 1; s++) {
@@ -176,18 +198,20 @@ DEVICE void linear(const Linear& p) {
         u32 scales[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; i++) scales[i] = next_scales[i];
-        if (p.scales && step + 1 < end) tile.load_scales(step + 1, row, t, next_scales);
+        if (p.scales && step + 1 < end) tile.load_scales(step + 1, t, next_scales);
 
         const u8* here = reinterpret_cast<const u8*>(shared) + stage * T::STAGE;
         const u8* codes = here + (warp * 16 * MT + g) * STEP_BYTES;
         const uint4* x = reinterpret_cast<const uint4*>(here + T::W_BYTES) + lane;
         u32 w[2 * MT][LANE_WORDS], multipliers[2 * MT][2];
+        // A lane's codes lie side by side, within one block.
+        bool same = BITS < 8 && p.block_shift >= 5;
 #pragma unroll
         for (int i = 0; i < 2 * MT; i++) {
             load_codes(codes + i * 8 * STEP_BYTES, t, w[i]);
             bad[i] |= special(w[i]);
             multipliers[i][0] = multiplier(scales[i] & 255, w[i], bad[i]);
-            multipliers[i][1] = multiplier(scales[i] >> 8, w[i], bad[i]);
+            multipliers[i][1] = same ? multipliers[i][0] : multiplier(scales[i] >> 8, w[i], bad[i]);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -269,7 +293,8 @@ struct Dequantise {
     int width;               // k padded to a multiple of 8
 };
 
-// W as bfloat16 times 2^-SHIFT; eight codes a thread. Block (row, 1024 k).
+// W as bfloat16 times 2^-SHIFT; eight codes a thread. Block (row, 1024 k). Runs beside the kernel
+// before it and ends after that one, so that whoever waits for this waits for both.
 extern "C" __global__ void __launch_bounds__(128) dequantise(const __grid_constant__ Dequantise p) {
     launch_dependents();
     int n = blockIdx.x, k = (blockIdx.y * 128 + threadIdx.x) * 8;
@@ -316,4 +341,5 @@ extern "C" __global__ void __launch_bounds__(128) dequantise(const __grid_consta
         p.bad_n[(long long)blockIdx.y * p.n + n] = bad != 0;
         if (bad && p.any_bad) atomicOr(p.any_bad, 1u);
     }
+    wait_for_previous();
 }

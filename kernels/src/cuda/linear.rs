@@ -8,8 +8,9 @@
 
 use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream, Unit,
-    params::{Batches, Finish, Fold, Linear, Operand, Quant},
-    tiles::{FRAGMENT_ROWS, STEP, THREADS, Tiling},
+    blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
+    params::{Batches, Dequantise, Finish, Fold, Linear, Operand, Quant},
+    tiles::{self, FRAGMENT_ROWS, STEP, THREADS, Tiling},
 };
 use crate::{ElementFormat, LinearProblem, QuantSpec, ScaleKind};
 
@@ -24,6 +25,10 @@ const LARGEST_BLOCKS: usize = 256;
 const MOST_SCRATCH: usize = 512 << 20;
 /// Most rows of one piece: the last kernel has one block a row in y.
 const MOST_ROWS: usize = 32 << 10;
+/// Rows from which on a weight is worth decoding to memory.
+const DENSE_ROWS: usize = 512;
+/// Most scratch memory of a product whose weight is decoded to memory.
+const MOST_DENSE: usize = 1 << 30;
 /// Alignment of each part of the scratch memory.
 const ALIGN: usize = 256;
 
@@ -55,7 +60,18 @@ pub struct LinearPlan {
     /// Rows that run at a time.
     piece: usize,
     layout: Layout,
-    tiling: Option<Tiling>,
+    path: Path,
+}
+
+/// Which kernels compute the product.
+#[derive(Debug, Clone, Copy)]
+enum Path {
+    /// No rows.
+    Nothing,
+    /// `linear.cu`: W is decoded on its way to the tensor cores.
+    Fused(Tiling),
+    /// W is decoded to bfloat16 in memory, then cuBLASLt.
+    Dense(Dense),
 }
 
 /// Where the parts of the scratch memory begin.
@@ -66,6 +82,8 @@ struct Layout {
     amax: usize,
     scale: usize,
     any_bad: usize,
+    weight: usize,
+    workspace: usize,
     partial: usize,
     total: usize,
 }
@@ -78,6 +96,7 @@ impl LinearPlan {
     /// No way to compile, or a driver that refuses the result.
     pub fn prepare(gpu: &'static Gpu, problem: &LinearProblem) -> Result<(), CudaError> {
         Tiling::prepare(gpu, problem.weight.format)?;
+        gpu.function(tiles::unit(problem.weight.format), "dequantise")?;
         for name in ["fold", "largest"] {
             gpu.function(FOLD, name)?;
         }
@@ -117,43 +136,75 @@ impl LinearPlan {
         has_bias: bool,
     ) -> Result<Self, CudaError> {
         let problem = *problem;
-        let mut plan = Self {
-            gpu,
-            problem,
-            m,
-            x_type,
-            has_bias,
-            piece,
-            layout: Layout::default(),
-            tiling: None,
-        };
+        let (layout, path) = (Layout::default(), Path::Nothing);
+        let mut plan = Self { gpu, problem, m, x_type, has_bias, piece, layout, path };
         if m == 0 {
             return Ok(plan);
         }
+        if let Some(dense) = plan.dense() {
+            plan.path = Path::Dense(dense);
+            plan.lay_out();
+            if plan.layout.total <= MOST_DENSE {
+                return Ok(plan);
+            }
+        }
         let rows = plan.terms() * piece;
-        let tiling = Tiling::new(gpu, problem.weight.format, (rows, problem.n, problem.k, 1))?;
-        let part = |at: &mut usize, bytes: usize| {
-            let start = *at;
-            *at = (start + bytes).next_multiple_of(ALIGN);
+        plan.path =
+            Path::Fused(Tiling::new(gpu, problem.weight.format, (rows, problem.n, problem.k, 1))?);
+        plan.lay_out();
+        Ok(plan)
+    }
+
+    /// cuBLASLt's product, where there are rows enough for it and it can be had.
+    fn dense(&self) -> Option<Dense> {
+        let rows = self.terms() * self.m;
+        if rows < DENSE_ROWS || self.piece < self.m || forced_path() == Some("fused") {
+            return None;
+        }
+        let out = if self.dense_partial() { FloatType::F32 } else { self.x_type };
+        let width = self.problem.k.next_multiple_of(8);
+        let problem = DenseProblem {
+            m: rows,
+            n: self.problem.n,
+            k: width,
+            pitch: width,
+            factor: Factor::Bf16,
+            out,
+            bias: self.has_bias && !self.dense_partial(),
+        };
+        Dense::new(self.gpu, problem).ok()
+    }
+
+    /// Whether a dense product goes through fp32: cuBLASLt writes no float16 of bfloat16 factors,
+    /// and adds a bias as it is.
+    fn dense_partial(&self) -> bool {
+        self.terms() > 1
+            || self.tensor_scale()
+            || self.x_type == FloatType::F16
+            || (self.has_bias && self.problem.beta != 1.0)
+    }
+
+    fn lay_out(&mut self) {
+        let mut at = 0;
+        let mut part = |bytes: usize| {
+            let start = at;
+            at = (start + bytes).next_multiple_of(ALIGN);
             start
         };
-        let mut at = tiling.padded_rows * plan.steps() * STEP * 2;
-        plan.layout = Layout {
-            bad_m: part(&mut at, piece * plan.parts()),
-            bad_n: part(&mut at, tiling.splits * tiling.grid.1 as usize * problem.n),
-            amax: part(&mut at, LARGEST_BLOCKS * 4),
-            scale: part(&mut at, 4),
-            any_bad: part(&mut at, 4),
-            partial: if plan.partial(&tiling) {
-                part(&mut at, tiling.splits * rows * problem.n * 4)
-            } else {
-                at
-            },
-            total: at,
-        };
-        plan.layout.total = at;
-        plan.tiling = Some(tiling);
-        Ok(plan)
+        let rows = self.terms() * self.piece;
+        part(self.padded(self.piece) * self.width() * 2);
+        let dense = matches!(self.path, Path::Dense(_));
+        let bad_m = part(self.piece * self.parts());
+        let bad_n = part(self.parts_n(self.piece) * self.problem.n);
+        let amax = part(LARGEST_BLOCKS * 4);
+        let scale = part(4);
+        let any_bad = part(4);
+        let weight = part(if dense { self.problem.n * self.width() * 2 } else { 0 });
+        let workspace = part(if dense { blas::WORKSPACE } else { 0 });
+        let partial =
+            part(if self.partial() { self.splits() * rows * self.problem.n * 4 } else { 0 });
+        self.layout =
+            Layout { bad_m, bad_n, amax, scale, any_bad, weight, workspace, partial, total: at };
     }
 
     /// Bytes of scratch memory that [`Self::run`] needs.
@@ -174,19 +225,45 @@ impl LinearPlan {
         self.problem.k.div_ceil(STEP)
     }
 
+    /// k of the folded X.
+    fn width(&self) -> usize {
+        match self.path {
+            Path::Dense(_) => self.problem.k.next_multiple_of(8),
+            _ => self.steps() * STEP,
+        }
+    }
+
     /// Blocks of `fold` that share a row.
     fn parts(&self) -> usize {
-        (self.steps() * STEP).div_ceil(FOLD_K)
+        self.width().div_ceil(FOLD_K)
+    }
+
+    /// Blocks that each say of every column whether they saw something that does not fit.
+    fn parts_n(&self, rows: usize) -> usize {
+        match self.path {
+            Path::Fused(tiling) => tiling.splits * (self.padded(rows) / tiling.rows),
+            _ => self.width().div_ceil(FOLD_K),
+        }
+    }
+
+    fn splits(&self) -> usize {
+        match self.path {
+            Path::Fused(tiling) => tiling.splits,
+            _ => 1,
+        }
     }
 
     /// Whether the product kernel leaves partial sums rather than Y.
-    fn partial(&self, tiling: &Tiling) -> bool {
-        tiling.splits > 1 || self.terms() > 1 || self.tensor_scale()
+    fn partial(&self) -> bool {
+        match self.path {
+            Path::Dense(_) => self.dense_partial(),
+            _ => self.splits() > 1 || self.terms() > 1 || self.tensor_scale(),
+        }
     }
 
     /// The word that says whether Y needs a repair; 0 where the last kernel looks at every sum.
-    fn any_bad(&self, tiling: &Tiling, b: &LinearBuffers) -> DevicePtr {
-        if self.partial(tiling) { 0 } else { b.scratch + self.layout.any_bad as u64 }
+    fn any_bad(&self, b: &LinearBuffers) -> DevicePtr {
+        if self.partial() { 0 } else { b.scratch + self.layout.any_bad as u64 }
     }
 
     fn tensor_scale(&self) -> bool {
@@ -202,7 +279,9 @@ impl LinearPlan {
     /// # Errors
     /// A buffer that is not aligned, a launch that CUDA refuses.
     pub unsafe fn run(&self, stream: Stream, buffers: &LinearBuffers) -> Result<(), CudaError> {
-        let Some(tiling) = &self.tiling else { return Ok(()) };
+        if self.m == 0 {
+            return Ok(());
+        }
         if !buffers.codes.is_multiple_of(4) {
             return Err(CudaError::Unsupported("packed codes are not aligned to 4 bytes".into()));
         }
@@ -219,13 +298,17 @@ impl LinearPlan {
                     y: buffers.y + (first * self.problem.n * size) as u64,
                     ..*buffers
                 };
-                let any_bad = self.any_bad(tiling, &piece);
+                let any_bad = self.any_bad(&piece);
                 if any_bad != 0 {
                     self.gpu.clear(stream, any_bad, 1)?;
                 }
-                self.fold(tiling, stream, &piece, rows)?;
-                self.product(tiling, stream, &piece, rows)?;
-                self.finish(tiling, stream, &piece, rows)?;
+                self.fold(stream, &piece, rows)?;
+                match &self.path {
+                    Path::Nothing => {}
+                    Path::Fused(tiling) => self.product(tiling, stream, &piece, rows)?,
+                    Path::Dense(dense) => self.dense_product(dense, stream, &piece)?,
+                }
+                self.finish(stream, &piece, rows)?;
             }
         }
         Ok(())
@@ -242,23 +325,16 @@ impl LinearPlan {
         unsafe { function.launch(&Launch::linear(LARGEST_BLOCKS as u32, 256), stream, &mut args) }
     }
 
-    unsafe fn fold(
-        &self,
-        tiling: &Tiling,
-        stream: Stream,
-        b: &LinearBuffers,
-        rows: usize,
-    ) -> Result<(), CudaError> {
-        let width = self.steps() * STEP;
+    unsafe fn fold(&self, stream: Stream, b: &LinearBuffers, rows: usize) -> Result<(), CudaError> {
         let terms = self.terms();
-        let padded = self.padded(tiling, rows);
+        let padded = self.padded(rows);
         let fold = Fold {
             x: b.x,
             out: b.scratch,
             bad: b.scratch + self.layout.bad_m as u64,
             amax: b.scratch + self.layout.amax as u64,
             scale: b.scratch + self.layout.scale as u64,
-            any_bad: self.any_bad(tiling, b),
+            any_bad: self.any_bad(b),
             x_batch: 0,
             out_batch: 0,
             amax_count: LARGEST_BLOCKS as i32,
@@ -266,10 +342,10 @@ impl LinearPlan {
             k: self.problem.k as i32,
             kind: self.x_type as i32,
             rows: padded as i32,
-            width: width as i32,
+            width: self.width() as i32,
             terms: terms as i32,
             order: order(self.problem.weight.format),
-            fragments: 1,
+            fragments: i32::from(matches!(self.path, Path::Fused(_))),
             shift: shift(self.problem.weight.format),
             parts: self.parts() as i32,
             quant: self.x_quant(),
@@ -284,8 +360,11 @@ impl LinearPlan {
     }
 
     /// Rows of the folded X, whole tiles.
-    fn padded(&self, tiling: &Tiling, rows: usize) -> usize {
-        (self.terms() * rows).next_multiple_of(tiling.padded_rows / tiling.grid.1 as usize)
+    fn padded(&self, rows: usize) -> usize {
+        match self.path {
+            Path::Fused(tiling) => (self.terms() * rows).next_multiple_of(tiling.rows),
+            _ => self.terms() * rows,
+        }
     }
 
     fn x_quant(&self) -> Quant {
@@ -300,8 +379,8 @@ impl LinearPlan {
         rows: usize,
     ) -> Result<(), CudaError> {
         let weight = &self.problem.weight;
-        let padded = self.padded(tiling, rows);
-        let partial = self.partial(tiling);
+        let padded = self.padded(rows);
+        let partial = self.partial();
         let linear = Linear {
             codes: b.codes,
             scales: if weight.scale == ScaleKind::E8M0 { b.scales } else { 0 },
@@ -309,7 +388,7 @@ impl LinearPlan {
             y: if partial { b.scratch + self.layout.partial as u64 } else { b.y },
             bias: if self.has_bias && !partial { b.bias } else { 0 },
             bad_n: b.scratch + self.layout.bad_n as u64,
-            any_bad: self.any_bad(tiling, b),
+            any_bad: self.any_bad(b),
             x_batch: 0,
             w_batch: 0,
             n: self.problem.n as i32,
@@ -330,25 +409,63 @@ impl LinearPlan {
             batches: Batches::ONE,
             _pad: 0,
         };
-        let rows_per_block = tiling.padded_rows / tiling.grid.1 as usize;
-        let grid = (tiling.grid.0, (padded / rows_per_block) as u32, tiling.splits as u32);
+        let grid = (tiling.columns, (padded / tiling.rows) as u32, tiling.splits as u32);
         let shape = Launch::new(grid, (THREADS, 1, 1)).shared(tiling.shared).overlap(true);
         // SAFETY: shapes and strides are the buffers'.
         unsafe { tiling.function.launch(&shape, stream, &mut Args::new().with(linear)) }
     }
 
+    /// W decoded to memory, then cuBLASLt.
+    unsafe fn dense_product(
+        &self,
+        dense: &Dense,
+        stream: Stream,
+        b: &LinearBuffers,
+    ) -> Result<(), CudaError> {
+        let weight = &self.problem.weight;
+        let at = |offset: usize| b.scratch + offset as u64;
+        let decode = Dequantise {
+            codes: b.codes,
+            scales: if weight.scale == ScaleKind::E8M0 { b.scales } else { 0 },
+            out: at(self.layout.weight),
+            bad_n: at(self.layout.bad_n),
+            any_bad: self.any_bad(b),
+            n: self.problem.n as i32,
+            k: self.problem.k as i32,
+            row_bytes: weight.row_bytes(self.problem.k) as i32,
+            blocks: weight.blocks(self.problem.k) as i32,
+            block_shift: weight.block_size.trailing_zeros() as i32,
+            width: self.width() as i32,
+        };
+        let grid = (self.problem.n as u32, self.width().div_ceil(FOLD_K) as u32, 1);
+        let shape = Launch::new(grid, (128, 1, 1)).overlap(true);
+        let function = self.gpu.function(tiles::unit(weight.format), "dequantise")?;
+        let buffers = DenseBuffers {
+            x: b.scratch,
+            w: at(self.layout.weight),
+            scales: [0; 2],
+            bias: b.bias,
+            d: if self.partial() { at(self.layout.partial) } else { b.y },
+            workspace: at(self.layout.workspace),
+        };
+        let alpha = if self.partial() { 1.0 } else { self.problem.alpha };
+        // SAFETY: the scratch holds W, X, the workspace and the sums as `lay_out` placed them.
+        unsafe {
+            function.launch(&shape, stream, &mut Args::new().with(decode))?;
+            dense.run(stream, alpha, &buffers)
+        }
+    }
+
     unsafe fn finish(
         &self,
-        tiling: &Tiling,
         stream: Stream,
         b: &LinearBuffers,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let partial = self.partial(tiling);
+        let partial = self.partial();
         let weight = &self.problem.weight;
         let scale = b.scratch + self.layout.scale as u64;
         let tensor = self.tensor_scale();
-        let blocks = self.padded(tiling, rows) / (tiling.padded_rows / tiling.grid.1 as usize);
         let finish = Finish {
             partial: if partial { b.scratch + self.layout.partial as u64 } else { 0 },
             y: b.y,
@@ -357,15 +474,15 @@ impl LinearPlan {
             bad_n: b.scratch + self.layout.bad_n as u64,
             factor_x: if tensor && self.problem.activation.is_some() { scale } else { 0 },
             factor_w: if tensor { b.scales } else { 0 },
-            any_bad: self.any_bad(tiling, b),
+            any_bad: self.any_bad(b),
             kind: self.x_type as i32,
             m: rows as i32,
             n: self.problem.n as i32,
             k: self.problem.k as i32,
-            splits: tiling.splits as i32,
+            splits: self.splits() as i32,
             terms: self.terms() as i32,
             parts_m: self.parts() as i32,
-            parts_n: (tiling.splits * blocks) as i32,
+            parts_n: self.parts_n(rows) as i32,
             alpha: self.problem.alpha,
             beta: self.problem.beta,
             x: Operand {
@@ -418,6 +535,12 @@ pub(super) unsafe fn launch_finish(
     let shape = Launch::new(grid, (256, 1, 1)).overlap(true);
     // SAFETY: the caller answers for `finish`.
     unsafe { gpu.function(FINISH, name)?.launch(&shape, stream, &mut args) }
+}
+
+/// What `MX_CUDA_PATH` asks for: `fused` keeps cuBLASLt out, for tests.
+fn forced_path() -> Option<&'static str> {
+    static FORCED: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    FORCED.get_or_init(|| std::env::var("MX_CUDA_PATH").ok()).as_deref()
 }
 
 /// How `fold` orders X for weights of a format.

@@ -60,10 +60,10 @@ const RESERVED: usize = 1 << 10;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
     pub function: Function,
-    /// Rows of X, padded to whole tiles of the kernel.
-    pub padded_rows: usize,
-    /// Blocks along the features and along the rows.
-    pub grid: (u32, u32),
+    /// Rows of X that a block takes.
+    pub rows: usize,
+    /// Blocks along the features.
+    pub columns: u32,
     /// Shares of k.
     pub splits: usize,
     pub stages: usize,
@@ -100,14 +100,7 @@ impl Tiling {
         // A share of fewer than four steps spends its time filling the pipeline.
         let most = (k.div_ceil(STEP) / 4).max(1);
         let splits = (slots / (grid.0 * grid.1 * batch).max(1)).clamp(1, most);
-        Ok(Self {
-            function,
-            padded_rows: grid.1 * kernel.rows,
-            grid: (grid.0 as u32, grid.1 as u32),
-            splits,
-            stages,
-            shared,
-        })
+        Ok(Self { function, rows: kernel.rows, columns: grid.0 as u32, splits, stages, shared })
     }
 
     /// Loads every kernel of a format, so that none is compiled later, within a capture.
