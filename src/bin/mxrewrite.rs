@@ -11,7 +11,7 @@ use clap::{
 use indicatif::{ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::rewrite::{
-    self, Activation, Lowering, RewriteError, RewriteOptions, RewritePlan, RewriteReport, Tier,
+    self, Activation, BaseDtype, Lowering, RewriteError, RewriteOptions, RewritePlan, RewriteReport, Tier,
 };
 
 /// Replace the Linear layers of an ONNX language model by OCP Microscaling (MX) operators.
@@ -110,6 +110,10 @@ struct Formats {
     /// E4M3 with one scale a tensor)
     #[arg(long, value_name = "TARGET", default_value = "mx")]
     lower: Lowering,
+    /// Float type of everything that is not replaced, for GPUs: fp32, bf16, fp16 [default: the
+    /// model's own]. With --lower bf16 the whole graph is converted
+    #[arg(long, value_name = "TYPE")]
+    base_dtype: Option<BaseDtype>,
 }
 
 const EXAMPLES: &str = "\
@@ -162,6 +166,7 @@ fn options(cli: &Cli) -> Result<RewriteOptions, mx_kernels::Error> {
     Ok(RewriteOptions {
         tier,
         lowering: formats.lower,
+        base_dtype: formats.base_dtype,
         format: formats.format.as_deref().map(str::parse::<ElementFormat>).transpose()?,
         activation,
         block_size: formats.block_size,

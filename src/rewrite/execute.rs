@@ -3,8 +3,8 @@
 
 use super::{
     RewritePlan, SiteFormat,
-    lower::{Int8, Mx, bf16},
-    lowering::Lowering,
+    lower::{Int8, Mx, base, bf16},
+    lowering::{BaseDtype, Lowering},
     patch::Patch,
     weights::Threads,
 };
@@ -61,7 +61,7 @@ pub enum ExecuteError {
 /// Carries out a plan that was made from this model. Weights are quantised by `threads` threads
 /// (`None` = one a processor), one at a time, when the result is written by [`Model::save`] or
 /// [`Model::to_bytes`]. Without any layer to replace the model is returned as it is (under
-/// [`Lowering::Bf16`] the whole graph is rounded, layers or not).
+/// [`Lowering::Bf16`] the whole graph is rounded, layers or not), but for the plan's base type.
 ///
 /// # Errors
 /// A layer or model that the lowering cannot take; a weight that cannot be read.
@@ -71,20 +71,33 @@ pub fn execute(
     threads: Option<usize>,
 ) -> Result<Model, ExecuteError> {
     let threads = Threads::new(threads)?;
-    let mut out = if plan.recipe.lowering == Lowering::Bf16 {
-        bf16::round(model)?
-    } else {
-        if plan.sites.is_empty() {
-            return Ok(model.clone());
-        }
-        replace_sites(model, plan, threads)?
+    let base = plan.recipe.base_dtype;
+    let whole = plan.recipe.lowering == Lowering::Bf16;
+    let mut out = match (whole, base) {
+        (true, None) => bf16::round(model)?,
+        (false, _) if !plan.sites.is_empty() => replace_sites(model, plan, threads)?,
+        _ => model.clone(),
     };
+    if let Some(base) = base {
+        out = base::convert(model, &out, base)?;
+    }
+    if plan.sites.is_empty() && !whole {
+        return Ok(out);
+    }
     let json = serde_json::to_string(plan).map_err(|error| ExecuteError::Unsupported {
         lowering: plan.recipe.lowering.name(),
         reason: format!("the plan cannot be written as JSON: {error}"),
     })?;
     out.set_metadata(PLAN_KEY, &json);
     Ok(out)
+}
+
+/// The model with everything in another float type, no layer replaced.
+///
+/// # Errors
+/// An opset before 13; a value whose type is not known where it must be.
+pub fn convert(model: &Model, to: BaseDtype) -> Result<Model, ExecuteError> {
+    base::convert(model, model, to)
 }
 
 fn replace_sites(

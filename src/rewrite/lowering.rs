@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::Serialize;
 
+use crate::onnx::DataType;
+
 /// Target of a rewrite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub enum Lowering {
@@ -55,6 +57,58 @@ impl Lowering {
             Self::NvFp8EmuE5m2 => "nvfp8-emu-e5m2",
             Self::NvFp8 => "nvfp8",
         }
+    }
+}
+
+/// Float type of everything that is not MX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub enum BaseDtype {
+    /// float32.
+    #[serde(rename = "fp32")]
+    F32,
+    /// bfloat16.
+    #[serde(rename = "bf16")]
+    Bf16,
+    /// float16.
+    #[serde(rename = "fp16")]
+    F16,
+}
+
+impl BaseDtype {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
+
+    /// The name used on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "fp32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "fp16",
+        }
+    }
+
+    /// ONNX's element type.
+    pub fn data_type(self) -> DataType {
+        match self {
+            Self::F32 => DataType::Float,
+            Self::Bf16 => DataType::Bfloat16,
+            Self::F16 => DataType::Float16,
+        }
+    }
+}
+
+impl fmt::Display for BaseDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for BaseDtype {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.into_iter().find(|base| base.name() == name);
+        found.ok_or_else(|| format!("unknown type '{name}'; known are fp32, bf16, fp16"))
     }
 }
 

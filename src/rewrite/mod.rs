@@ -26,11 +26,11 @@ mod weights;
 pub use error::RewriteError;
 pub use execute::{ExecuteError, PLAN_KEY, execute};
 pub use filter::{Filter, FilterError, Select};
-pub use lowering::Lowering;
+pub use lowering::{BaseDtype, Lowering};
 pub use patch::MODULE_PATH_KEY;
 pub use plan::{PlannedSite, RewritePlan};
 pub use recipe::{Activation, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
-pub use run::{RewriteReport, default_output, plan_file, require_sites, rewrite_file};
+pub use run::{RewriteReport, convert_file, default_output, plan_file, require_sites, rewrite_file};
 pub use scan::find_sites;
 pub use sites::{
     Bias, BiasShape, Layout, Origin, PathSource, Role, Site, SiteScan, Skipped, Weight,

@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
     filter::{Filter, FilterError, Select},
-    lowering::Lowering,
+    lowering::{BaseDtype, Lowering},
     tiers::Tier,
 };
 
@@ -27,6 +27,9 @@ pub struct RewriteOptions {
     pub rounding: Rounding,
     /// How a block's exponent is chosen.
     pub scale_rule: ScaleRule,
+    /// Float type of everything else; `None` = the model's own. Under [`Lowering::Bf16`] the graph is
+    /// converted to it in place of being rounded.
+    pub base_dtype: Option<BaseDtype>,
     /// Regular expressions that add layers to the tier.
     pub include: Vec<String>,
     /// Regular expressions that take layers away.
@@ -49,6 +52,7 @@ impl Default for RewriteOptions {
             block_size: 32,
             rounding: Rounding::Even,
             scale_rule: ScaleRule::Floor,
+            base_dtype: None,
             include: Vec::new(),
             exclude: Vec::new(),
             allow_empty: false,
@@ -130,6 +134,8 @@ pub struct Recipe {
     pub name: String,
     /// What layers become.
     pub lowering: Lowering,
+    /// Float type of everything else.
+    pub base_dtype: Option<BaseDtype>,
     /// The rules.
     pub rules: Vec<Rule>,
     /// Regular expressions of layers that no rule takes.
@@ -184,6 +190,7 @@ impl Recipe {
         Ok(Self {
             name: options.tier.title(),
             lowering: options.lowering,
+            base_dtype: options.base_dtype,
             rules,
             exclude: options.exclude.clone(),
         })
@@ -217,6 +224,11 @@ fn check_conflicts(options: &RewriteOptions) -> Result<(), RecipeError> {
         if given && options.tier.has_fixed_formats() {
             return conflict(option, format!("tier {}", options.tier), "its formats are fixed");
         }
+    }
+    if options.lowering == Lowering::Bf16
+        && options.base_dtype.is_some_and(|base| base != BaseDtype::Bf16)
+    {
+        return conflict("--base-dtype", "--lower bf16".to_owned(), "the whole graph is bfloat16");
     }
     if options.lowering == Lowering::Mx {
         return Ok(());
@@ -270,9 +282,12 @@ fn site_format(options: &RewriteOptions, format: ElementFormat) -> Result<SiteFo
 
 impl Serialize for Recipe {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(4))?;
+        let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("name", &self.name)?;
         map.serialize_entry("lowering", &self.lowering)?;
+        if let Some(base) = self.base_dtype {
+            map.serialize_entry("base_dtype", &base)?;
+        }
         map.serialize_entry("rules", &self.rules)?;
         map.serialize_entry("exclude", &self.exclude)?;
         map.end()

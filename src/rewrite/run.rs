@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, execute, find_sites};
-use crate::onnx::{Model, SaveOptions};
+use super::{
+    BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, execute, find_sites,
+};
+use crate::onnx::{Model, SaveOptions, Saved};
 
 /// What a rewrite did.
 #[derive(Clone, Debug, Serialize)]
@@ -81,6 +83,23 @@ pub fn rewrite_file(
     })
 }
 
+/// Writes `input` to `output` in another float type, no layer replaced: the baseline of a GPU run.
+///
+/// # Errors
+/// [`RewriteError`]; no output is left then.
+pub fn convert_file(
+    input: &Path,
+    output: &Path,
+    to: BaseDtype,
+    overwrite: bool,
+) -> Result<Saved, RewriteError> {
+    let model = Model::open(input)?;
+    let converted = execute::convert(&model, to)
+        .map_err(|source| RewriteError::Execute { path: input.to_owned(), source })?;
+    let save = SaveOptions { overwrite, ..SaveOptions::default() };
+    Ok(converted.save(output, &save)?)
+}
+
 /// Refuses a plan without sites, with the list of candidates, unless the options allow one.
 ///
 /// # Errors
@@ -114,6 +133,10 @@ pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
             format!("{stem}.{tier}-{format}.onnx")
         }
         lowering => format!("{stem}.{tier}-{lowering}.onnx"),
+    };
+    let name = match options.base_dtype.filter(|_| options.lowering != Lowering::Bf16) {
+        Some(base) => format!("{}.{base}.onnx", name.trim_end_matches(".onnx")),
+        None => name,
     };
     input.with_file_name(name)
 }

@@ -1,5 +1,6 @@
 //! What a planned layer becomes: one target a file.
 
+pub(crate) mod base;
 pub(crate) mod bf16;
 mod int8;
 mod mx;

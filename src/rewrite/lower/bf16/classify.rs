@@ -7,7 +7,7 @@ use crate::onnx::{DataType, proto::Node};
 
 /// A value.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Value {
+pub(in crate::rewrite::lower) struct Value {
     /// Element type, when it is known.
     pub data_type: Option<DataType>,
     /// Computed from activations.
@@ -20,13 +20,13 @@ pub(super) struct Value {
 
 /// The values that a graph and the graphs around it define.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Scope {
+pub(in crate::rewrite::lower) struct Scope {
     pub values: HashMap<String, Value>,
 }
 
 /// Operators whose results are elements of their inputs (or those negated): of rounded inputs they
 /// are rounded.
-pub(super) fn is_exact(op: &str) -> bool {
+pub(in crate::rewrite::lower) fn is_exact(op: &str) -> bool {
     matches!(
         op,
         "Identity"
@@ -68,7 +68,7 @@ pub(super) fn is_exact(op: &str) -> bool {
 }
 
 /// Operators that give a constant's elements in another order or shape.
-pub(super) fn moves_constant(op: &str) -> bool {
+pub(in crate::rewrite::lower) fn moves_constant(op: &str) -> bool {
     matches!(
         op,
         "Identity"
@@ -85,17 +85,19 @@ pub(super) fn moves_constant(op: &str) -> bool {
 }
 
 /// True when the result is a model value although no input is one: rows of an embedding, a Linear.
-pub(super) fn is_source(node: &Node, scope: &Scope) -> bool {
-    let value = |index: usize| node.input.get(index).and_then(|name| scope.values.get(name));
-    let constant = |index: usize| value(index).and_then(|v| v.constant.as_ref());
+pub(in crate::rewrite::lower) fn is_source(
+    node: &Node,
+    constant: &dyn Fn(&str) -> Option<ConstantShape>,
+) -> bool {
+    let constant = |index: usize| node.input.get(index).and_then(|name| constant(name));
     match node.op_type.as_deref().unwrap_or("") {
         "Gather" | "EmbedLayerNormalization" | "GatherND" => {
-            constant(0).is_some_and(|(_, shape)| shape.rank >= 2 && !shape.is_scalar())
+            constant(0).is_some_and(|shape| shape.rank >= 2 && !shape.is_scalar())
                 && constant(1).is_none()
         }
         // With k = 1 it is an outer product: rotary angles.
         "MatMul" | "Gemm" => {
-            constant(1).is_some_and(|(_, shape)| shape.rank == 2 && shape.first > 1)
+            constant(1).is_some_and(|shape| shape.rank == 2 && shape.first > 1)
                 && constant(0).is_none()
         }
         _ => false,

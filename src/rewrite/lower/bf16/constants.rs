@@ -13,10 +13,10 @@ use crate::onnx::{
 use prost::Message as _;
 
 /// The largest finite bfloat16 value, 3.3895314e38.
-pub(super) const LARGEST: f32 = f32::from_bits(0x7f7f_0000);
+pub(in crate::rewrite::lower) const LARGEST: f32 = f32::from_bits(0x7f7f_0000);
 
 /// Rounds half to even; what is finite stays finite.
-pub(super) fn to_bf16(value: f32) -> f32 {
+pub(in crate::rewrite::lower) fn to_bf16(value: f32) -> f32 {
     let rounded = bf16::from_f32(value).to_f32();
     if rounded.is_infinite() && value.is_finite() { LARGEST.copysign(value) } else { rounded }
 }
@@ -27,7 +27,7 @@ fn clamp(value: f32) -> f32 {
 }
 
 /// The tensor of a `Constant` node.
-pub(super) fn of_node(node: &Node) -> Option<&Tensor> {
+pub(in crate::rewrite::lower) fn of_node(node: &Node) -> Option<&Tensor> {
     let constant = node.op_type.as_deref() == Some("Constant");
     let value = node.attribute.iter().find(|a| constant && a.name.as_deref() == Some("value"))?;
     value.t.as_ref()
@@ -47,7 +47,7 @@ fn shape_of(dims: &[i64]) -> ConstantShape {
 }
 
 /// Shapes of the float constants that a graph defines.
-pub(super) fn shapes(graph: &Graph) -> HashMap<String, (ConstantShape, DataType)> {
+pub(in crate::rewrite::lower) fn shapes(graph: &Graph) -> HashMap<String, (ConstantShape, DataType)> {
     let mut out = HashMap::new();
     for info in graph.initializers() {
         if let Some(data_type) = info.data_type() {
@@ -76,7 +76,7 @@ pub(super) fn shapes(graph: &Graph) -> HashMap<String, (ConstantShape, DataType)
 }
 
 /// An initialiser with every element rounded, made when it is written.
-pub(super) fn rounded(model: &Model, info: &TensorInfo) -> Result<TensorInfo, onnx::Error> {
+pub(in crate::rewrite::lower) fn rounded(model: &Model, info: &TensorInfo) -> Result<TensorInfo, onnx::Error> {
     let view = model.tensor(info)?;
     let (data_type, len) = (view.data_type, view.bytes.len() as u64);
     let make = Arc::new(move || map(&view, to_bf16));
@@ -85,7 +85,7 @@ pub(super) fn rounded(model: &Model, info: &TensorInfo) -> Result<TensorInfo, on
 }
 
 /// A small initialiser with its elements brought into range; `None` when they are.
-pub(super) fn clamped(model: &Model, info: &TensorInfo) -> Result<Option<TensorInfo>, onnx::Error> {
+pub(in crate::rewrite::lower) fn clamped(model: &Model, info: &TensorInfo) -> Result<Option<TensorInfo>, onnx::Error> {
     let view = model.tensor(info)?;
     if !is_rounded_type(view.data_type) || !beyond(&view)? {
         return Ok(None);
@@ -96,7 +96,7 @@ pub(super) fn clamped(model: &Model, info: &TensorInfo) -> Result<Option<TensorI
 
 /// The `Constant` or `ConstantOfShape` node with its elements rounded (or brought into range);
 /// `None` when nothing changes.
-pub(super) fn changed_node(
+pub(in crate::rewrite::lower) fn changed_node(
     model: &Model,
     node: &Node,
     round: bool,
@@ -163,7 +163,7 @@ fn map(view: &onnx::TensorView, change: fn(f32) -> f32) -> Result<bytes::Bytes, 
 
 /// Initialisers and constant nodes that are searched for values beyond the range: mask constants are
 /// small or square, weights are rounded anyway.
-pub(super) fn constant_nodes(graph: &Graph) -> Vec<NodeId> {
+pub(in crate::rewrite::lower) fn constant_nodes(graph: &Graph) -> Vec<NodeId> {
     let holds =
         |node: &Node| matches!(node.op_type.as_deref(), Some("Constant" | "ConstantOfShape"));
     graph.nodes().filter(|(_, node)| holds(node)).map(|(id, _)| id).collect()

@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet};
 use crate::onnx::{Graph, NodeId, proto::Node};
 
 /// Who reads what in one graph.
-pub(super) struct Readers<'a> {
+pub(in crate::rewrite::lower) struct Readers<'a> {
     graph: &'a Graph,
     readers: HashMap<&'a str, Vec<NodeId>>,
     producers: HashMap<&'a str, NodeId>,
@@ -24,7 +24,7 @@ pub(super) struct Readers<'a> {
 
 /// Shape of a constant, as far as it decides its treatment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ConstantShape {
+pub(in crate::rewrite::lower) struct ConstantShape {
     pub rank: usize,
     pub elements: u64,
     /// Extent of the first axis.
@@ -33,14 +33,14 @@ pub(super) struct ConstantShape {
 
 impl ConstantShape {
     /// A number of the formula (eps, a factor), not a parameter: PyTorch keeps it in full precision.
-    pub(super) fn is_scalar(self) -> bool {
+    pub(in crate::rewrite::lower) fn is_scalar(self) -> bool {
         self.elements <= 1
     }
 }
 
 impl<'a> Readers<'a> {
     /// `captured` are values that sub-graphs read.
-    pub(super) fn new(
+    pub(in crate::rewrite::lower) fn new(
         graph: &'a Graph,
         constants: &'a HashMap<String, ConstantShape>,
         captured: &'a [(NodeId, String)],
@@ -121,8 +121,21 @@ impl<'a> Readers<'a> {
     }
 }
 
+/// Those of norms and of GELU alone: what a graph in another type keeps in float32.
+pub(in crate::rewrite::lower) fn norms_and_gelu<'a>(readers: &Readers<'a>) -> HashSet<&'a str> {
+    let mut keep = HashSet::new();
+    for (id, node) in readers.graph.nodes() {
+        match node.op_type.as_deref().unwrap_or("") {
+            "Erf" => gelu(readers, id, &mut keep),
+            "ReduceMean" => norm(readers, id, node, &mut keep),
+            _ => {}
+        }
+    }
+    keep
+}
+
 /// The values of one graph that stay in float32.
-pub(super) fn find<'a>(readers: &Readers<'a>) -> HashSet<&'a str> {
+pub(in crate::rewrite::lower) fn find<'a>(readers: &Readers<'a>) -> HashSet<&'a str> {
     let mut keep = HashSet::new();
     for (id, node) in readers.graph.nodes() {
         match node.op_type.as_deref().unwrap_or("") {

@@ -22,13 +22,13 @@
 //! bfloat16 run). Sub-graphs are rounded like the main graph; model-local functions are taken as one
 //! operation each. Values that are bfloat16 already are left alone.
 
-mod classify;
-mod constants;
-mod islands;
-mod rounding;
+pub(in crate::rewrite::lower) mod classify;
+pub(in crate::rewrite::lower) mod constants;
+pub(in crate::rewrite::lower) mod islands;
+pub(in crate::rewrite::lower) mod rounding;
 #[cfg(test)]
 mod tests;
-mod types;
+pub(in crate::rewrite::lower) mod types;
 
 use super::super::{execute::ExecuteError, patch::collect_names};
 use crate::onnx::Model;

@@ -236,7 +236,9 @@ impl<'r, 'a, 'g> Walk<'r, 'a, 'g> {
         let float = |value: &Value| value.data_type.is_some_and(types::is_float);
         let entered = inputs.iter().any(|value| value.model && float(value))
             || branches.iter().flatten().any(|value| value.model);
-        if entered || is_source(&original, &self.scope) {
+        let constant =
+            |name: &str| self.scope.values.get(name)?.constant.as_ref().map(|(_, shape)| *shape);
+        if entered || is_source(&original, &constant) {
             self.model_node(id, &original, &inputs, &branches);
         } else {
             self.fixed_node(&original, &inputs);
@@ -369,7 +371,7 @@ impl<'r, 'a, 'g> Walk<'r, 'a, 'g> {
 }
 
 /// Values that the sub-graphs of each node read; some are their own and match nothing outside.
-fn captured(graph: &Graph) -> Result<Vec<(NodeId, String)>, onnx::Error> {
+pub(in crate::rewrite::lower) fn captured(graph: &Graph) -> Result<Vec<(NodeId, String)>, onnx::Error> {
     fn read(graph: &Graph, id: NodeId, out: &mut Vec<(NodeId, String)>) -> Result<(), onnx::Error> {
         for (inner, node) in graph.nodes() {
             out.extend(node.input.iter().map(|name| (id, name.clone())));

@@ -9,29 +9,29 @@ use crate::onnx::{
 };
 
 /// Element type of a declared value, if it is a tensor.
-pub(super) fn declared(value: &ValueInfo) -> Option<(String, DataType)> {
+pub(in crate::rewrite::lower) fn declared(value: &ValueInfo) -> Option<(String, DataType)> {
     let tensor = value.r#type.as_ref()?.tensor_type.as_ref()?;
     let data_type = DataType::try_from(tensor.elem_type?).ok()?;
     (data_type != DataType::Undefined).then_some((value.name.clone()?, data_type))
 }
 
 /// Every type that a graph declares for intermediate values and outputs.
-pub(super) fn declarations(graph: &Graph) -> HashMap<String, DataType> {
+pub(in crate::rewrite::lower) fn declarations(graph: &Graph) -> HashMap<String, DataType> {
     graph.value_infos().chain(graph.outputs()).filter_map(declared).collect()
 }
 
 /// True for the types that are rounded: float32, float16 and float64. bfloat16 already is.
-pub(super) fn is_rounded_type(data_type: DataType) -> bool {
+pub(in crate::rewrite::lower) fn is_rounded_type(data_type: DataType) -> bool {
     matches!(data_type, DataType::Float | DataType::Float16 | DataType::Double)
 }
 
 /// True for every float type that values of a network have.
-pub(super) fn is_float(data_type: DataType) -> bool {
+pub(in crate::rewrite::lower) fn is_float(data_type: DataType) -> bool {
     is_rounded_type(data_type) || data_type == DataType::Bfloat16
 }
 
 /// Type of output `index` of a node, from its operator and the types of its inputs.
-pub(super) fn inferred(node: &Node, index: usize, inputs: &[Option<DataType>]) -> Option<DataType> {
+pub(in crate::rewrite::lower) fn inferred(node: &Node, index: usize, inputs: &[Option<DataType>]) -> Option<DataType> {
     use DataType as T;
     let first = inputs.first().copied().flatten();
     let attribute = |name: &str| node.attribute.iter().find(|a| a.name.as_deref() == Some(name));

@@ -1,0 +1,1 @@
+//! Which values change their type, on small graphs.
