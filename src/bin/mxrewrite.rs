@@ -11,7 +11,8 @@ use clap::{
 use indicatif::{ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::rewrite::{
-    self, Activation, BaseDtype, Lowering, RewriteError, RewriteOptions, RewritePlan, RewriteReport, Tier,
+    self, Activation, BaseDtype, Lowering, RewriteError, RewriteOptions, RewritePlan,
+    RewriteReport, Tier,
 };
 
 /// Replace the Linear layers of an ONNX language model by OCP Microscaling (MX) operators.
@@ -241,7 +242,10 @@ fn json<T: serde::Serialize>(value: &T) -> anyhow::Result<String> {
 
 fn summary(report: &RewriteReport) -> String {
     let (before, after) = (report.weight_bytes_before, report.weight_bytes_after);
-    let mut text = if report.lowering == Lowering::Bf16 {
+    let base = report.plan.recipe.base_dtype;
+    let mut text = if report.lowering == Lowering::Bf16 && base.is_some() {
+        "the whole graph converted to bfloat16\n".to_owned()
+    } else if report.lowering == Lowering::Bf16 {
         format!("every weight and float result rounded to bfloat16 ({} layers)\n", report.sites)
     } else {
         let candidates = report.sites + report.skipped;
@@ -252,6 +256,9 @@ fn summary(report: &RewriteReport) -> String {
             report.sites, report.plan.recipe.name, report.lowering,
         )
     };
+    if let Some(base) = base.filter(|_| report.lowering != Lowering::Bf16) {
+        text.push_str(&format!("everything else converted to {base}\n"));
+    }
     text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));
     if let Some(data) = &report.data {
         text.push_str(&format!(" with {}", data.display()));

@@ -10,6 +10,7 @@ use crate::onnx::Model;
 use crate::onnx::proto::{
     DataType, Dimension, DimensionValue, Node, TensorShape, TensorType, Type, ValueInfo,
 };
+use crate::rewrite::base;
 use mx_custom_ops::contract;
 use std::path::Path;
 
@@ -126,7 +127,15 @@ pub fn append_scores(model: &mut Model, inspection: &Inspection) {
         graph.remove_output(&output);
     }
     // The type of the logits stays known, which picks the operator's variant.
-    if let Some(logits) = logits {
+    let mut scored = inspection.logits.clone();
+    if let Some(mut logits) = logits {
+        if let Some((before, element)) = base::uncast(graph, &scored) {
+            scored.clone_from(&before);
+            logits.name = Some(before);
+            if let Some(tensor) = logits.r#type.as_mut().and_then(|t| t.tensor_type.as_mut()) {
+                tensor.elem_type = Some(element as i32);
+            }
+        }
         graph.add_value_info(logits);
     }
     graph.add_input(matrix(LABELS, DataType::Int64));
@@ -134,7 +143,7 @@ pub fn append_scores(model: &mut Model, inspection: &Inspection) {
         graph.add_output(matrix(output, element));
     }
     graph.push_node(Node {
-        input: vec![inspection.logits.clone(), LABELS.into()],
+        input: vec![scored, LABELS.into()],
         output: OUTPUTS.map(|(output, _)| output.to_owned()).to_vec(),
         name: Some("mx.token_scores".into()),
         op_type: Some(contract::op::TOKEN_SCORES.into()),

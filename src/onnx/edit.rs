@@ -2,7 +2,7 @@
 
 use super::graph::{Entry, Graph, NodeId, Slot};
 use super::model::{Model, TopField, number};
-use super::proto::{Node, OperatorSetId, StringStringEntry, ValueInfo};
+use super::proto::{DataType, Node, OperatorSetId, StringStringEntry, ValueInfo};
 use super::tensor::TensorInfo;
 use super::wire;
 use prost::Message as _;
@@ -90,6 +90,19 @@ impl Graph {
     /// Removes the graph output of this name.
     pub fn remove_output(&mut self, name: &str) {
         remove_named(&mut self.outputs, name);
+    }
+
+    /// Gives a graph input or output another element type.
+    pub fn retype(&mut self, name: &str, data_type: DataType) {
+        for entry in self.inputs.iter_mut().chain(&mut self.outputs) {
+            let value = &mut entry.value;
+            if value.name.as_deref() == Some(name)
+                && let Some(tensor) = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut())
+            {
+                tensor.elem_type = Some(data_type as i32);
+                entry.raw = None;
+            }
+        }
     }
 
     /// Adds the type of an intermediate value.

@@ -6,6 +6,7 @@
 //! Searching and planning are pure; every candidate ends in `sites` or in `skipped` with its reason.
 //! [`rewrite_file`] does it all from file to file, for the command and for mxeval's stages alike.
 
+pub mod base;
 mod error;
 pub mod execute;
 pub mod filter;
@@ -30,7 +31,9 @@ pub use lowering::{BaseDtype, Lowering};
 pub use patch::MODULE_PATH_KEY;
 pub use plan::{PlannedSite, RewritePlan};
 pub use recipe::{Activation, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
-pub use run::{RewriteReport, convert_file, default_output, plan_file, require_sites, rewrite_file};
+pub use run::{
+    RewriteReport, convert_file, default_output, plan_file, require_sites, rewrite_file,
+};
 pub use scan::find_sites;
 pub use sites::{
     Bias, BiasShape, Layout, Origin, PathSource, Role, Site, SiteScan, Skipped, Weight,

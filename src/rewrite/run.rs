@@ -158,6 +158,10 @@ mod tests {
         assert_eq!(name(Tier::A, Lowering::Mx, Some("fp4_e2m1")), path("model.v2.a-fp4_e2m1.onnx"));
         assert_eq!(name(Tier::C, Lowering::Mx, None), path("model.v2.c-mx.onnx"));
         assert_eq!(name(Tier::Full, Lowering::Bf16, None), path("model.v2.bf16.onnx"));
+        let base_dtype = Some(BaseDtype::F16);
+        let options = RewriteOptions { base_dtype, ..Default::default() };
+        let with_base = default_output(Path::new("a/model.v2.onnx"), &options);
+        assert_eq!(with_base, path("model.v2.full-fp8_e4m3.fp16.onnx"));
         assert_eq!(
             name(Tier::AllLinears, Lowering::Int8, None),
             path("model.v2.all-linears-int8.onnx")

@@ -11,10 +11,15 @@ const MODELS: [&str; 2] =
     ["fixtures/tinylm/dynamo/model.onnx", "fixtures/tinylm/torchscript/model.onnx"];
 
 fn python(area: &str, models: &[&str]) {
+    script("test_lowerings.py", area, models);
+}
+
+/// Runs a script with an argument of its own (unless that is empty) and models; a line is due for each.
+fn script(name: &str, area: &str, models: &[&str]) {
     let Some((python, library)) = support::python_and_library() else { return };
     let out = Command::new(python)
-        .arg(support::root().join("tests/python/test_lowerings.py"))
-        .arg(area)
+        .arg(support::root().join("tests/python").join(name))
+        .args(Some(area).filter(|area| !area.is_empty()))
         .args(models)
         .current_dir(support::root())
         .env("MX_REWRITE", support::mxrewrite())
@@ -25,7 +30,7 @@ fn python(area: &str, models: &[&str]) {
     let stdout = String::from_utf8_lossy(&out.stdout);
     assert!(
         out.status.success() && stdout.lines().count() == models.len(),
-        "{area}: {}\n{stdout}{}",
+        "{name} {area}: {}\n{stdout}{}",
         out.status,
         String::from_utf8_lossy(&out.stderr)
     );
@@ -50,6 +55,30 @@ fn unscaled_targets_round_both_operands() {
 #[test]
 fn nvfp8_scales_both_tensors() {
     python("nvfp8", &MODELS);
+}
+
+/// Every kind of export that differs for a conversion: fp16 and bf16 weights, operators of
+/// com.microsoft, sub-graphs, a cache, experts.
+#[test]
+fn base_types_compute_what_the_original_computes() {
+    script("test_base_dtype.py", "", &MODELS);
+    let Some(shared) = support::shared() else {
+        return support::skip("shared", "no ../shared with the zoo");
+    };
+    let names = [
+        "gpt2-dynamo-fp16",
+        "qwen2-ts-bf16",
+        "llama31-genai",
+        "llama31-optimum-merged",
+        "llama31-dynamo-kv",
+        "mixtral-ts28",
+        "phi-hfexp-ort",
+    ];
+    let paths: Vec<String> = names
+        .iter()
+        .map(|name| shared.join("zoo").join(name).join("model.onnx").display().to_string())
+        .collect();
+    script("test_base_dtype.py", "", &paths.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
 /// The generated model of the measurements is a Llama, and its layers are found.

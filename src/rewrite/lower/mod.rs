@@ -8,6 +8,7 @@ mod pair;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use base::cast_output_name;
 pub(crate) use int8::Int8;
 pub(crate) use mx::Mx;
 

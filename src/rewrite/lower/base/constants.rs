@@ -81,12 +81,8 @@ pub(super) fn converted_node(
     let Some(view) = view_of_node(model, node)? else { return Ok(None) };
     let raw_data = convert(&view, to)?;
     let dims = view.dims.iter().map(|&d| d as i64).collect();
-    let tensor = Tensor {
-        dims,
-        data_type: Some(to as i32),
-        raw_data: Some(raw_data),
-        ..Tensor::default()
-    };
+    let tensor =
+        Tensor { dims, data_type: Some(to as i32), raw_data: Some(raw_data), ..Tensor::default() };
     let mut out = node.clone();
     out.attribute = vec![Attribute {
         name: Some("value".to_owned()),
@@ -133,11 +129,7 @@ pub(super) fn look(model: &Model, info: &TensorInfo, to: DataType) -> Result<Con
 }
 
 /// Looks into a `Constant` or `ConstantOfShape` node.
-pub(super) fn look_node(
-    model: &Model,
-    node: &Node,
-    to: DataType,
-) -> Result<Content, onnx::Error> {
+pub(super) fn look_node(model: &Model, node: &Node, to: DataType) -> Result<Content, onnx::Error> {
     let value = node.attribute.iter().find(|a| a.name.as_deref() == Some("value"));
     let tensor = value.and_then(|a| a.t.as_ref());
     let view = match tensor {

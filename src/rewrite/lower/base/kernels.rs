@@ -154,13 +154,11 @@ pub(super) fn of(node: &Node) -> Option<Kernel> {
             Some(Kernel { outputs: Some(&[0, 3]), bf16: 1, ..Kernel::default() })
         }
         // Scales of a quantised cache are float32.
-        ("com.microsoft", "GroupQueryAttention") => {
-            Some(Kernel {
-                inputs: Some(&[0, 1, 2, 3, 4, 7, 8, 10, 11]),
-                bf16: 1,
-                ..Kernel::default()
-            })
-        }
+        ("com.microsoft", "GroupQueryAttention") => Some(Kernel {
+            inputs: Some(&[0, 1, 2, 3, 4, 7, 8, 10, 11]),
+            bf16: 1,
+            ..Kernel::default()
+        }),
         ("com.microsoft", op) => CONTRIB.contains(&op).then_some(()).and_then(|()| plain(1)),
         // Codes are integers; the scale of a tensor is float32.
         ("mx", "MxMatMul") => Some(Kernel { inputs: Some(&[0, 3]), bf16: 1, ..Kernel::default() }),

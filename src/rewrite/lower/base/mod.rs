@@ -18,6 +18,8 @@
 //!   such an output is named `<output>.<type>`. Sub-graphs are converted like the main graph, with
 //!   Casts at their inputs and outputs; operators that are not known, model-local functions among
 //!   them, keep their types.
+//! - But a key-value cache that only GroupQueryAttention reads and writes has the new type itself:
+//!   ONNX Runtime keeps past and present in one buffer, which a Cast would break.
 
 mod constants;
 mod kernels;
@@ -62,6 +64,11 @@ pub(crate) fn convert(
     let mut conversion = walk::Conversion::new(model, types, names, converted);
     conversion.graph(out.graph_mut(), &walk::Scope::default())?;
     Ok(out)
+}
+
+/// What the value is called that a Cast makes the graph output `name` from.
+pub(crate) fn cast_output_name(name: &str, data_type: DataType) -> String {
+    format!("{name}.{}", walk::type_label(Some(data_type)))
 }
 
 /// The float type that most of the constants have.

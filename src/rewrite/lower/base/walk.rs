@@ -127,6 +127,8 @@ struct Walk<'c, 'a, 'g> {
     declared: HashMap<String, DataType>,
     outputs: Vec<String>,
     keep: HashSet<String>,
+    /// Graph inputs and outputs that change their type.
+    caches: HashSet<String>,
     /// Values whose declared type no longer holds.
     stale: HashSet<String>,
 }
@@ -158,9 +160,13 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             graph,
             scope: outer.clone(),
             keep,
+            caches: HashSet::new(),
             stale: HashSet::new(),
             conversion,
         };
+        if walk.source.depth() == 0 {
+            walk.find_caches();
+        }
         walk.inputs(&own);
         walk.constants(own)?;
         Ok(walk)
@@ -174,14 +180,43 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
                 self.mark(&name, false);
                 continue;
             }
+            let cache = self.caches.contains(&name) && data_type == self.types.own;
+            if cache {
+                self.graph.retype(&name, self.types.to);
+            }
             let value = Value {
                 name: name.clone(),
                 original: Some(data_type),
-                now: Some(data_type),
+                now: Some(if cache { self.types.to } else { data_type }),
                 model: types::is_float(data_type),
                 ..Value::default()
             };
             self.scope.values.insert(name, value);
+        }
+    }
+
+    /// Inputs that GroupQueryAttention alone reads as its past, and the present that it makes of them.
+    fn find_caches(&mut self) {
+        let is_attention = |node: &Node| {
+            node.op_type.as_deref() == Some("GroupQueryAttention")
+                && domain(node) == "com.microsoft"
+        };
+        let inputs: HashSet<&str> =
+            self.source.inputs().filter_map(|value| value.name.as_deref()).collect();
+        let mut readers: HashMap<&str, usize> = HashMap::new();
+        for (_, node) in self.source.nodes() {
+            for input in &node.input {
+                *readers.entry(input).or_default() += 1;
+            }
+        }
+        let alone = |name: &str| inputs.contains(name) && readers.get(name) == Some(&1);
+        for (_, node) in self.source.nodes().filter(|(_, node)| is_attention(node)) {
+            let (Some(past), Some(present)) = (node.input.get(3..5), node.output.get(1..3)) else {
+                continue;
+            };
+            if past.iter().all(|name| alone(name)) {
+                self.caches.extend(past.iter().chain(present).cloned());
+            }
         }
     }
 
@@ -280,15 +315,14 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
     /// Whether the node computes on values that change their type.
     fn is_ours(&self, node: &Node, inputs: &[Value], kernel: Option<Kernel>) -> bool {
         let Types { own, to, .. } = self.types;
+        // A constant that is only moved goes the way of its readers.
+        if self.moved(node, inputs).is_some() {
+            return inputs[0].original == Some(own) && inputs[0].now == Some(to) && own != to;
+        }
         let in_group = |slot: usize| kernel.is_none_or(|kernel| kernel.takes_input(slot));
         let mut group = inputs.iter().enumerate().filter(|(slot, _)| in_group(*slot));
-        if group.any(|(_, v)| v.original == Some(own) && v.constant.is_none() && self.moves(v)) {
+        if group.any(|(_, v)| v.original == Some(own) && (v.model || own != DataType::Float)) {
             return true;
-        }
-        // A constant that is only moved goes the way of its readers.
-        let moved = inputs.first().filter(|_| moves_constant(node.op_type.as_deref().unwrap_or("")));
-        if let Some(value) = moved.filter(|value| value.constant.is_some()) {
-            return value.original == Some(own) && value.now == Some(to) && own != to;
         }
         let constant = |name: &str| {
             let value = self.scope.values.get(name)?;
@@ -296,11 +330,6 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             (value.original == Some(own)).then_some(*shape)
         };
         is_source(node, &constant)
-    }
-
-    /// Whether a value of the own type takes part in the conversion.
-    fn moves(&self, value: &Value) -> bool {
-        value.model || self.types.own != DataType::Float
     }
 
     /// A node that keeps all its types; with `exact`, its inputs are given as they were.
@@ -349,7 +378,8 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
 
     /// The constant whose elements, in their own type, are the node's result.
     fn moved(&self, node: &Node, inputs: &[Value]) -> Option<(String, ConstantShape)> {
-        let first = inputs.first().filter(|_| moves_constant(node.op_type.as_deref().unwrap_or("")))?;
+        let first =
+            inputs.first().filter(|_| moves_constant(node.op_type.as_deref().unwrap_or("")))?;
         let same = first.original.is_some() && first.original == self.output_type(node, 0, inputs);
         first.constant.clone().filter(|_| same)
     }
@@ -390,16 +420,16 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
                 return Err(ExecuteError::Unsupported { lowering: label, reason });
             }
         }
-        let group = |slot: usize, value: &Value| {
-            kernel.takes_input(slot) && value.original == Some(own)
-        };
+        let group =
+            |slot: usize, value: &Value| kernel.takes_input(slot) && value.original == Some(own);
         let kept = |name: &String| self.keep.contains(name);
         let exact_in = |value: &Value| !(value.content.inexact && scales(original));
         let fits = kernel.computes_in(to, opset)
             && !original.output.iter().any(kept)
-            && inputs.iter().enumerate().all(|(slot, value)| {
-                !group(slot, value) || (!value.kept && exact_in(value))
-            });
+            && inputs
+                .iter()
+                .enumerate()
+                .all(|(slot, value)| !group(slot, value) || (!value.kept && exact_in(value)));
         let data_type = if fits { to } else { DataType::Float };
         let mut changed = original.clone();
         for (slot, value) in inputs.iter().enumerate().filter(|(_, v)| !v.name.is_empty()) {
@@ -417,8 +447,14 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             let now = if grouped { Some(data_type) } else { was };
             let kept = self.keep.contains(name) && now == Some(DataType::Float);
             let constant = moved.clone();
-            let mut value =
-                Value { original: was, now, model: constant.is_none(), kept, constant, ..Value::default() };
+            let mut value = Value {
+                original: was,
+                now,
+                model: constant.is_none(),
+                kept,
+                constant,
+                ..Value::default()
+            };
             value.name = self.output_name(name, now, was);
             changed.output[index].clone_from(&value.name);
             self.scope.values.insert(name.clone(), value);
@@ -438,11 +474,16 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
         if now == was {
             return name.to_owned();
         }
+        if let Some(now) = now.filter(|_| self.caches.contains(name)) {
+            self.graph.retype(name, now);
+            return name.to_owned();
+        }
         if !self.outputs.iter().any(|output| output == name) {
             self.stale.insert(name.to_owned());
             return name.to_owned();
         }
-        self.conversion.fresh(&format!("{name}.{}", type_label(now)))
+        let base = now.map_or_else(|| name.to_owned(), |now| super::cast_output_name(name, now));
+        self.conversion.fresh(&base)
     }
 
     fn cast(&mut self, id: NodeId, original: &Node, inputs: &[Value]) {
@@ -455,7 +496,8 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
         let moves = own != DataType::Float || (float && value.model);
         let constant = value.constant.clone().filter(|_| float && target == Some(own));
         let settled = constant.is_some() && own == DataType::Float;
-        let ours = target == Some(own) && ((moves && constant.is_none()) || settled && value.now == Some(to));
+        let ours = target == Some(own)
+            && ((moves && constant.is_none()) || settled && value.now == Some(to));
         if !ours {
             self.keep_types(id, original, inputs, false, value.model);
             return;
@@ -576,8 +618,9 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             } else if let Some((root, _)) = &value.constant {
                 // Stored as the graph declares it.
                 self.mark(&root.clone(), false);
-            } else if value.now != value.original {
-                let reason = format!("the sub-graph output '{name}' is a value of the graph around it");
+            } else if value.now != value.original && !self.caches.contains(&name) {
+                let reason =
+                    format!("the sub-graph output '{name}' is a value of the graph around it");
                 return Err(ExecuteError::Unsupported { lowering: self.types.label, reason });
             }
         }
@@ -596,7 +639,7 @@ fn holds_type(node: &Node) -> bool {
     node.attribute.iter().any(|a| a.name.as_deref().is_some_and(|name| names.contains(&name)))
 }
 
-fn type_label(data_type: Option<DataType>) -> &'static str {
+pub(super) fn type_label(data_type: Option<DataType>) -> &'static str {
     match data_type {
         Some(DataType::Bfloat16) => "bf16",
         Some(DataType::Float16) => "fp16",

@@ -47,7 +47,9 @@ fn shape_of(dims: &[i64]) -> ConstantShape {
 }
 
 /// Shapes of the float constants that a graph defines.
-pub(in crate::rewrite::lower) fn shapes(graph: &Graph) -> HashMap<String, (ConstantShape, DataType)> {
+pub(in crate::rewrite::lower) fn shapes(
+    graph: &Graph,
+) -> HashMap<String, (ConstantShape, DataType)> {
     let mut out = HashMap::new();
     for info in graph.initializers() {
         if let Some(data_type) = info.data_type() {
@@ -76,7 +78,10 @@ pub(in crate::rewrite::lower) fn shapes(graph: &Graph) -> HashMap<String, (Const
 }
 
 /// An initialiser with every element rounded, made when it is written.
-pub(in crate::rewrite::lower) fn rounded(model: &Model, info: &TensorInfo) -> Result<TensorInfo, onnx::Error> {
+pub(in crate::rewrite::lower) fn rounded(
+    model: &Model,
+    info: &TensorInfo,
+) -> Result<TensorInfo, onnx::Error> {
     let view = model.tensor(info)?;
     let (data_type, len) = (view.data_type, view.bytes.len() as u64);
     let make = Arc::new(move || map(&view, to_bf16));
@@ -85,7 +90,10 @@ pub(in crate::rewrite::lower) fn rounded(model: &Model, info: &TensorInfo) -> Re
 }
 
 /// A small initialiser with its elements brought into range; `None` when they are.
-pub(in crate::rewrite::lower) fn clamped(model: &Model, info: &TensorInfo) -> Result<Option<TensorInfo>, onnx::Error> {
+pub(in crate::rewrite::lower) fn clamped(
+    model: &Model,
+    info: &TensorInfo,
+) -> Result<Option<TensorInfo>, onnx::Error> {
     let view = model.tensor(info)?;
     if !is_rounded_type(view.data_type) || !beyond(&view)? {
         return Ok(None);

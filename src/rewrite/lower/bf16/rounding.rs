@@ -371,7 +371,9 @@ impl<'r, 'a, 'g> Walk<'r, 'a, 'g> {
 }
 
 /// Values that the sub-graphs of each node read; some are their own and match nothing outside.
-pub(in crate::rewrite::lower) fn captured(graph: &Graph) -> Result<Vec<(NodeId, String)>, onnx::Error> {
+pub(in crate::rewrite::lower) fn captured(
+    graph: &Graph,
+) -> Result<Vec<(NodeId, String)>, onnx::Error> {
     fn read(graph: &Graph, id: NodeId, out: &mut Vec<(NodeId, String)>) -> Result<(), onnx::Error> {
         for (inner, node) in graph.nodes() {
             out.extend(node.input.iter().map(|name| (id, name.clone())));

@@ -31,7 +31,11 @@ pub(in crate::rewrite::lower) fn is_float(data_type: DataType) -> bool {
 }
 
 /// Type of output `index` of a node, from its operator and the types of its inputs.
-pub(in crate::rewrite::lower) fn inferred(node: &Node, index: usize, inputs: &[Option<DataType>]) -> Option<DataType> {
+pub(in crate::rewrite::lower) fn inferred(
+    node: &Node,
+    index: usize,
+    inputs: &[Option<DataType>],
+) -> Option<DataType> {
     use DataType as T;
     let first = inputs.first().copied().flatten();
     let attribute = |name: &str| node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
