@@ -85,7 +85,11 @@ impl Buffer {
         assert!(bytes.len() <= self.bytes);
         if !bytes.is_empty() {
             // SAFETY: within the allocation.
-            ok(unsafe { sys::cuMemcpyHtoD_v2(self.ptr(), bytes.as_ptr().cast(), bytes.len()) });
+            unsafe {
+                ok(sys::cuMemcpyHtoD_v2(self.ptr(), bytes.as_ptr().cast(), bytes.len()));
+                // It returns once the bytes are staged, and non-blocking streams do not wait.
+                ok(sys::cuStreamSynchronize(std::ptr::null_mut()));
+            }
         }
     }
 
