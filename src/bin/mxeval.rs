@@ -12,7 +12,7 @@ use mxrewrite::eval::record::{Record, Status};
 use mxrewrite::eval::run::{self, Data, Options};
 use mxrewrite::eval::stage::{Selection, Stage};
 use mxrewrite::eval::{Error, Observer, report};
-use mxrewrite::rewrite::{Activation, RewriteOptions, Tier};
+use mxrewrite::rewrite::{Activation, BaseDtype, RewriteOptions, Tier};
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
@@ -161,6 +161,10 @@ struct RewriteArgs {
     /// Activation format of the MX stages, or none [default: the weight's]
     #[arg(long, value_name = "FORMAT")]
     activation_format: Option<String>,
+    /// Float type of everything that is not replaced: fp32, bf16 (GPUs only), fp16
+    /// [default: the model's own]
+    #[arg(long, value_name = "TYPE")]
+    base_dtype: Option<BaseDtype>,
     /// Elements that share an exponent
     #[arg(long, value_name = "N", default_value_t = 32)]
     block_size: usize,
@@ -310,6 +314,7 @@ impl RewriteArgs {
         };
         Ok(RewriteOptions {
             tier,
+            base_dtype: self.base_dtype,
             activation,
             block_size: self.block_size,
             rounding: self.rounding,

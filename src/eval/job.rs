@@ -2,7 +2,6 @@
 
 use super::error::{Error, Result};
 use super::instrument;
-use super::observer::Observer;
 use super::process::{sha256_files, sha256_text};
 use super::session::open_model;
 use super::stage::Stage;
@@ -74,14 +73,9 @@ impl Job {
     ///
     /// # Errors
     /// The model cannot be opened, or a file of it cannot be read.
-    pub fn sha256(&self, observer: &dyn Observer) -> Result<String> {
+    pub fn sha256(&self) -> Result<String> {
         let model = open_model(&self.path, &self.model)?;
         let files = instrument::files(&self.path, &model)?;
-        // Half a gigabyte takes about a second.
-        let bytes: u64 = files.iter().map(|(_, bytes)| bytes).sum();
-        if bytes > 1 << 29 {
-            observer.note(&format!("hashing {} ({} MB)", self.model, bytes / 1_000_000));
-        }
         sha256_files(files.iter().map(|(path, _)| path.as_path()))
     }
 }

@@ -19,7 +19,7 @@ use super::store::WorkFolder;
 use super::windows::Corpus;
 use super::workers::Engine;
 use crate::onnx::{Graph, Model};
-use crate::rewrite::{Activation, RewriteOptions, rewrite_file};
+use crate::rewrite::{Activation, BaseDtype, RewriteOptions, convert_file, rewrite_file};
 use mx_custom_ops::contract;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -32,8 +32,8 @@ use std::time::Instant;
 pub(super) struct Item<'a> {
     pub job: &'a Job,
     pub task: &'a Task,
-    /// Decides whether a later run may reuse the result.
-    pub key: &'a str,
+    /// Number of the job and of the task in it.
+    pub place: (usize, usize),
     pub corpus: Arc<Corpus>,
     pub batches: Arc<Vec<Batch>>,
 }
@@ -57,6 +57,16 @@ pub(super) struct Ready {
     /// Holds the graph on disk until it has been measured.
     folder: Option<WorkFolder>,
     seconds: f64,
+}
+
+/// How a stage's graph comes about.
+enum Make {
+    /// It is the model.
+    AsIs,
+    /// The model in another float type.
+    Converted(BaseDtype),
+    /// The model with layers replaced.
+    Rewritten(RewriteOptions),
 }
 
 enum Prepared {
@@ -137,16 +147,22 @@ impl Bench<'_> {
         {
             return Ok(Prepared::Skipped(reason));
         }
-        let Some(options) = self.rewrite_options(stage) else {
+        let make = self.make(stage);
+        if matches!(make, Make::AsIs) {
             record.sites_replaced = Some(0);
             return Ok(Prepared::Graph(job.path.clone()));
-        };
+        }
         let name = sha256_text(&format!("{} {stage}", job.model));
         let folder = folder.insert(WorkFolder::new(&self.work_root, &name[..16])?);
         let path = folder.path().join("model.onnx");
-        let report =
-            rewrite_file(&job.path, &path, &options).map_err(|e| Error::Rewrite(e.to_string()))?;
-        record.sites_replaced = Some(report.sites as u64);
+        let sites = match &make {
+            Make::AsIs => Ok(0),
+            Make::Converted(to) => convert_file(&job.path, &path, *to, true).map(|_| 0),
+            Make::Rewritten(options) => {
+                rewrite_file(&job.path, &path, options).map(|report| report.sites)
+            }
+        };
+        record.sites_replaced = Some(sites.map_err(|e| Error::Rewrite(e.to_string()))? as u64);
         Ok(Prepared::Graph(path))
     }
 
@@ -157,14 +173,22 @@ impl Bench<'_> {
         }
     }
 
-    /// How the stage's graph is made; `None` where it is the model as it is.
-    fn rewrite_options(&self, stage: Stage) -> Option<RewriteOptions> {
-        let lowering = stage.lowering()?;
+    /// How the stage's graph is made.
+    fn make(&self, stage: Stage) -> Make {
         let rewrite = self.options.rewrite.clone();
+        let Some(lowering) = stage.lowering() else {
+            return rewrite.base_dtype.map_or(Make::AsIs, Make::Converted);
+        };
         let format = match stage {
             Stage::Mx(format) => Some(format),
             _ => None,
         };
+        let base_dtype = match stage {
+            // A GPU computes in bfloat16; the CPU rounds to it.
+            Stage::Bf16 => self.chosen.on_gpu().then_some(BaseDtype::Bf16),
+            _ => rewrite.base_dtype,
+        };
+        let threads = rewrite.threads.or_else(|| self.rewrite_threads());
         let base = match stage {
             Stage::Mx(_) | Stage::MxTierC | Stage::MxTierD => rewrite,
             // The other lowerings have one format, no blocks and no shared exponent.
@@ -172,12 +196,11 @@ impl Bench<'_> {
                 tier: rewrite.tier,
                 include: rewrite.include,
                 exclude: rewrite.exclude,
-                threads: rewrite.threads,
                 ..RewriteOptions::default()
             },
         };
-        let threads = base.threads.or_else(|| self.rewrite_threads());
-        Some(RewriteOptions { lowering, format, threads, overwrite: true, ..base })
+        let overwrite = true;
+        Make::Rewritten(RewriteOptions { lowering, format, base_dtype, threads, overwrite, ..base })
     }
 
     /// While GPUs measure, a CPU is left for each of them.
@@ -262,6 +285,7 @@ impl Bench<'_> {
     fn tell(&self, scored: &Scored, loaded: u64, details: &mut Map<String, Value>) {
         details.insert("load_seconds".into(), json!(scored.load_seconds));
         details.insert("outside_run_seconds".into(), json!(scored.outside_run_seconds));
+        details.insert("outside_run_share".into(), json!(scored.outside_run_share()));
         if self.chosen.on_gpu() {
             details.insert("loaded_device_bytes".into(), json!(loaded));
         }

@@ -17,12 +17,13 @@ use super::session::open_model;
 use super::store::{Entry, Store};
 use super::windows::{Corpus, DEFINITION, Tokenizer};
 use super::workers;
-use crate::rewrite::RewriteOptions;
+use crate::rewrite::{BaseDtype, RewriteOptions};
 use serde_json::{Map, Value, json};
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread::{self, JoinHandle};
 
 /// Where the evaluation text comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +102,7 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     let data = fetch(&options.data, observer)?;
     let mut store = Store::open(&options.out, options.resume)?;
     observer.opened(&store.work_root());
+    check_base(options, &chosen)?;
     let run = Run::new(jobs, options, &chosen, &runtime, data, observer)?;
     // A mistyped tokenizer or data file must not cost the results of an earlier run, so nothing is
     // written before it is known that something can be measured.
@@ -110,8 +112,9 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     {
         return Err(error);
     }
-    store.keep(&run.wanted(jobs))?;
-    store.set_run(run.facts.clone())?;
+    // Without --resume nothing is kept, and no key has to be known yet.
+    store.keep(&if options.resume { run.wanted(jobs) } else { Vec::new() })?;
+    store.set_run(run.facts(&[]))?;
     let mut items = Vec::new();
     for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
         match corpus {
@@ -121,6 +124,16 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     }
     run.measure(items, &mut store)?;
     Ok(Outcome { entries: ordered(jobs, &store) })
+}
+
+/// Refuses a base type that the devices do not compute in.
+fn check_base(options: &Options, chosen: &Chosen) -> Result<()> {
+    if options.rewrite.base_dtype == Some(BaseDtype::Bf16) && !chosen.on_gpu() {
+        let text = "--base-dtype bf16 needs a GPU: ONNX Runtime's CPU provider lacks most bfloat16 \
+                    kernels; the stage bf16 emulates it";
+        return Err(Error::Usage(text.into()));
+    }
+    Ok(())
 }
 
 /// The file of the evaluation text.
@@ -156,12 +169,35 @@ struct Run<'a> {
     chosen: &'a Chosen,
     runtime: &'a Runtime,
     data: PathBuf,
+    data_sha: String,
     observer: &'a dyn Observer,
+    /// Reads the models while something is measured already: gigabytes take a while.
+    hashing: RefCell<Option<JoinHandle<Vec<Hashes>>>>,
+    identity: OnceCell<Identity>,
+    /// The text as the last tokenizer saw it: graphs given side by side share one.
+    tokenised: RefCell<Option<Tokenised>>,
+}
+
+/// Digests of a job's files. One that cannot be read becomes the failure of the job's stages, not of
+/// the run.
+#[derive(Clone, Default)]
+struct Hashes {
+    model: Option<String>,
+    tokenizer: Option<String>,
+}
+
+impl Hashes {
+    fn new(job: &Job) -> Self {
+        let tokenizer = sha256_files([job.tokenizer.as_path()]);
+        Self { model: job.sha256().ok(), tokenizer: tokenizer.ok() }
+    }
+}
+
+/// What a run is about, once everything has been read.
+struct Identity {
     /// Key of every stage, by job and task.
     keys: Vec<Vec<String>>,
     facts: Map<String, Value>,
-    /// The text as the last tokenizer saw it: graphs given side by side share one.
-    tokenised: RefCell<Option<Tokenised>>,
 }
 
 #[derive(Clone)]
@@ -182,58 +218,94 @@ impl<'a> Run<'a> {
         observer: &'a dyn Observer,
     ) -> Result<Self> {
         let data_sha = sha256_files([data.as_path()])?;
-        let cpu = mx_kernels::cpu::variant();
-        let place = place(chosen, cpu);
-        let platform = format!("{} {place} {:?}", runtime.version, options.threads);
-        let mut models = Vec::new();
-        let mut keys = Vec::new();
-        for job in jobs {
-            // A file that cannot be read becomes the failure of its stages, not of the run.
-            let (model, tokenizer) =
-                (job.sha256(observer).ok(), sha256_files([job.tokenizer.as_path()]).ok());
-            let figures = format!(
-                "{} {} {} {:?}",
-                options.max_samples, options.seq_len, job.batch_size, options.rewrite
-            );
-            let key = |task: &Task| {
-                let (stage, options) = (task.name(), &figures);
-                let (model, data) = (model.as_deref().unwrap_or("unreadable"), &data_sha);
-                let tokenizer = tokenizer.as_deref().unwrap_or("unreadable");
-                KeyParts { model, data, tokenizer, stage: &stage, options, platform: &platform }
-                    .key()
+        let owned = jobs.to_vec();
+        let hashing = thread::spawn(move || owned.iter().map(Hashes::new).collect());
+        let (hashing, tokenised) = (RefCell::new(Some(hashing)), RefCell::new(None));
+        let identity = OnceCell::new();
+        Ok(Self {
+            jobs,
+            options,
+            chosen,
+            runtime,
+            data,
+            data_sha,
+            observer,
+            hashing,
+            identity,
+            tokenised,
+        })
+    }
+
+    /// Keys and facts; waits for the models to be read.
+    fn identity(&self) -> &Identity {
+        self.identity.get_or_init(|| {
+            let hashing = self.hashing.borrow_mut().take();
+            let hashes = hashing.and_then(|thread| thread.join().ok()).unwrap_or_default();
+            let of = |index: usize| hashes.get(index).cloned().unwrap_or_default();
+            let jobs = self.jobs.iter().enumerate();
+            let keys = jobs.map(|(index, job)| self.keys(job, &of(index))).collect();
+            Identity { keys, facts: self.facts(&hashes) }
+        })
+    }
+
+    /// Key of every stage of a job.
+    fn keys(&self, job: &Job, hashes: &Hashes) -> Vec<String> {
+        let options = self.options;
+        let place = place(self.chosen, mx_kernels::cpu::variant());
+        let platform = format!("{} {place} {:?}", self.runtime.version, options.threads);
+        let figures = format!(
+            "{} {} {} {:?}",
+            options.max_samples, options.seq_len, job.batch_size, options.rewrite
+        );
+        let key = |task: &Task| {
+            let parts = KeyParts {
+                model: hashes.model.as_deref().unwrap_or("unreadable"),
+                data: &self.data_sha,
+                tokenizer: hashes.tokenizer.as_deref().unwrap_or("unreadable"),
+                stage: &task.name(),
+                options: &figures,
+                platform: &platform,
             };
-            keys.push(job.tasks.iter().map(key).collect());
-            models.push(json!({
-                "model": job.model, "path": job.path, "sha256": model, "batch_size": job.batch_size,
-                "tokenizer": {"path": job.tokenizer, "sha256": tokenizer},
-            }));
-        }
+            parts.key()
+        };
+        job.tasks.iter().map(key).collect()
+    }
+
+    /// What run.json says, digests of models as far as they are known.
+    fn facts(&self, hashes: &[Hashes]) -> Map<String, Value> {
+        let (options, rewrite) = (self.options, &self.options.rewrite);
+        let model = |(index, job): (usize, &Job)| {
+            let hashes = hashes.get(index).cloned().unwrap_or_default();
+            json!({
+                "model": job.model, "path": job.path, "sha256": hashes.model,
+                "batch_size": job.batch_size,
+                "tokenizer": {"path": job.tokenizer, "sha256": hashes.tokenizer},
+            })
+        };
         let facts = json!({
             "mxeval": env!("CARGO_PKG_VERSION"),
             "date": now(),
             "command": options.command,
-            "device": devices::name(&chosen.devices),
-            "gpus": chosen.gpus.iter().map(gpu_facts).collect::<Vec<_>>(),
-            "cpu_variant": cpu,
+            "device": devices::name(&self.chosen.devices),
+            "gpus": self.chosen.gpus.iter().map(gpu_facts).collect::<Vec<_>>(),
+            "cpu_variant": mx_kernels::cpu::variant(),
             "threads": options.threads.map_or_else(
                 || json!(format!("default ({} available)", available_threads())), |t| json!(t)),
-            "onnxruntime": {"version": runtime.version, "library": runtime.library},
-            "models": models,
-            "data": {"path": data, "sha256": data_sha},
+            "onnxruntime": {"version": self.runtime.version, "library": self.runtime.library},
+            "models": self.jobs.iter().enumerate().map(model).collect::<Vec<_>>(),
+            "data": {"path": self.data, "sha256": self.data_sha},
             "options": {
                 "max_samples": options.max_samples, "seq_len": options.seq_len,
                 "workers_per_device": options.workers_per_device,
                 "shard_documents": options.shard_documents,
-                "tier": options.rewrite.tier.name(), "block_size": options.rewrite.block_size,
-                "rounding": options.rewrite.rounding.name(),
-                "scale_rule": options.rewrite.scale_rule.name(),
-                "include": options.rewrite.include, "exclude": options.rewrite.exclude,
+                "tier": rewrite.tier.name(), "block_size": rewrite.block_size,
+                "rounding": rewrite.rounding.name(), "scale_rule": rewrite.scale_rule.name(),
+                "base_dtype": rewrite.base_dtype.map_or("the model's", BaseDtype::name),
+                "include": rewrite.include, "exclude": rewrite.exclude,
             },
             "definition": DEFINITION,
         });
-        let facts = facts.as_object().cloned().unwrap_or_default();
-        let tokenised = RefCell::new(None);
-        Ok(Self { jobs, options, chosen, runtime, data, observer, keys, facts, tokenised })
+        facts.as_object().cloned().unwrap_or_default()
     }
 
     fn wanted(&self, jobs: &[Job]) -> Vec<(String, String, String)> {
@@ -241,7 +313,7 @@ impl<'a> Run<'a> {
             let tasks = job.tasks.iter().zip(keys);
             tasks.map(|(t, key)| (job.model.clone(), t.name(), key.clone())).collect::<Vec<_>>()
         };
-        jobs.iter().zip(&self.keys).flat_map(of).collect()
+        jobs.iter().zip(&self.identity().keys).flat_map(of).collect()
     }
 
     /// Tokenises the text for a job and checks that its model can be fed with it.
@@ -290,13 +362,13 @@ impl<'a> Run<'a> {
     ) -> Vec<Item<'b>> {
         let batches = Arc::new(schedule::plan(&corpus.windows, job.batch_size));
         let mut items = Vec::new();
-        for (task, key) in job.tasks.iter().zip(&self.keys[index]) {
+        for (place, task) in job.tasks.iter().enumerate() {
             if store.get(&job.model, &task.name()).is_some() {
                 self.observer.note(&format!("{}: kept from an earlier run", task.name()));
                 continue;
             }
             let (corpus, batches) = (Arc::clone(&corpus), Arc::clone(&batches));
-            items.push(Item { job, task, key, corpus, batches });
+            items.push(Item { job, task, place: (index, place), corpus, batches });
         }
         items
     }
@@ -321,7 +393,9 @@ impl<'a> Run<'a> {
         let ahead = self.chosen.on_gpu();
         let count = bench.items.len();
         let outcome = workers::run(&bench, count, &teams, ahead, |done| {
-            store.append(done.record, bench.items[done.number].key, done.details)?;
+            let (job, task) = bench.items[done.number].place;
+            store.set_run(self.identity().facts.clone())?;
+            store.append(done.record, &self.identity().keys[job][task], done.details)?;
             self.write_reports(store)
         });
         store.clear_work()?;
@@ -334,7 +408,8 @@ impl<'a> Run<'a> {
 
     /// Records a job that cannot be run at all.
     fn refuse(&self, index: usize, job: &Job, error: &Error, store: &mut Store) -> Result<()> {
-        for (task, key) in job.tasks.iter().zip(&self.keys[index]) {
+        store.set_run(self.identity().facts.clone())?;
+        for (task, key) in job.tasks.iter().zip(&self.identity().keys[index]) {
             let mut record = blank(job, task, self.chosen, self.options);
             record.reason = Some(error.to_string());
             self.observer.stage_finished(usize::MAX, &record);
@@ -345,8 +420,9 @@ impl<'a> Run<'a> {
 
     fn write_reports(&self, store: &Store) -> Result<()> {
         let records = records_of(&ordered(self.jobs, store));
-        store.write("report.md", report::markdown(&records, &self.facts).as_bytes())?;
-        store.write("report.html", report::html(&records, &self.facts).as_bytes())
+        let facts = &self.identity().facts;
+        store.write("report.md", report::markdown(&records, facts).as_bytes())?;
+        store.write("report.html", report::html(&records, facts).as_bytes())
     }
 }
 

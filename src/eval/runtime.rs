@@ -31,18 +31,42 @@ impl Runtime {
     /// # Errors
     /// ONNX Runtime's reason: a library of CUDA or cuDNN that is missing, mostly.
     pub fn probe_cuda(&self) -> std::result::Result<(), String> {
+        preload_wheels(&self.library);
         let builder = ort::session::Session::builder(&self.environment);
         let added = builder.map_err(|e| e.to_string())?.with_execution_providers([cuda(0)]);
         added.map(drop).map_err(|e| e.to_string())
     }
 }
 
+/// Loads CUDA and cuDNN from the wheels that lie beside the `onnxruntime-gpu` package, where the
+/// library comes from one; what is on the loader's path is found without.
+fn preload_wheels(library: &Path) {
+    let library = library.canonicalize().unwrap_or_else(|_| library.into());
+    // .../site-packages/onnxruntime/capi/libonnxruntime.so
+    let Some(packages) = library.ancestors().nth(3) else { return };
+    let (cuda, cudnn) = (packages.join("nvidia/cu13/lib"), packages.join("nvidia/cudnn/lib"));
+    for (cuda, cudnn) in [(Some(cuda), None), (None, Some(cudnn))] {
+        let found = cuda.as_deref().or(cudnn.as_deref()).is_some_and(Path::is_dir);
+        // A library that does not load is missed by the provider, which says so.
+        let _ = found.then(|| ort::ep::cuda::preload_dylibs(cuda.as_deref(), cudnn.as_deref()));
+    }
+}
+
+/// Environment variable: most bytes that a session may take of a GPU's memory. For tests of what
+/// happens when it runs out.
+const MEMORY_LIMIT: &str = "MX_GPU_MEM_LIMIT";
+
 /// The CUDA provider on a device. TF32 is off, so that float32 means float32; memory is asked for in
 /// the sizes needed, so that weights take what they are; convolutions are not chosen by timing them,
 /// so that two runs compute the same.
 pub(super) fn cuda(ordinal: u32) -> ort::ep::ExecutionProviderDispatch {
     use ort::ep::{ArenaExtendStrategy, cuda::ConvAlgorithmSearch};
-    ort::ep::CUDA::default()
+    let limit = std::env::var(MEMORY_LIMIT).ok().and_then(|bytes| bytes.parse().ok());
+    let provider = match limit {
+        Some(bytes) => ort::ep::CUDA::default().with_memory_limit(bytes),
+        None => ort::ep::CUDA::default(),
+    };
+    provider
         .with_device_id(ordinal.cast_signed())
         .with_tf32(false)
         .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)

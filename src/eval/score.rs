@@ -51,10 +51,19 @@ pub(super) struct Scored {
     pub seconds: f64,
     /// Wall time of loading.
     pub load_seconds: f64,
-    /// Time of all threads while scoring, outside the runtime.
+    /// Time of all threads while scoring.
+    pub thread_seconds: f64,
+    /// Of it, what was spent outside the runtime.
     pub outside_run_seconds: f64,
     /// Rows that a batch was cut to after running out of memory.
     pub halved_to: Option<usize>,
+}
+
+impl Scored {
+    /// Time outside the runtime as a share of the threads' time.
+    pub fn outside_run_share(&self) -> f64 {
+        if self.thread_seconds > 0.0 { self.outside_run_seconds / self.thread_seconds } else { 0.0 }
+    }
 }
 
 /// Scores the corpus on `devices`, one thread and one model each.
@@ -93,6 +102,7 @@ pub(super) fn score(work: &Work<'_>, devices: &[Device], open: &Open<'_>) -> Res
         let share = share?;
         scored.seconds = scored.seconds.max(share.seconds);
         scored.load_seconds = scored.load_seconds.max(share.load_seconds);
+        scored.thread_seconds += share.seconds;
         scored.outside_run_seconds += share.seconds - share.running.as_secs_f64();
         scored.halved_to = scored.halved_to.into_iter().chain(share.halved_to).min();
     }

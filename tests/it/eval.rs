@@ -196,6 +196,23 @@ fn a_sweep_ranks_formats_and_resumes() {
     assert!(!stderr.contains("kept from"), "{stderr}");
 }
 
+/// `tests/python/gpu_eval.py`: the same figures on GPUs, whatever the division of labour.
+#[test]
+fn gpus_agree_with_the_cpu() {
+    let Some(python) = python().filter(|_| ready()) else { return };
+    let library = mxrewrite::eval::runtime::load(None).expect("ONNX Runtime").library;
+    let mut command = Command::new(python);
+    command.current_dir(root()).arg("tests/python/gpu_eval.py");
+    command.args(["--mxeval", env!("CARGO_BIN_EXE_mxeval"), "--ort-lib"]).arg(library);
+    let output = command.output().expect("Python starts");
+    let report = text(&output.stdout);
+    match output.status.code() {
+        Some(0) => println!("{report}"),
+        Some(77) => skip("cuda", report.trim().trim_start_matches("skipped: ")),
+        code => panic!("{code:?}\n{report}\n{}", text(&output.stderr)),
+    }
+}
+
 #[test]
 fn one_bad_graph_does_not_stop_the_others() {
     if !ready() {
@@ -281,6 +298,9 @@ fn usage_errors_exit_with_2() {
     with(&["--sweep", model, "--tier", "c", "--mx-format", "fp4_e2m1"], &["--tier c"]);
     with(&["--sweep", model, "--stages", "int8", "--skip-int8"], &["no stage"]);
     with(&["--sweep", model, "--batch-size", "0"], &["at least 1"]);
+    with(&["--sweep", model, "--workers-per-device", "0"], &["at least 1"]);
+    with(&["--sweep", model, "--min-free-ratio", "1.5"], &["between 0 and 1"]);
+    with(&["--sweep", model, "--device", "cuda:0,0"], &["device 0 is named twice"]);
     with(&["--sweep", model, "--dataset", "pile"], &["cannot be used with"]);
     refused(&["--sweep", model, "--tokenizer", tokenizer], 2, &["--data"]);
 }
@@ -319,7 +339,7 @@ fn faults_of_a_run_are_one_clear_line() {
     check(&short, &tokenizer, &[], &["no scored token"]);
     check("missing.parquet", &tokenizer, &[], &["missing.parquet"]);
     check(&pile, &column, &[], &["column.jsonl", "not a Hugging Face tokenizer.json"]);
-    check(&pile, &tokenizer, &["--device", "cuda"], &["--device cpu"]);
+    check(&pile, &tokenizer, &["--device", "cuda:99"], &["--device cuda: ", "--device cpu"]);
     check(&pile, &tokenizer, &["--ort-lib", "/nowhere.so"], &["--ort-lib /nowhere.so"]);
     let lock = std::fs::File::create(dir.path().join("out/.lock")).unwrap();
     lock.lock().unwrap();
