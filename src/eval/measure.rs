@@ -18,7 +18,7 @@ use super::stage::Stage;
 use super::store::WorkFolder;
 use super::windows::Corpus;
 use super::workers::Engine;
-use crate::onnx::{Graph, Model};
+use crate::onnx::{DataType, Graph, Model};
 use crate::rewrite::{Activation, BaseDtype, RewriteOptions, convert_file, rewrite_file};
 use mx_custom_ops::contract;
 use serde_json::{Map, Value, json};
@@ -147,7 +147,12 @@ impl Bench<'_> {
         {
             return Ok(Prepared::Skipped(reason));
         }
-        let make = self.make(stage);
+        let make = match self.make(stage) {
+            Make::Converted(to) if has_weights_in(&open_model(&job.path, &job.model)?, to) => {
+                Make::AsIs
+            }
+            make => make,
+        };
         if matches!(make, Make::AsIs) {
             record.sites_replaced = Some(0);
             return Ok(Prepared::Graph(job.path.clone()));
@@ -183,11 +188,11 @@ impl Bench<'_> {
             Stage::Mx(format) => Some(format),
             _ => None,
         };
-        let base_dtype = match stage {
+        if stage == Stage::Bf16 && self.chosen.on_gpu() {
             // A GPU computes in bfloat16; the CPU rounds to it.
-            Stage::Bf16 => self.chosen.on_gpu().then_some(BaseDtype::Bf16),
-            _ => rewrite.base_dtype,
-        };
+            return Make::Converted(BaseDtype::Bf16);
+        }
+        let base_dtype = rewrite.base_dtype.filter(|_| stage != Stage::Bf16);
         let threads = rewrite.threads.or_else(|| self.rewrite_threads());
         let base = match stage {
             Stage::Mx(_) | Stage::MxTierC | Stage::MxTierD => rewrite,
@@ -295,6 +300,15 @@ impl Bench<'_> {
     }
 }
 
+/// Whether the model is one of this type already, and a copy of its gigabytes would be the same:
+/// every float matrix is. Constants that an exporter kept in float32 stay as they are.
+fn has_weights_in(model: &Model, to: BaseDtype) -> bool {
+    let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double];
+    let matrices = model.graph().initializers().filter(|tensor| tensor.dims.len() >= 2);
+    let mut types = matrices.filter_map(|tensor| tensor.data_type()).filter(|t| floats.contains(t));
+    types.next().is_some_and(|first| first == to.data_type() && types.all(|t| t == first))
+}
+
 /// The record's figures, and how the stage ended.
 fn conclude(scored: &Scored, record: &mut Record) -> (Status, Option<String>) {
     let documents = &scored.documents;
@@ -384,5 +398,44 @@ impl Found {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_of_the_type_is_not_converted() {
+        let path = "fixtures/tinylm/dynamo/model.onnx";
+        let model = Model::open(Path::new(path)).unwrap();
+        assert!(has_weights_in(&model, BaseDtype::F32));
+        assert!(
+            !has_weights_in(&model, BaseDtype::Bf16) && !has_weights_in(&model, BaseDtype::F16)
+        );
+    }
+
+    #[test]
+    fn a_batch_that_was_cut_is_a_remark_and_nan_a_failure() {
+        let document = |nll| crate::eval::metrics::DocumentScore {
+            nll,
+            entropy: 1.0,
+            correct: 0,
+            tokens: 2,
+            bytes: 7,
+        };
+        let scored = |nll, halved_to| Scored {
+            documents: vec![document(nll), document(3.0)],
+            seconds: 1.0,
+            halved_to,
+            ..Scored::default()
+        };
+        let mut record = Record::new("m", "baseline", "cuda:0", Status::Failed);
+        assert_eq!(conclude(&scored(1.0, None), &mut record), (Status::Ok, None));
+        assert_eq!(record.xent, Some(1.0));
+        let (status, reason) = conclude(&scored(1.0, Some(4)), &mut record);
+        assert!(status == Status::Ok && reason.unwrap().contains("as few as 4"));
+        let (status, reason) = conclude(&scored(f64::NAN, None), &mut record);
+        assert!(status == Status::Failed && reason.unwrap().contains("1 of 2 documents"));
     }
 }

@@ -403,6 +403,8 @@ impl<'a> Run<'a> {
         if self.observer.interrupted() {
             return Err(Error::Interrupted);
         }
+        // Also where everything was kept from an earlier run.
+        store.set_run(self.identity().facts.clone())?;
         self.write_reports(store)
     }
 

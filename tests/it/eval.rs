@@ -191,6 +191,10 @@ fn a_sweep_ranks_formats_and_resumes() {
     let (code, again, stderr) = sweep(&["--resume"]);
     assert_eq!((code, again.len()), (0, first.len()), "{stderr}");
     assert!(stderr.contains("int8: kept from an earlier run"), "{stderr}");
+    let run: Value = serde_json::from_slice(&std::fs::read(out.join("run.json")).unwrap()).unwrap();
+    assert_eq!(run["models"][0]["sha256"].as_str().unwrap().len(), 64);
+    let details = &run["stages"][format!("{} int8", model().display())];
+    assert!(details["outside_run_share"].as_f64().is_some_and(|share| share < 1.0), "{details}");
     assert_eq!(std::fs::read_to_string(out.join("results.jsonl")).unwrap(), lines);
     let (_, _, stderr) = sweep(&["--resume", "--batch-size", "3"]);
     assert!(!stderr.contains("kept from"), "{stderr}");
