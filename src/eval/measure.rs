@@ -1,5 +1,6 @@
 //! One stage: make its graph, load it, score the corpus.
 
+use super::describe::describe;
 use super::devices::{self, Chosen, Device};
 use super::error::{Error, Result};
 use super::gpus::MemoryProbe;
@@ -18,11 +19,9 @@ use super::stage::Stage;
 use super::store::WorkFolder;
 use super::windows::Corpus;
 use super::workers::Engine;
-use crate::onnx::{DataType, Graph, Model};
+use crate::onnx::{DataType, Model};
 use crate::rewrite::{Activation, BaseDtype, RewriteOptions, convert_file, rewrite_file};
-use mx_custom_ops::contract;
 use serde_json::{Map, Value, json};
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -352,53 +351,6 @@ pub(super) fn blank(job: &Job, task: &Task, chosen: &Chosen, options: &Options) 
         }
     }
     record
-}
-
-/// Says in `record` what MX nodes a finished graph holds.
-fn describe(model: &Model, record: &mut Record) -> Result<()> {
-    let mut found = Found::default();
-    found
-        .collect(model.graph())
-        .map_err(|reason| Error::Model { model: record.model.clone(), reason })?;
-    record.sites_replaced = Some(found.nodes);
-    if found.nodes > 0 {
-        record.weight_format = Some(Vec::from_iter(found.weights).join("+"));
-        record.activation_format = Some(Vec::from_iter(found.activations).join("+"));
-    }
-    Ok(())
-}
-
-/// The MX nodes of a graph and its sub-graphs.
-#[derive(Default)]
-struct Found {
-    nodes: u64,
-    weights: BTreeSet<String>,
-    activations: BTreeSet<String>,
-}
-
-impl Found {
-    fn collect(&mut self, graph: &Graph) -> std::result::Result<(), String> {
-        for (id, node) in graph.nodes() {
-            if node.domain.as_deref() == Some(contract::DOMAIN)
-                && node.op_type.as_deref() == Some(contract::op::MX_MATMUL)
-            {
-                self.nodes += 1;
-                for (attribute, names) in [
-                    (contract::attr::WEIGHT_FORMAT, &mut self.weights),
-                    (contract::attr::ACTIVATION_FORMAT, &mut self.activations),
-                ] {
-                    let value =
-                        node.attribute.iter().find(|a| a.name.as_deref() == Some(attribute));
-                    let text = value.and_then(|a| a.s.as_ref());
-                    names.extend(text.map(|s| String::from_utf8_lossy(s).into_owned()));
-                }
-            }
-            for (_, sub) in graph.subgraphs(id).map_err(|e| e.to_string())? {
-                self.collect(&sub)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -7,10 +7,12 @@
 //! leaves records ([`record`], [`store`]) and a [`report`].
 
 pub mod corpus;
+mod describe;
 pub mod devices;
 mod error;
 pub mod feeds;
 pub mod gpus;
+mod identity;
 pub mod instrument;
 pub mod job;
 mod measure;

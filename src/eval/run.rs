@@ -4,26 +4,25 @@ use super::corpus::{self, Dataset};
 use super::devices::{self, Chosen, Device, Request};
 use super::error::{Error, Result};
 use super::gpus::Local;
+use super::identity::{Hashing, Identity, Subject};
 use super::instrument;
-use super::job::{Job, KeyParts, Task};
+use super::job::{Job, Task};
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
-use super::process::{now, sha256_files};
 use super::record::{Record, Status};
 use super::report;
 use super::runtime::{self, Runtime};
 use super::schedule;
 use super::session::open_model;
 use super::store::{Entry, Store};
-use super::windows::{Corpus, DEFINITION, Tokenizer};
+use super::windows::{Corpus, Tokenizer};
 use super::workers;
 use crate::rewrite::{BaseDtype, RewriteOptions};
-use serde_json::{Map, Value, json};
+use serde_json::Map;
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::thread::{self, JoinHandle};
 
 /// Where the evaluation text comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +113,10 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     }
     // Without --resume nothing is kept, and no key has to be known yet.
     store.keep(&if options.resume { run.wanted(jobs) } else { Vec::new() })?;
-    store.set_run(run.facts(&[]))?;
+    if options.resume || !chosen.on_gpu() {
+        // On the CPU reading gigabytes would slow down the measuring.
+        run.identity();
+    }
     let mut items = Vec::new();
     for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
         match corpus {
@@ -169,35 +171,11 @@ struct Run<'a> {
     chosen: &'a Chosen,
     runtime: &'a Runtime,
     data: PathBuf,
-    data_sha: String,
     observer: &'a dyn Observer,
-    /// Reads the models while something is measured already: gigabytes take a while.
-    hashing: RefCell<Option<JoinHandle<Vec<Hashes>>>>,
+    hashing: RefCell<Option<Hashing>>,
     identity: OnceCell<Identity>,
     /// The text as the last tokenizer saw it: graphs given side by side share one.
     tokenised: RefCell<Option<Tokenised>>,
-}
-
-/// Digests of a job's files. One that cannot be read becomes the failure of the job's stages, not of
-/// the run.
-#[derive(Clone, Default)]
-struct Hashes {
-    model: Option<String>,
-    tokenizer: Option<String>,
-}
-
-impl Hashes {
-    fn new(job: &Job) -> Self {
-        let tokenizer = sha256_files([job.tokenizer.as_path()]);
-        Self { model: job.sha256().ok(), tokenizer: tokenizer.ok() }
-    }
-}
-
-/// What a run is about, once everything has been read.
-struct Identity {
-    /// Key of every stage, by job and task.
-    keys: Vec<Vec<String>>,
-    facts: Map<String, Value>,
 }
 
 #[derive(Clone)]
@@ -217,95 +195,28 @@ impl<'a> Run<'a> {
         data: PathBuf,
         observer: &'a dyn Observer,
     ) -> Result<Self> {
-        let data_sha = sha256_files([data.as_path()])?;
-        let owned = jobs.to_vec();
-        let hashing = thread::spawn(move || owned.iter().map(Hashes::new).collect());
-        let (hashing, tokenised) = (RefCell::new(Some(hashing)), RefCell::new(None));
-        let identity = OnceCell::new();
-        Ok(Self {
-            jobs,
-            options,
-            chosen,
-            runtime,
-            data,
-            data_sha,
-            observer,
-            hashing,
-            identity,
-            tokenised,
-        })
+        let hashing = RefCell::new(Some(Hashing::start(jobs, &data)?));
+        let (identity, tokenised) = (OnceCell::new(), RefCell::new(None));
+        Ok(Self { jobs, options, chosen, runtime, data, observer, hashing, identity, tokenised })
     }
 
     /// Keys and facts; waits for the models to be read.
     fn identity(&self) -> &Identity {
         self.identity.get_or_init(|| {
-            let hashing = self.hashing.borrow_mut().take();
-            let hashes = hashing.and_then(|thread| thread.join().ok()).unwrap_or_default();
-            let of = |index: usize| hashes.get(index).cloned().unwrap_or_default();
-            let jobs = self.jobs.iter().enumerate();
-            let keys = jobs.map(|(index, job)| self.keys(job, &of(index))).collect();
-            Identity { keys, facts: self.facts(&hashes) }
+            let digests = self.hashing.borrow_mut().take().map(|hashing| {
+                if !hashing.is_finished() {
+                    self.observer.note("waiting for the digests of the models");
+                }
+                hashing.wait()
+            });
+            self.subject().identity(&digests.unwrap_or_default())
         })
     }
 
-    /// Key of every stage of a job.
-    fn keys(&self, job: &Job, hashes: &Hashes) -> Vec<String> {
-        let options = self.options;
-        let place = place(self.chosen, mx_kernels::cpu::variant());
-        let platform = format!("{} {place} {:?}", self.runtime.version, options.threads);
-        let figures = format!(
-            "{} {} {} {:?}",
-            options.max_samples, options.seq_len, job.batch_size, options.rewrite
-        );
-        let key = |task: &Task| {
-            let parts = KeyParts {
-                model: hashes.model.as_deref().unwrap_or("unreadable"),
-                data: &self.data_sha,
-                tokenizer: hashes.tokenizer.as_deref().unwrap_or("unreadable"),
-                stage: &task.name(),
-                options: &figures,
-                platform: &platform,
-            };
-            parts.key()
-        };
-        job.tasks.iter().map(key).collect()
-    }
-
-    /// What run.json says, digests of models as far as they are known.
-    fn facts(&self, hashes: &[Hashes]) -> Map<String, Value> {
-        let (options, rewrite) = (self.options, &self.options.rewrite);
-        let model = |(index, job): (usize, &Job)| {
-            let hashes = hashes.get(index).cloned().unwrap_or_default();
-            json!({
-                "model": job.model, "path": job.path, "sha256": hashes.model,
-                "batch_size": job.batch_size,
-                "tokenizer": {"path": job.tokenizer, "sha256": hashes.tokenizer},
-            })
-        };
-        let facts = json!({
-            "mxeval": env!("CARGO_PKG_VERSION"),
-            "date": now(),
-            "command": options.command,
-            "device": devices::name(&self.chosen.devices),
-            "gpus": self.chosen.gpus.iter().map(gpu_facts).collect::<Vec<_>>(),
-            "cpu_variant": mx_kernels::cpu::variant(),
-            "threads": options.threads.map_or_else(
-                || json!(format!("default ({} available)", available_threads())), |t| json!(t)),
-            "onnxruntime": {"version": self.runtime.version, "library": self.runtime.library},
-            "models": self.jobs.iter().enumerate().map(model).collect::<Vec<_>>(),
-            "data": {"path": self.data, "sha256": self.data_sha},
-            "options": {
-                "max_samples": options.max_samples, "seq_len": options.seq_len,
-                "workers_per_device": options.workers_per_device,
-                "shard_documents": options.shard_documents,
-                "tier": rewrite.tier.name(), "block_size": rewrite.block_size,
-                "rounding": rewrite.rounding.name(), "scale_rule": rewrite.scale_rule.name(),
-                "base_dtype": rewrite.base_dtype.map_or("the model's", BaseDtype::name),
-                "include": rewrite.include, "exclude": rewrite.exclude,
-            },
-            "definition": DEFINITION,
-        });
-        facts.as_object().cloned().unwrap_or_default()
+    /// What is measured, with what.
+    fn subject(&self) -> Subject<'_> {
+        let Self { jobs, options, chosen, runtime, data, .. } = self;
+        Subject { jobs, options, chosen, runtime, data }
     }
 
     fn wanted(&self, jobs: &[Job]) -> Vec<(String, String, String)> {
@@ -436,35 +347,8 @@ fn teams(devices: &[Device], workers: usize, shard: bool) -> Vec<Vec<Device>> {
     if shard { vec![slots.collect()] } else { slots.map(|device| vec![device]).collect() }
 }
 
-/// What decides the bits of a result, apart from ONNX Runtime: which GPUs of a kind does not.
-fn place(chosen: &Chosen, cpu: &str) -> String {
-    let mut kinds: Vec<String> = chosen
-        .gpus
-        .iter()
-        .map(|gpu| format!("{} {:?}", gpu.name, gpu.compute_capability))
-        .collect();
-    kinds.sort();
-    kinds.dedup();
-    if kinds.is_empty() { format!("{cpu} cpu") } else { kinds.join(" ") }
-}
-
-fn gpu_facts(gpu: &super::gpus::Gpu) -> Value {
-    let (major, minor) = gpu.compute_capability;
-    let memory = gpu.memory.as_ref().ok();
-    json!({
-        "device": Device::Cuda(gpu.ordinal).to_string(), "name": gpu.name, "uuid": gpu.uuid,
-        "compute_capability": format!("{major}.{minor}"),
-        "total_bytes": memory.map(|m| m.total), "free_bytes": memory.map(|m| m.free),
-    })
-}
-
-fn available_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::gpus::Gpu;
     use super::*;
 
     #[test]
@@ -476,25 +360,5 @@ mod tests {
         // Stages alternate between devices before one gets its second.
         assert_eq!(teams(&[a, b], 2, false), [[a], [b], [a], [b]]);
         assert_eq!(teams(&[a, b], 2, true), [[a, b, a, b]]);
-    }
-
-    #[test]
-    fn a_result_holds_on_every_gpu_of_the_kind() {
-        let gpu = |ordinal, name: &str| Gpu {
-            ordinal,
-            name: name.into(),
-            uuid: format!("{ordinal}"),
-            compute_capability: (9, 0),
-            memory: Err("unseen".into()),
-        };
-        let chosen = |gpus: Vec<Gpu>| Chosen {
-            devices: gpus.iter().map(|gpu| Device::Cuda(gpu.ordinal)).collect(),
-            gpus,
-            note: None,
-        };
-        let one = place(&chosen(vec![gpu(0, "H100")]), "avx2");
-        assert_eq!(one, place(&chosen(vec![gpu(1, "H100"), gpu(0, "H100")]), "avx512"));
-        assert_ne!(one, place(&chosen(vec![gpu(0, "H200")]), "avx2"));
-        assert_ne!(one, place(&chosen(vec![]), "avx2"));
     }
 }
