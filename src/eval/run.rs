@@ -6,7 +6,7 @@ use super::error::{Error, Result};
 use super::gpus::Local;
 use super::identity::{Hashing, Identity, Subject};
 use super::instrument;
-use super::job::{Job, Task};
+use super::job::Job;
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
 use super::record::{Record, Status};
