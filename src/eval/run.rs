@@ -98,6 +98,9 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     if let Some(note) = &chosen.note {
         observer.note(note);
     }
+    if options.workers_per_device > 1 && !chosen.on_gpu() {
+        observer.note("--workers-per-device is for GPUs: the CPU has one worker");
+    }
     let data = fetch(&options.data, observer)?;
     let mut store = Store::open(&options.out, options.resume)?;
     observer.opened(&store.work_root());
