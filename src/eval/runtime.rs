@@ -34,8 +34,14 @@ impl Runtime {
         preload_wheels(&self.library);
         let builder = ort::session::Session::builder(&self.environment);
         let added = builder.map_err(|e| e.to_string())?.with_execution_providers([cuda(0)]);
-        added.map(drop).map_err(|e| e.to_string())
+        added.map(drop).map_err(|e| plain(&e.to_string()))
     }
+}
+
+/// An error of ONNX Runtime without the place in its sources.
+fn plain(text: &str) -> String {
+    let reason = text.rsplit_once("FAIL : ").map_or(text, |(_, reason)| reason);
+    reason.trim().to_owned()
 }
 
 /// Loads CUDA and cuDNN from the wheels that lie beside the `onnxruntime-gpu` package, where the
@@ -188,6 +194,14 @@ mod tests {
     fn a_library_that_is_not_there_is_named_with_its_origin() {
         let error = find(Some(Path::new("/nowhere/libonnxruntime.so"))).unwrap_err().to_string();
         assert!(error.contains("--ort-lib /nowhere/libonnxruntime.so"), "{error}");
+    }
+
+    #[test]
+    fn errors_lose_the_place_in_the_sources() {
+        let text = "/src/provider_bridge_ort.cc:2043 Get() [ONNXRuntimeError] : 1 : FAIL : Failed to \
+                    load library x.so with error: libcublasLt.so.13: no such file\n";
+        assert!(plain(text).starts_with("Failed to load") && plain(text).ends_with("such file"));
+        assert_eq!(plain("other"), "other");
     }
 
     #[test]
