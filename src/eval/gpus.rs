@@ -100,8 +100,8 @@ impl Machine for Local<'_> {
         }
         self.0.probe_cuda().map_err(|reason| {
             format!(
-                "ONNX Runtime cannot load its CUDA provider ({reason}); CUDA 13 and cuDNN 9 \
-                     have to be on LD_LIBRARY_PATH"
+                "ONNX Runtime cannot load its CUDA provider ({reason}); the CUDA libraries that it was \
+                 built for have to be on LD_LIBRARY_PATH"
             )
         })
     }
