@@ -66,7 +66,15 @@ DEVICE u32 sub_bf16x2(u32 a, u32 b) {
 
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// Copies BYTES (4, 8 or 16) to shared memory in the background, or writes zeros.
+// Copies BYTES (4, 8 or 16) to shared memory in the background.
+template <int BYTES>
+DEVICE void copy_async(u32 to, const void* from) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES));
+}
+// The same, or zeros where `valid` is false.
 template <int BYTES>
 DEVICE void copy_async(u32 to, const void* from, bool valid) {
     int size = valid ? BYTES : 0;
@@ -77,18 +85,10 @@ DEVICE void copy_async(u32 to, const void* from, bool valid) {
                      "r"(size));
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
-// Waits until at most `pending` groups of copies are under way.
-DEVICE void copy_wait(int pending) {
-    if (pending >= 4)
-        asm volatile("cp.async.wait_group 4;");
-    else if (pending == 3)
-        asm volatile("cp.async.wait_group 3;");
-    else if (pending == 2)
-        asm volatile("cp.async.wait_group 2;");
-    else if (pending == 1)
-        asm volatile("cp.async.wait_group 1;");
-    else
-        asm volatile("cp.async.wait_group 0;");
+// Waits until at most PENDING groups of copies are under way.
+template <int PENDING>
+DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
 }
 
 // d += a * b: a is 16 x 16, b 16 x 8, both bfloat16, d fp32; fragments as PTX lays them out.

@@ -24,7 +24,6 @@ struct Linear {
     int splits;
     int rows;                // rows of X that count
     int tiles;               // 8-row tiles of X, a multiple of a block's
-    int stages;
     int copy_bytes;          // 16, 8 or 4: what W's rows are aligned to
     int partial;             // 1: y takes float partial sums
     int type;
@@ -38,80 +37,30 @@ struct Linear {
 
 const int WARPS = 8;
 
-// One step of rows that are aligned to 4 or 8 bytes only: small blocks, or an odd number of blocks.
-__device__ __noinline__ void copy_unaligned(const u8* first, int row_bytes, int have, int rows, u32 to, int step) {
+// One step of rows that end inside it, lie behind W's last row or are aligned to 4 bytes only.
+__device__ __noinline__ void copy_ragged(const u8* first, int row_bytes, int have, int rows, u32 to, int at0) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * (STEP_BYTES / 4); i += WARPS * 32) {
-        int row = i / (STEP_BYTES / 4), at = step * STEP_BYTES + i % (STEP_BYTES / 4) * 4;
+        int row = i / (STEP_BYTES / 4), at = at0 + i % (STEP_BYTES / 4) * 4;
         bool valid = row < have && at < row_bytes;
         copy_async<4>(to + i * 4, valid ? first + (long long)row * row_bytes + at : first, valid);
     }
 }
 
-// One block's part of W and X. Features per warp: 16 * MT; rows of X per block: 8 * NT.
+// What a block does: features per warp 16 * MT, rows of X per block 8 * NT.
 template <int NT, int MT>
-struct Tile {
+struct Shape {
     static const int ROWS = WARPS * 16 * MT;
     static const int W_BYTES = ROWS * STEP_BYTES;
     static const int X_BYTES = NT * 2048;
     static const int STAGE = W_BYTES + X_BYTES;
+    // Steps whose copies are under way; tiles.rs computes the same. What leaves room for three, two
+    // or one block on a multiprocessor of compute capability 9.0.
+    static const int ROOM = NT <= 2 ? 75 << 10 : NT <= 8 ? 98 << 10 : 200 << 10;
+    static const int STAGES = ROOM / STAGE < 2 ? 2 : ROOM / STAGE > 6 ? 6 : ROOM / STAGE;
     // 16-byte pieces of a row's step, and rows that the block's threads copy at a time.
     static const int PIECES = STEP_BYTES / 16;
     static const int PASS = PIECES == 6 ? 32 : WARPS * 32 / PIECES;
-
-    const Linear& p;
-    const u8* codes;         // this thread's first piece, at step 0
-    const uint4* x;          // this thread's first piece, at step 0
-    const u8* scales[2 * MT];
-    int n0, tile0;
-    bool whole;              // every row of the block is one of W's
-
-    DEVICE Tile(const Linear& p, int ia, int ib, int row) : p(p) {
-        n0 = blockIdx.x * ROWS, tile0 = blockIdx.y * NT;
-        whole = n0 + ROWS <= p.n;
-        int first = n0 + threadIdx.x / PIECES;
-        codes = p.codes + ib * p.w_batch + (long long)first * p.row_bytes + threadIdx.x % PIECES * 16;
-        x = p.x + ia * p.x_batch + (long long)tile0 * 128 + threadIdx.x;
-#pragma unroll
-        for (int i = 0; i < 2 * MT; i++)
-            scales[i] = p.scales + (long long)min(row + i * 8, p.n - 1) * p.blocks;
-    }
-
-    DEVICE void copy_w(u32 stage, int step) const {
-        if (p.copy_bytes != 16) {
-            const u8* first = codes - (long long)(threadIdx.x / PIECES) * p.row_bytes - threadIdx.x % PIECES * 16;
-            return copy_unaligned(first, p.row_bytes, min(ROWS, p.n - n0), ROWS, stage, step);
-        }
-        if (PIECES * PASS < WARPS * 32 && threadIdx.x >= PIECES * PASS) return;
-        const u8* from = codes + (long long)step * STEP_BYTES;
-        u32 to = stage + threadIdx.x * 16;
-        bool inside = step * STEP_BYTES + int(threadIdx.x) % PIECES * 16 < p.row_bytes;
-#pragma unroll
-        for (int i = 0; i < ROWS / PASS; i++) {
-            bool valid = inside && (whole || n0 + int(threadIdx.x) / PIECES + i * PASS < p.n);
-            copy_async<16>(to + i * PASS * STEP_BYTES, valid ? from + i * PASS * p.row_bytes : p.codes, valid);
-        }
-    }
-    DEVICE void copy_x(u32 stage, int step) const {
-        const uint4* from = x + (long long)step * p.tiles * 128;
-        u32 to = stage + W_BYTES + threadIdx.x * 16;
-        if (NT == 1 && threadIdx.x >= 128) return;
-#pragma unroll
-        for (int i = 0; i < (NT + 1) / 2; i++) copy_async<16>(to + i * 4096, from + i * 256, true);
-    }
-
-    // Scale bytes of this lane's rows, both halves of its codes: low byte codes 0-15, then 16-31.
-    DEVICE void load_scales(int step, int t, u32 (&s)[2 * MT]) const {
-        int first = (step * 128 + code_offset(t, 0)) >> p.block_shift;
-        int second = (step * 128 + code_offset(t, 2)) >> p.block_shift;
-        bool in_first = first < p.blocks, in_second = second < p.blocks;
-#pragma unroll
-        for (int i = 0; i < 2 * MT; i++) {
-            u32 a = in_first ? scales[i][first] : 127;
-            u32 b = second == first ? a : in_second ? scales[i][second] : 127;
-            s[i] = a | b << 8;
-        }
-    }
 };
 
 // Returns whether a sum is not finite: it may have left fp32 on its way, and fp64 has to tell.
@@ -153,7 +102,7 @@ DEVICE bool store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long
 template <int NT, int MT>
 DEVICE void linear(const Linear& p) {
     extern __shared__ uint4 shared[];
-    typedef Tile<NT, MT> T;
+    typedef Shape<NT, MT> S;
     int split = blockIdx.z % p.splits, matrix = blockIdx.z / p.splits, ia = 0, ib = 0, rest = matrix;
 #pragma unroll
     for (int d = 3; d >= 0; d--) {
@@ -162,50 +111,94 @@ DEVICE void linear(const Linear& p) {
         ia += i * p.a[d];
         ib += i * p.b[d];
     }
+    const int STAGES = S::STAGES, STAGE = S::STAGE;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int begin = int((long long)p.steps * split / p.splits);
-    int end = int((long long)p.steps * (split + 1) / p.splits);
+    int n0 = blockIdx.x * S::ROWS, row = n0 + warp * 16 * MT + g;
+    int step = int((long long)p.steps * split / p.splits);
+    int left = int((long long)p.steps * (split + 1) / p.splits) - step;
     u32 base = shared_address(shared);
-    int row = blockIdx.x * T::ROWS + warp * 16 * MT + g;
-    T tile(p, ia, ib, row);
+
+    // Where this thread's copies come from; moved on after each step.
+    const u8* block_codes = p.codes + ib * p.w_batch + (long long)n0 * p.row_bytes;
+    const u8* w_from = block_codes + (long long)(threadIdx.x / S::PIECES) * p.row_bytes +
+                       threadIdx.x % S::PIECES * 16 + (long long)step * STEP_BYTES;
+    int w_at = step * STEP_BYTES;
+    bool even = p.copy_bytes == 16 && n0 + S::ROWS <= p.n;
+    bool copies = S::PIECES * S::PASS == WARPS * 32 || threadIdx.x < S::PIECES * S::PASS;
+    const uint4* x_from = p.x + ia * p.x_batch + ((long long)step * p.tiles + blockIdx.y * NT) * 128 + threadIdx.x;
+    auto copy_w = [&](u32 to) {
+        if (even && w_at + STEP_BYTES <= p.row_bytes) {
+            if (copies)
+#pragma unroll
+                for (int i = 0; i < S::ROWS / S::PASS; i++)
+                    copy_async<16>(to + threadIdx.x * 16 + i * S::PASS * STEP_BYTES, w_from + (long long)i * S::PASS * p.row_bytes);
+        } else {
+            copy_ragged(block_codes, p.row_bytes, min(S::ROWS, p.n - n0), S::ROWS, to, w_at);
+        }
+        w_from += STEP_BYTES, w_at += STEP_BYTES;
+    };
+    auto copy_x = [&](u32 to) {
+        if (NT > 1 || threadIdx.x < 128)
+#pragma unroll
+            for (int i = 0; i < (NT + 1) / 2; i++)
+                copy_async<16>(to + S::W_BYTES + threadIdx.x * 16 + i * 4096, x_from + i * 256);
+        x_from += p.tiles * 128;
+    };
+    // A lane's codes of a step lie side by side, within one block.
+    bool same = BITS < 8 && p.block_shift >= 5;
+    // Scale bytes of this lane's rows, one step ahead: low byte for codes 0-15, then for 16-31.
+    const u8* row_scales[2 * MT];
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++)
+        row_scales[i] = p.scales + (long long)min(row + i * 8, p.n - 1) * p.blocks;
+    u32 next_scales[2 * MT], bad[2 * MT];
+    auto load_scales = [&](int step) {
+        int first = (step * 128 + code_offset(t, 0)) >> p.block_shift;
+        int second = (step * 128 + code_offset(t, 2)) >> p.block_shift;
+#pragma unroll
+        for (int i = 0; i < 2 * MT; i++) {
+            u32 a = first < p.blocks ? row_scales[i][first] : 127;
+            u32 b = same ? 0 : second < p.blocks ? row_scales[i][second] : 127;
+            next_scales[i] = a | b << 8;
+        }
+    };
 
     if (!p.w_constant) wait_for_previous();
-    for (int s = 0; s < p.stages - 1; s++)
-        if (begin + s < end) tile.copy_w(base + s * T::STAGE, begin + s);
-    u32 next_scales[2 * MT], bad[2 * MT];
+#pragma unroll 1
+    for (int s = 0; s < STAGES - 1; s++)
+        if (s < left) copy_w(base + s * STAGE);
 #pragma unroll
     for (int i = 0; i < 2 * MT; i++) next_scales[i] = 127 | 127 << 8, bad[i] = 0;
-    if (p.scales && begin < end) tile.load_scales(begin, t, next_scales);
+    if (p.scales && left > 0) load_scales(step);
     if (p.w_constant) wait_for_previous();
     launch_dependents();
-    for (int s = 0; s < p.stages - 1; s++) {
-        if (begin + s < end) tile.copy_x(base + s * T::STAGE, begin + s);
+#pragma unroll 1
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < left) copy_x(base + s * STAGE);
         copy_commit();
     }
 
     const int GROUP = NT < 4 ? NT : 4, CHAINS = NT <= 2 ? 2 : 1;
     float acc[MT][NT][4] = {}, odd[MT][CHAINS == 2 ? NT : 1][4] = {};
-    int stage = 0;
-    for (int step = begin; step < end; step++) {
-        copy_wait(p.stages - 2);
+    u32 here = 0, there = (STAGES - 1) * STAGE;
+#pragma unroll 1
+    for (; left > 0; left--) {
+        copy_wait<STAGES - 2>();
         __syncthreads();
-        int ahead = step + p.stages - 1, to = stage == 0 ? p.stages - 1 : stage - 1;
-        if (ahead < end) {
-            tile.copy_w(base + to * T::STAGE, ahead);
-            tile.copy_x(base + to * T::STAGE, ahead);
+        if (left >= STAGES) {
+            copy_w(base + there);
+            copy_x(base + there);
         }
         copy_commit();
         u32 scales[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; i++) scales[i] = next_scales[i];
-        if (p.scales && step + 1 < end) tile.load_scales(step + 1, t, next_scales);
+        step++;
+        if (p.scales && left > 1) load_scales(step);
 
-        const u8* here = reinterpret_cast<const u8*>(shared) + stage * T::STAGE;
-        const u8* codes = here + (warp * 16 * MT + g) * STEP_BYTES;
-        const uint4* x = reinterpret_cast<const uint4*>(here + T::W_BYTES) + lane;
+        const u8* codes = reinterpret_cast<const u8*>(shared) + here + (warp * 16 * MT + g) * STEP_BYTES;
+        const uint4* x = reinterpret_cast<const uint4*>(reinterpret_cast<const u8*>(shared) + here + S::W_BYTES) + lane;
         u32 w[2 * MT][LANE_WORDS], multipliers[2 * MT][2];
-        // A lane's codes lie side by side, within one block.
-        bool same = BITS < 8 && p.block_shift >= 5;
 #pragma unroll
         for (int i = 0; i < 2 * MT; i++) {
             load_codes(codes + i * 8 * STEP_BYTES, t, w[i]);
@@ -243,9 +236,10 @@ DEVICE void linear(const Linear& p) {
                         mma_bf16(CHAINS == 2 ? odd[mt][CHAINS == 2 ? first + i : 0] : acc[mt][first + i], a[mt][1], b[i].z, b[i].w);
             }
         }
-        stage = stage + 1 == p.stages ? 0 : stage + 1;
+        there = here;
+        here = here + STAGE == STAGES * STAGE ? 0 : here + STAGE;
     }
-    copy_wait(0);
+    copy_wait<0>();
     __syncthreads();
     if (CHAINS == 2) {
 #pragma unroll
@@ -253,7 +247,7 @@ DEVICE void linear(const Linear& p) {
     }
     float* scratch = reinterpret_cast<float*>(shared) + warp * 8 * (16 * MT + 1);
     long long out = (long long)blockIdx.z * p.rows * p.n;
-    u32 wild = store<NT, MT>(p, acc, scratch, out, tile.n0 + warp * 16 * MT, tile.tile0 * 8);
+    u32 wild = store<NT, MT>(p, acc, scratch, out, n0 + warp * 16 * MT, blockIdx.y * NT * 8);
     wild = p.partial ? 0 : __any_sync(0xffffffffu, wild);
     long long part = (long long)(ib * gridDim.y + blockIdx.y) * p.splits + split;
 #pragma unroll

@@ -399,7 +399,6 @@ impl LinearPlan {
             splits: tiling.splits as i32,
             rows: (self.terms() * rows) as i32,
             tiles: (padded / FRAGMENT_ROWS) as i32,
-            stages: tiling.stages as i32,
             copy_bytes: copy_bytes(b.codes, weight.row_bytes(self.problem.k)),
             partial: i32::from(partial),
             kind: self.x_type as i32,
@@ -407,7 +406,6 @@ impl LinearPlan {
             alpha: self.problem.alpha,
             beta: self.problem.beta,
             batches: Batches::ONE,
-            _pad: 0,
         };
         let grid = (tiling.columns, (padded / tiling.rows) as u32, tiling.splits as u32);
         let shape = Launch::new(grid, (THREADS, 1, 1)).shared(tiling.shared).overlap(true);

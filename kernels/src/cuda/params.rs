@@ -137,7 +137,6 @@ pub(super) struct Linear {
     pub splits: i32,
     pub rows: i32,
     pub tiles: i32,
-    pub stages: i32,
     pub copy_bytes: i32,
     pub partial: i32,
     pub kind: i32,
@@ -145,7 +144,6 @@ pub(super) struct Linear {
     pub alpha: f32,
     pub beta: f32,
     pub batches: Batches,
-    pub _pad: i32,
 }
 
 /// `Dequantise` of `linear.cu`.

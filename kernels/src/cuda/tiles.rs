@@ -51,11 +51,6 @@ const KERNELS: [Kernel; 5] = [
     Kernel { name: "linear_128", rows: 128, features: 256, per_multiprocessor: 1 },
 ];
 
-/// Most copies under way that the kernels can wait for.
-const MOST_STAGES: usize = 6;
-/// Shared memory of a multiprocessor that each block costs beside its own.
-const RESERVED: usize = 1 << 10;
-
 /// A kernel with its division of the work.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
@@ -66,7 +61,6 @@ pub(super) struct Tiling {
     pub columns: u32,
     /// Shares of k.
     pub splits: usize,
-    pub stages: usize,
     pub shared: u32,
 }
 
@@ -80,18 +74,14 @@ impl Tiling {
         let attributes = gpu.attributes();
         let wanted = KERNELS.iter().position(|kernel| rows <= kernel.rows).unwrap_or(4);
         let fits = |kernel: &Kernel| {
-            2 * stage_bytes(kernel, format) <= attributes.shared_per_block as usize
+            shared_bytes(kernel, format) <= attributes.shared_per_block as usize
         };
         let kernel =
             KERNELS[..=wanted].iter().rev().find(|kernel| fits(kernel)).ok_or_else(|| {
                 let have = attributes.shared_per_block;
                 CudaError::Unsupported(format!("{have} bytes of shared memory a block are too few"))
             })?;
-        let per_block = (attributes.shared_per_multiprocessor as usize / kernel.per_multiprocessor)
-            .saturating_sub(RESERVED)
-            .min(attributes.shared_per_block as usize);
-        let stages = (per_block / stage_bytes(kernel, format)).clamp(2, MOST_STAGES);
-        let shared = (stages * stage_bytes(kernel, format)) as u32;
+        let shared = shared_bytes(kernel, format) as u32;
         let function = gpu.function(unit(format), kernel.name)?;
         function.allow_shared(shared)?;
 
@@ -100,7 +90,7 @@ impl Tiling {
         // A share of fewer than four steps spends its time filling the pipeline.
         let most = (k.div_ceil(STEP) / 4).max(1);
         let splits = (slots / (grid.0 * grid.1 * batch).max(1)).clamp(1, most);
-        Ok(Self { function, rows: kernel.rows, columns: grid.0 as u32, splits, stages, shared })
+        Ok(Self { function, rows: kernel.rows, columns: grid.0 as u32, splits, shared })
     }
 
     /// Loads every kernel of a format, so that none is compiled later, within a capture.
@@ -112,7 +102,13 @@ impl Tiling {
     }
 }
 
-/// Shared memory of one step of k.
-fn stage_bytes(kernel: &Kernel, format: ElementFormat) -> usize {
-    kernel.features * STEP * format.bits() as usize / 8 + kernel.rows * STEP * 2
+/// Shared memory of a block: `STAGES` steps of k, as `linear.cu` computes them.
+fn shared_bytes(kernel: &Kernel, format: ElementFormat) -> usize {
+    let stage = kernel.features * STEP * format.bits() as usize / 8 + kernel.rows * STEP * 2;
+    let room = match kernel.rows {
+        ..=16 => 75 << 10,
+        ..=64 => 98 << 10,
+        _ => 200 << 10,
+    };
+    stage * (room / stage).clamp(2, 6)
 }

@@ -140,11 +140,14 @@ fn run<T: Element>(
     // SAFETY: as above.
     unsafe { plan.run(stream.get(), &buffers) }.unwrap();
     stream.synchronize();
-    let same = first
-        .iter()
-        .zip(y.read::<T>())
-        .all(|(a, b)| bytemuck::bytes_of(a) == bytemuck::bytes_of(&b));
-    assert!(same, "another result the second time");
+    let second = y.read::<T>();
+    let pairs = first.iter().zip(&second).enumerate();
+    let different: Vec<_> =
+        pairs.filter(|(_, (a, b))| bytemuck::bytes_of(*a) != bytemuck::bytes_of(*b)).collect();
+    if let Some((i, (a, b))) = different.first() {
+        let (count, a, b) = (different.len(), a.to_f64(), b.to_f64());
+        panic!("{problem:?} m={m}: {count} results differ the second time, [{i}] {a:e} then {b:e}");
+    }
     first
 }
 
