@@ -49,7 +49,7 @@ struct Value {
     now: Option<DataType>,
     /// Computed from activations.
     model: bool,
-    /// Inside a norm or GELU: what is computed from it is computed in float32.
+    /// Inside a norm, SiLU or GELU: what is computed from it is computed in float32.
     kept: bool,
     /// A constant, or one that was only moved: its name and shape as stored.
     constant: Option<(String, ConstantShape)>,
@@ -149,7 +149,7 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             }
         }
         let captured = captured(&source)?;
-        let keep = islands::norms_and_gelu(&Readers::new(&source, &known, &captured));
+        let keep = islands::norms_and_activations(&Readers::new(&source, &known, &captured));
         let keep = keep.into_iter().map(str::to_owned).collect();
         let name = |value: &onnx::proto::ValueInfo| value.name.clone().unwrap_or_default();
         let mut walk = Self {

@@ -121,11 +121,14 @@ impl<'a> Readers<'a> {
     }
 }
 
-/// Those of norms and of GELU alone: what a graph in another type keeps in float32.
-pub(in crate::rewrite::lower) fn norms_and_gelu<'a>(readers: &Readers<'a>) -> HashSet<&'a str> {
+/// Those of norms, SiLU and GELU: what a graph in another type keeps in float32.
+pub(in crate::rewrite::lower) fn norms_and_activations<'a>(
+    readers: &Readers<'a>,
+) -> HashSet<&'a str> {
     let mut keep = HashSet::new();
     for (id, node) in readers.graph.nodes() {
         match node.op_type.as_deref().unwrap_or("") {
+            "Sigmoid" => silu(readers, id, node, &mut keep),
             "Erf" => gelu(readers, id, &mut keep),
             "ReduceMean" => norm(readers, id, node, &mut keep),
             _ => {}
