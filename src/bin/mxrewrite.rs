@@ -243,7 +243,7 @@ fn json<T: serde::Serialize>(value: &T) -> anyhow::Result<String> {
 fn summary(report: &RewriteReport) -> String {
     let (before, after) = (report.weight_bytes_before, report.weight_bytes_after);
     let base = report.plan.recipe.base_dtype;
-    let mut text = if report.lowering == Lowering::Bf16 && base.is_some() {
+    let mut text = if report.lowering == Lowering::Bf16 && base == Some(BaseDtype::Bf16) {
         "the whole graph converted to bfloat16\n".to_owned()
     } else if report.lowering == Lowering::Bf16 {
         format!("every weight and float result rounded to bfloat16 ({} layers)\n", report.sites)

@@ -191,7 +191,8 @@ impl Bench<'_> {
             // A GPU computes in bfloat16; the CPU rounds to it.
             return Make::Converted(BaseDtype::Bf16);
         }
-        let base_dtype = rewrite.base_dtype.filter(|_| stage != Stage::Bf16);
+        let base_dtype =
+            rewrite.base_dtype.filter(|&base| stage != Stage::Bf16 || base == BaseDtype::F32);
         let threads = rewrite.threads.or_else(|| self.rewrite_threads());
         let base = match stage {
             Stage::Mx(_) | Stage::MxTierC | Stage::MxTierD => rewrite,

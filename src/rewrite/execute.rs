@@ -73,13 +73,15 @@ pub fn execute(
     let threads = Threads::new(threads)?;
     let base = plan.recipe.base_dtype;
     let whole = plan.recipe.lowering == Lowering::Bf16;
-    let mut out = match (whole, base) {
-        (true, None) => bf16::round(model)?,
-        (false, _) if !plan.sites.is_empty() => replace_sites(model, plan, threads)?,
-        _ => model.clone(),
+    let mut out = match whole || plan.sites.is_empty() {
+        true => model.clone(),
+        false => replace_sites(model, plan, threads)?,
     };
     if let Some(base) = base {
         out = base::convert(model, &out, base)?;
+    }
+    if whole && base != Some(BaseDtype::Bf16) {
+        out = bf16::round(&out)?;
     }
     if plan.sites.is_empty() && !whole {
         return Ok(out);

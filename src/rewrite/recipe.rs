@@ -27,8 +27,9 @@ pub struct RewriteOptions {
     pub rounding: Rounding,
     /// How a block's exponent is chosen.
     pub scale_rule: ScaleRule,
-    /// Float type of everything else; `None` = the model's own. Under [`Lowering::Bf16`] the graph is
-    /// converted to it in place of being rounded.
+    /// Float type of everything else; `None` = the model's own. Under [`Lowering::Bf16`],
+    /// [`BaseDtype::Bf16`] converts the graph in place of rounding it, and [`BaseDtype::F32`] has it
+    /// widened before it is rounded.
     pub base_dtype: Option<BaseDtype>,
     /// Regular expressions that add layers to the tier.
     pub include: Vec<String>,
@@ -225,9 +226,7 @@ fn check_conflicts(options: &RewriteOptions) -> Result<(), RecipeError> {
             return conflict(option, format!("tier {}", options.tier), "its formats are fixed");
         }
     }
-    if options.lowering == Lowering::Bf16
-        && options.base_dtype.is_some_and(|base| base != BaseDtype::Bf16)
-    {
+    if options.lowering == Lowering::Bf16 && options.base_dtype == Some(BaseDtype::F16) {
         return conflict("--base-dtype", "--lower bf16".to_owned(), "the whole graph is bfloat16");
     }
     if options.lowering == Lowering::Mx {
@@ -365,6 +364,10 @@ mod tests {
         }
         let options = RewriteOptions { format: Some(ElementFormat::Bf16), ..Default::default() };
         assert!(matches!(Recipe::new(&options), Err(RecipeError::Format(_))));
+        let base_dtype = Some(BaseDtype::F16);
+        let lowering = Lowering::Bf16;
+        let options = RewriteOptions { lowering, base_dtype, ..Default::default() };
+        assert!(Recipe::new(&options).unwrap_err().to_string().contains("--base-dtype"));
         let options = RewriteOptions { block_size: 20, ..Default::default() };
         assert!(matches!(Recipe::new(&options), Err(RecipeError::Format(_))));
     }

@@ -73,9 +73,8 @@ impl Tiling {
     ) -> Result<Self, CudaError> {
         let attributes = gpu.attributes();
         let wanted = KERNELS.iter().position(|kernel| rows <= kernel.rows).unwrap_or(4);
-        let fits = |kernel: &Kernel| {
-            shared_bytes(kernel, format) <= attributes.shared_per_block as usize
-        };
+        let fits =
+            |kernel: &Kernel| shared_bytes(kernel, format) <= attributes.shared_per_block as usize;
         let kernel =
             KERNELS[..=wanted].iter().rev().find(|kernel| fits(kernel)).ok_or_else(|| {
                 let have = attributes.shared_per_block;
