@@ -120,7 +120,7 @@ struct Softmax {
 
     __device__ Softmax() : max(MINUS_INF), index(0xffffffffu), nan(false), sum(0), weighted(0) {}
 
-    // Makes `max` the largest of it and v; returns the factor by which sums shrink, 1 mostly.
+    // Makes `max` the largest of it and v; returns the old one minus the new one, 0 mostly.
     __device__ __forceinline__ double raise(const float (&v)[GROUP], u32 first) {
         float top = MINUS_INF;
         u32 at = 0;
@@ -132,21 +132,21 @@ struct Softmax {
                 at = j;
             }
         }
-        if (!(top > max)) return 1.0;
+        if (!(top > max)) return 0.0;
         // Nothing but -inf so far: the sums are zero and stay so.
-        double factor = max == MINUS_INF ? 0.0 : rescale(top);
+        double shift = max == MINUS_INF ? 0.0 : rescale(top);
         max = top;
         index = first + at;
-        return factor;
+        return shift;
     }
 
-    // Turns the sums into sums relative to a larger `to`.
+    // Turns the sums into sums relative to a larger `to`; returns max - to.
     __device__ __forceinline__ double rescale(float to) {
         double shift = (double)max - (double)to;
         double factor = exp_negative(shift);
         weighted = factor * fma(shift, sum, weighted);
         sum *= factor;
-        return factor;
+        return shift;
     }
 
     // What differences are taken from; while all are -inf, 0, so that p is 0 and not NaN.
@@ -162,6 +162,23 @@ struct Softmax {
         // -inf has probability 0 and adds nothing, where 0 * -inf would be NaN.
         weighted = fma(p, d < -800.0 ? 0.0 : d, weighted);
         return p;
+    }
+};
+
+// What the baseline's and this model's logits differ by, over tokens that both allow. Taken
+// relative to each one's largest logit so far: differences of the logits themselves would cancel.
+struct Cross {
+    double sum;    // of p * (d of the baseline - d of this), p the baseline's
+    double weight; // of p
+
+    __device__ Cross() : sum(0), weight(0) {}
+
+    // Follows the largest logits, which rose by -base_shift and -shift.
+    __device__ __forceinline__ void rescale(double base_shift, double shift) {
+        if (base_shift == 0.0 && shift == 0.0) return;
+        double factor = exp_negative(base_shift);
+        sum = factor * fma(base_shift - shift, weight, sum);
+        weight *= factor;
     }
 };
 
@@ -186,8 +203,8 @@ static __device__ __forceinline__ void take_larger(float &max, u32 &index, float
     }
 }
 
-// Joins the threads' softmaxes into that of the whole row, the same in every thread. Returns the
-// factor by which this thread's own sums were scaled.
+// Joins the threads' softmaxes into that of the whole row, the same in every thread. Returns this
+// thread's own largest logit minus the row's, 0 where it has none.
 static __device__ double join(Softmax &own) {
     __shared__ float maxima[WARPS];
     __shared__ u32 indices[WARPS];
@@ -209,14 +226,14 @@ static __device__ double join(Softmax &own) {
     index = indices[0];
 #pragma unroll
     for (int warp = 1; warp < WARPS; ++warp) take_larger(max, index, maxima[warp], indices[warp]);
-    double factor = own.max == MINUS_INF ? 0.0 : own.rescale(max);
+    double shift = own.max == MINUS_INF ? 0.0 : own.rescale(max);
     own.max = max;
     own.index = index;
     own.sum = block_sum(own.sum);
     own.weighted = block_sum(own.weighted);
     // As on the CPU: no distribution without a largest finite logit. +inf made the sums NaN already.
     if (own.nan || max == MINUS_INF) own.sum = own.weighted = NAN_F64;
-    return factor;
+    return shift;
 }
 
 static __device__ __forceinline__ double label_nll(const Softmax &all, double log_sum,
@@ -288,16 +305,15 @@ token_scores_baseline(const u8 *logits, const u8 *baseline, const i64 *labels, f
     }
     Row values(logits, row, vocab, type), base_values(baseline, row, vocab, baseline_type);
     Softmax all, base;
-    // Sum of p * (base - this) over tokens that this model allows, p the baseline's, relative to
-    // its largest logit; and the largest of its logits among those that this one rules out.
-    double cross = 0;
+    Cross cross;
+    // The baseline's largest logit among tokens that this model rules out.
     float ruled_out = MINUS_INF;
     for (u64 first = threadIdx.x * GROUP; first < vocab; first += THREADS * GROUP) {
         float v[GROUP], b[GROUP];
         values.load((u32)first, v);
         base_values.load((u32)first, b);
-        all.raise(v, (u32)first);
-        cross *= base.raise(b, (u32)first);
+        double shift = all.raise(v, (u32)first);
+        cross.rescale(base.raise(b, (u32)first), shift);
         double reference = all.reference(), base_reference = base.reference();
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
@@ -306,12 +322,15 @@ token_scores_baseline(const u8 *logits, const u8 *baseline, const i64 *labels, f
             if (v[j] == MINUS_INF) {
                 ruled_out = b[j] > ruled_out ? b[j] : ruled_out;
             } else if (p != 0.0) {
-                cross = fma(p, (double)b[j] - (double)v[j], cross);
+                double difference = ((double)b[j] - base_reference) - ((double)v[j] - reference);
+                cross.sum = fma(p, difference, cross.sum);
+                cross.weight += p;
             }
         }
     }
-    join(all);
-    cross = block_sum(cross * join(base));
+    double shift = join(all);
+    cross.rescale(join(base), shift);
+    double crossed = block_sum(cross.sum);
     bool impossible = __syncthreads_or((double)ruled_out - (double)base.max >= -700.0);
     if (threadIdx.x == 0) {
         double log_sum = log(all.sum), base_log_sum = log(base.sum);
@@ -320,8 +339,7 @@ token_scores_baseline(const u8 *logits, const u8 *baseline, const i64 *labels, f
         put(top1, row, top_token(all));
         put(baseline_nll, row, (float)label_nll(base, base_log_sum, base_values, label));
         // KL = sum p (log p - log q), with log p = (b - base.max) - base_log_sum and so on.
-        double shift = (double)base.max - (double)all.max;
-        double divergence = cross / base.sum - shift - base_log_sum + log_sum;
+        double divergence = crossed / base.sum - base_log_sum + log_sum;
         if (impossible && divergence == divergence) divergence = INF_F64;
         // Rounding can leave -1e-17 where the distributions agree; NaN stays.
         put(kl, row, divergence < 0.0 ? 0.0f : (float)divergence);
