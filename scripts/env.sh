@@ -3,6 +3,7 @@
 #
 #   MX_PYTHON       python with numpy, onnx, onnxruntime, safetensors, pyarrow
 #   ORT_DYLIB_PATH  libonnxruntime.so of that onnxruntime
+#   MX_NVRTC        libnvrtc.so, which compiles GPU kernels (only where setup_nvrtc is called)
 #
 # MX_PYTHON set by the caller is respected and nothing is installed.
 
@@ -61,6 +62,20 @@ print(found[-1] if found else "")')
         return 1
     fi
     export ORT_DYLIB_PATH
+}
+
+# NVRTC, to compile GPU kernels without a GPU. Large (135 MB), so only the tests ask for it.
+setup_nvrtc() { # after setup_python
+    if [ -z "${MX_NVRTC:-}" ]; then
+        MX_NVRTC=$("$MX_PYTHON" scripts/find_nvrtc.py) || MX_NVRTC=
+        if [ -z "$MX_NVRTC" ] && [ "$MX_PYTHON" = "$root/.venv/bin/python" ]; then
+            say "installing NVRTC into .venv"
+            "$MX_PYTHON" -m pip install --quiet --disable-pip-version-check -r scripts/requirements-nvrtc.txt >&2 || return 1
+            MX_NVRTC=$("$MX_PYTHON" scripts/find_nvrtc.py) || MX_NVRTC=
+        fi
+    fi
+    # Without one, the loader's is looked for; the tests say so when there is none.
+    [ -z "$MX_NVRTC" ] || export MX_NVRTC
 }
 
 setup_rust() {

@@ -5,7 +5,8 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 setup_rust
 setup_python
-export MX_REQUIRE=${MX_REQUIRE:-ort}
+setup_nvrtc
+export MX_REQUIRE=${MX_REQUIRE:-ort,nvrtc}
 
 say "cargo fmt"
 cargo fmt --all --check
