@@ -10,9 +10,9 @@
 //! - Constants that only operations in the new type read are stored in it, half to even, what is
 //!   finite staying finite; others are cast by the graph.
 //! - An operator that ONNX Runtime's CUDA provider has no kernel for in the new type ([`kernels`])
-//!   computes in float32 between Casts. So do the insides of norms, SiLU and GELU (in 16 bits, ONNX
-//!   Runtime's fused kernel rounds after every step of a sigmoid), and operations with a number of
-//!   the formula that the new type cannot hold (1/sqrt 96).
+//!   computes in float32 between Casts. In a float32 model so do the insides of norms, SiLU and GELU
+//!   (in 16 bits, ONNX Runtime's fused kernel rounds after every step of a sigmoid), and operations
+//!   with a number of the formula that the new type cannot hold (1/sqrt 96).
 //! - What may hold a finite number beyond the new type's range (-3.4e38 in a mask) is limited to it
 //!   before its Cast.
 //! - Graph inputs and outputs keep names and types, through Casts; the value in the new type behind

@@ -203,6 +203,8 @@ fn a_bfloat16_model_is_widened_but_for_its_interface() {
     assert_eq!(values(&out, "embed"), [1.0; 8]);
     let out = converted(&builder, BaseDtype::F16);
     assert!(lines(&out).contains(&"e>10=narrow".into()));
+    // In its own type nothing changes.
+    assert_eq!(converted(&builder, BaseDtype::Bf16).to_bytes().unwrap(), builder.bytes());
 }
 
 #[test]

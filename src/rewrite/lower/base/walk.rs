@@ -149,7 +149,12 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             }
         }
         let captured = captured(&source)?;
-        let keep = islands::norms_and_activations(&Readers::new(&source, &known, &captured));
+        let readers = Readers::new(&source, &known, &captured);
+        // A 16-bit model says itself what it computes in float32.
+        let keep = match conversion.types.own {
+            DataType::Float => islands::norms_and_activations(&readers),
+            _ => HashSet::new(),
+        };
         let keep = keep.into_iter().map(str::to_owned).collect();
         let name = |value: &onnx::proto::ValueInfo| value.name.clone().unwrap_or_default();
         let mut walk = Self {
@@ -423,7 +428,8 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
         let group =
             |slot: usize, value: &Value| kernel.takes_input(slot) && value.original == Some(own);
         let kept = |name: &String| self.keep.contains(name);
-        let exact_in = |value: &Value| !(value.content.inexact && scales(original));
+        let widened = own == DataType::Float && scales(original);
+        let exact_in = |value: &Value| !(value.content.inexact && widened);
         let fits = kernel.computes_in(to, opset)
             && !original.output.iter().any(kept)
             && inputs
