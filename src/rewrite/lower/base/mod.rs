@@ -23,7 +23,9 @@
 //!   ONNX Runtime keeps past and present in one buffer, which a Cast would break.
 
 mod constants;
+mod copies;
 mod kernels;
+mod nodes;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -69,7 +71,7 @@ pub(crate) fn convert(
 
 /// What the value is called that a Cast makes the graph output `name` from.
 pub(crate) fn cast_output_name(name: &str, data_type: DataType) -> String {
-    format!("{name}.{}", walk::type_label(Some(data_type)))
+    format!("{name}.{}", copies::type_label(Some(data_type)))
 }
 
 /// The float type that most of the constants have.

@@ -13,13 +13,13 @@ use crate::{
         execute::ExecuteError,
         lower::{
             bf16::{
-                classify::{is_source, moves_constant},
+                classify::is_source,
                 constants::shapes,
                 islands::{self, ConstantShape, Readers},
                 rounding::captured,
                 types,
             },
-            float, int, node,
+            int, node,
         },
         patch::fresh_name,
     },
@@ -40,28 +40,28 @@ pub(super) struct Types {
 
 /// A value.
 #[derive(Clone, Debug, Default)]
-struct Value {
+pub(super) struct Value {
     /// What it is called now.
-    name: String,
+    pub name: String,
     /// Type in the model as it was, when it is known.
-    original: Option<DataType>,
+    pub original: Option<DataType>,
     /// Type now.
-    now: Option<DataType>,
+    pub now: Option<DataType>,
     /// Computed from activations.
-    model: bool,
+    pub model: bool,
     /// Inside a norm, SiLU or GELU: what is computed from it is computed in float32.
-    kept: bool,
+    pub kept: bool,
     /// A constant, or one that was only moved: its name and shape as stored.
-    constant: Option<(String, ConstantShape)>,
-    content: Content,
+    pub constant: Option<(String, ConstantShape)>,
+    pub content: Content,
 }
 
 /// The values that a graph and the graphs around it define.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scope {
-    values: HashMap<String, Value>,
+    pub values: HashMap<String, Value>,
     /// Copies of values in other types.
-    copies: HashMap<(String, DataType), String>,
+    pub copies: HashMap<(String, DataType), String>,
 }
 
 /// How a constant is read.
@@ -73,7 +73,7 @@ struct Marks {
 
 /// A conversion in progress, over the main graph and its sub-graphs.
 pub(super) struct Conversion<'a> {
-    model: &'a Model,
+    pub model: &'a Model,
     types: Types,
     names: HashSet<String>,
     /// Constants that are stored in the new type.
@@ -97,7 +97,7 @@ impl<'a> Conversion<'a> {
         only.map(|(name, _)| name.clone()).collect()
     }
 
-    fn fresh(&mut self, base: &str) -> String {
+    pub(super) fn fresh(&mut self, base: &str) -> String {
         fresh_name(&mut self.names, base)
     }
 
@@ -116,21 +116,21 @@ impl<'a> Conversion<'a> {
 }
 
 /// The walk over one graph.
-struct Walk<'c, 'a, 'g> {
-    conversion: &'c mut Conversion<'a>,
-    types: Types,
+pub(super) struct Walk<'c, 'a, 'g> {
+    pub conversion: &'c mut Conversion<'a>,
+    pub types: Types,
     /// As it was.
-    source: Graph,
+    pub source: Graph,
     /// As it becomes.
-    graph: &'g mut Graph,
-    scope: Scope,
-    declared: HashMap<String, DataType>,
-    outputs: Vec<String>,
-    keep: HashSet<String>,
+    pub graph: &'g mut Graph,
+    pub scope: Scope,
+    pub declared: HashMap<String, DataType>,
+    pub outputs: Vec<String>,
+    pub keep: HashSet<String>,
     /// Graph inputs and outputs that change their type.
-    caches: HashSet<String>,
+    pub caches: HashSet<String>,
     /// Values whose declared type no longer holds.
-    stale: HashSet<String>,
+    pub stale: HashSet<String>,
 }
 
 impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
@@ -274,7 +274,7 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
         Ok(())
     }
 
-    fn mark(&mut self, name: &str, converted: bool) {
+    pub(super) fn mark(&mut self, name: &str, converted: bool) {
         let marks = self.conversion.marks.entry(name.to_owned()).or_default();
         marks.converted |= converted;
         marks.original |= !converted;
@@ -337,277 +337,6 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
         is_source(node, &constant)
     }
 
-    /// A node that keeps all its types; with `exact`, its inputs are given as they were.
-    fn keep_types(
-        &mut self,
-        id: NodeId,
-        original: &Node,
-        inputs: &[Value],
-        exact: bool,
-        model: bool,
-    ) {
-        let mut changed = original.clone();
-        let moved = self.moved(original, inputs);
-        for (slot, value) in inputs.iter().enumerate().filter(|(_, v)| !v.name.is_empty()) {
-            changed.input[slot] = match value.original.filter(|&t| exact && types::is_float(t)) {
-                // Who reads the moved constant decides.
-                Some(_) if moved.is_some() && slot == 0 => value.name.clone(),
-                Some(data_type) => self.typed(id, value, data_type),
-                None => value.name.clone(),
-            };
-        }
-        let mut content = Content {
-            wide: inputs.iter().any(|value| value.content.wide),
-            inexact: moved.is_some() && inputs[0].content.inexact,
-        };
-        if original.op_type.as_deref() == Some("ConstantOfShape") {
-            let looked = constants::look_node(self.conversion.model, original, self.types.to);
-            content.wide |= looked.is_ok_and(|looked| looked.wide);
-        }
-        for (index, name) in original.output.iter().enumerate() {
-            let data_type = self.output_type(original, index, inputs);
-            let float = data_type.is_some_and(types::is_float);
-            let value = Value {
-                name: name.clone(),
-                original: data_type,
-                now: data_type,
-                model: model && float,
-                constant: moved.clone(),
-                content,
-                kept: self.keep.contains(name) && model,
-            };
-            self.scope.values.insert(name.clone(), value);
-        }
-        self.put(id, changed);
-    }
-
-    /// The constant whose elements, in their own type, are the node's result.
-    fn moved(&self, node: &Node, inputs: &[Value]) -> Option<(String, ConstantShape)> {
-        let first =
-            inputs.first().filter(|_| moves_constant(node.op_type.as_deref().unwrap_or("")))?;
-        let same = first.original.is_some() && first.original == self.output_type(node, 0, inputs);
-        first.constant.clone().filter(|_| same)
-    }
-
-    fn put(&mut self, id: NodeId, changed: Node) {
-        if changed != *self.graph.node(id) {
-            self.graph.replace_node(id, changed);
-        }
-    }
-
-    fn output_type(&self, node: &Node, index: usize, inputs: &[Value]) -> Option<DataType> {
-        let types: Vec<_> = inputs.iter().map(|value| value.original).collect();
-        let declared = self.declared.get(&node.output[index]).copied();
-        declared.or_else(|| types::inferred(node, index, &types))
-    }
-
-    /// A node in the new type, or in float32 where it cannot be.
-    fn compute(
-        &mut self,
-        id: NodeId,
-        original: &Node,
-        inputs: &[Value],
-        kernel: Option<Kernel>,
-    ) -> Result<(), ExecuteError> {
-        let Types { own, to, opset, label } = self.types;
-        let Some(kernel) = kernel.or_else(|| self.fallback(original)) else {
-            self.keep_types(id, original, inputs, true, true);
-            return Ok(());
-        };
-        for (slot, value) in inputs.iter().enumerate() {
-            if kernel.takes_input(slot) && value.original.is_none() && !value.name.is_empty() {
-                let reason = format!(
-                    "the type of value '{}', which node '{}' reads, is not known; run ONNX's shape \
-                     inference on the model first",
-                    value.name,
-                    original.name.as_deref().unwrap_or("")
-                );
-                return Err(ExecuteError::Unsupported { lowering: label, reason });
-            }
-        }
-        let group =
-            |slot: usize, value: &Value| kernel.takes_input(slot) && value.original == Some(own);
-        let kept = |name: &String| self.keep.contains(name);
-        let widened = own == DataType::Float && scales(original);
-        let exact_in = |value: &Value| !(value.content.inexact && widened);
-        let fits = kernel.computes_in(to, opset)
-            && !original.output.iter().any(kept)
-            && inputs
-                .iter()
-                .enumerate()
-                .all(|(slot, value)| !group(slot, value) || (!value.kept && exact_in(value)));
-        let data_type = if fits { to } else { DataType::Float };
-        let mut changed = original.clone();
-        for (slot, value) in inputs.iter().enumerate().filter(|(_, v)| !v.name.is_empty()) {
-            let float = value.original.filter(|&t| types::is_float(t));
-            changed.input[slot] = match float {
-                Some(_) if group(slot, value) => self.typed(id, value, data_type),
-                Some(other) => self.typed(id, value, other),
-                None => value.name.clone(),
-            };
-        }
-        let moved = self.moved(original, inputs);
-        for (index, name) in original.output.iter().enumerate().filter(|(_, n)| !n.is_empty()) {
-            let was = self.output_type(original, index, inputs);
-            let grouped = kernel.takes_output(index) && was == Some(own);
-            let now = if grouped { Some(data_type) } else { was };
-            let kept = self.keep.contains(name) && now == Some(DataType::Float);
-            let constant = moved.clone();
-            let mut value = Value {
-                original: was,
-                now,
-                model: constant.is_none(),
-                kept,
-                constant,
-                ..Value::default()
-            };
-            value.name = self.output_name(name, now, was);
-            changed.output[index].clone_from(&value.name);
-            self.scope.values.insert(name.clone(), value);
-        }
-        self.put(id, changed);
-        Ok(())
-    }
-
-    /// A standard operator without a kernel in 16 bits computes in float32; of others nothing is known.
-    fn fallback(&self, node: &Node) -> Option<Kernel> {
-        let known = domain(node).is_empty() && !holds_type(node);
-        (known && self.types.own != DataType::Float).then(kernels::float_only)
-    }
-
-    /// What a result is called: a graph output keeps its name for the value of its declared type.
-    fn output_name(&mut self, name: &str, now: Option<DataType>, was: Option<DataType>) -> String {
-        if now == was {
-            return name.to_owned();
-        }
-        if let Some(now) = now.filter(|_| self.caches.contains(name)) {
-            self.graph.retype(name, now);
-            return name.to_owned();
-        }
-        if !self.outputs.iter().any(|output| output == name) {
-            self.stale.insert(name.to_owned());
-            return name.to_owned();
-        }
-        let base = now.map_or_else(|| name.to_owned(), |now| super::cast_output_name(name, now));
-        self.conversion.fresh(&base)
-    }
-
-    fn cast(&mut self, id: NodeId, original: &Node, inputs: &[Value]) {
-        let Types { own, to, .. } = self.types;
-        let target = self.output_type(original, 0, inputs);
-        let Some(value) = inputs.first() else { return };
-        let float = value.original.is_some_and(types::is_float);
-        // In a float32 model only what comes from activations changes; Casts from other types are
-        // positions and masks.
-        let moves = own != DataType::Float || (float && value.model);
-        let constant = value.constant.clone().filter(|_| float && target == Some(own));
-        let settled = constant.is_some() && own == DataType::Float;
-        let ours = target == Some(own)
-            && ((moves && constant.is_none()) || settled && value.now == Some(to));
-        if !ours {
-            self.keep_types(id, original, inputs, false, value.model);
-            return;
-        }
-        let name = &original.output[0];
-        let kept = self.keep.contains(name);
-        let now = if kept { DataType::Float } else { to };
-        let mut changed = node("Cast", original.name.as_deref().unwrap_or(""), &[&value.name], &[]);
-        changed.attribute.push(int("to", now as i64));
-        changed.metadata_props.clone_from(&original.metadata_props);
-        changed.doc_string.clone_from(&original.doc_string);
-        if value.content.wide && now != DataType::Float {
-            changed.input[0] = self.limited(id, value, now);
-        }
-        let result = Value {
-            name: self.output_name(name, Some(now), target),
-            original: target,
-            now: Some(now),
-            model: constant.is_none(),
-            kept,
-            constant,
-            content: Content::default(),
-        };
-        changed.output = vec![result.name.clone()];
-        self.scope.values.insert(name.clone(), result);
-        self.put(id, changed);
-    }
-
-    /// The name under which `value` is read in type `want`.
-    fn typed(&mut self, id: NodeId, value: &Value, want: DataType) -> String {
-        if let Some((root, _)) = &value.constant
-            && value.original == Some(self.types.own)
-        {
-            self.mark(&root.clone(), want == self.types.to && want != self.types.own);
-        }
-        if value.now == Some(want) || value.now.is_none() {
-            return value.name.clone();
-        }
-        let key = (value.name.clone(), want);
-        if let Some(copy) = self.scope.copies.get(&key) {
-            return copy.clone();
-        }
-        let from = match value.content.wide && want != DataType::Float {
-            true => self.limited(id, value, want),
-            false => value.name.clone(),
-        };
-        let copy = self.insert_cast(id, &from, &value.name, want);
-        self.scope.copies.insert(key, copy.clone());
-        copy
-    }
-
-    fn insert_cast(&mut self, at: NodeId, from: &str, base: &str, want: DataType) -> String {
-        let copy = self.conversion.fresh(&format!("{base}.{}", type_label(Some(want))));
-        let name = self.conversion.fresh(&format!("{copy}_cast"));
-        let mut cast = node("Cast", &name, &[from], &[&copy]);
-        cast.attribute.push(int("to", want as i64));
-        self.graph.insert_before(at, cast);
-        copy
-    }
-
-    /// The value limited to the range of `want`, in float32.
-    fn limited(&mut self, at: NodeId, value: &Value, want: DataType) -> String {
-        let mut from = value.name.clone();
-        if value.now != Some(DataType::Float) {
-            from = self.insert_cast(at, &from, &value.name, DataType::Float);
-        }
-        let largest = constants::largest(want);
-        let mut bound = |which: &str, number: f32| {
-            let out = self.conversion.fresh(&format!("{}.{which}", value.name));
-            let name = self.conversion.fresh(&format!("{out}_constant"));
-            let mut constant = node("Constant", &name, &[], &[&out]);
-            constant.attribute.push(float("value_float", number));
-            self.graph.insert_before(at, constant);
-            out
-        };
-        let (lower, upper) = (bound("lowest", -largest), bound("largest", largest));
-        let out = self.conversion.fresh(&format!("{}.in_range", value.name));
-        let name = self.conversion.fresh(&format!("{out}_clip"));
-        self.graph.insert_before(at, node("Clip", &name, &[&from, &lower, &upper], &[&out]));
-        out
-    }
-
-    /// If, Loop, Scan: types stay at their borders.
-    fn control_flow(
-        &mut self,
-        id: NodeId,
-        original: &Node,
-        inputs: &[Value],
-    ) -> Result<(), ExecuteError> {
-        let mut bodies = self.source.subgraphs(id)?.into_iter();
-        let mut bodied = original.clone();
-        let mut model = inputs.iter().any(|value| value.model);
-        for attribute in &mut bodied.attribute {
-            for bytes in attribute.g.iter_mut().chain(&mut attribute.graphs) {
-                // Parsed from these very attributes, in this order.
-                let Some((_, mut body)) = bodies.next() else { break };
-                model |= self.conversion.graph(&mut body, &self.scope)?;
-                *bytes = body.to_bytes()?;
-            }
-        }
-        self.keep_types(id, &bodied, inputs, true, model);
-        Ok(())
-    }
-
     /// Casts the graph's outputs back to their types; true when one comes from activations.
     fn outputs(&mut self) -> Result<bool, ExecuteError> {
         let mut model = false;
@@ -631,24 +360,5 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             }
         }
         Ok(model)
-    }
-}
-
-/// Operators that multiply by, or add, a number of the formula.
-fn scales(node: &Node) -> bool {
-    matches!(node.op_type.as_deref(), Some("Mul" | "Div" | "Add" | "Sub" | "Pow"))
-}
-
-/// Operators whose attributes name the type of the result.
-fn holds_type(node: &Node) -> bool {
-    let names = ["dtype", "to", "value", "output_dtype"];
-    node.attribute.iter().any(|a| a.name.as_deref().is_some_and(|name| names.contains(&name)))
-}
-
-pub(super) fn type_label(data_type: Option<DataType>) -> &'static str {
-    match data_type {
-        Some(DataType::Bfloat16) => "bf16",
-        Some(DataType::Float16) => "fp16",
-        _ => "fp32",
     }
 }
