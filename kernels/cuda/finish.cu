@@ -140,18 +140,25 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
     int m = blockIdx.y, batch = blockIdx.z, n = blockIdx.x * 256 + threadIdx.x, ia, ib;
     matrices(f.batches, batch, ia, ib);
     if (n >= f.n) return;
-    bool bad = marked(f.bad_m, ((long long)ia * f.m + m) * f.parts_m, f.parts_m, 1) ||
-               marked(f.bad_n, (long long)ib * f.parts_n * f.n + n, f.parts_n, f.n);
-    if (bad) return write(f, batch, m, n, exact_sum(f, ia, ib, m, n));
+    // All loads are on their way before the first is looked at.
+    u32 bad = 0;
+    const u8* bad_m = f.bad_m + ((long long)ia * f.m + m) * f.parts_m;
+    const u8* bad_n = f.bad_n + (long long)ib * f.parts_n * f.n + n;
     long long rows = (long long)f.terms * f.m;
-    const float* p = f.partial + (long long)batch * f.splits * rows * f.n + n;
+    const float* p = f.partial + (long long)batch * f.splits * rows * f.n + (long long)m * f.n + n;
     float total = 0;
     // The smallest terms first.
     for (int term = f.terms - 1; term >= 0; term--) {
         float sum = 0;
-        for (int s = 0; s < f.splits; s++) sum += p[(s * rows + (long long)term * f.m + m) * f.n];
+#pragma unroll 4
+        for (int s = 0; s < f.splits; s++) sum += p[(s * rows + (long long)term * f.m) * f.n];
         total += sum;
     }
+#pragma unroll 4
+    for (int i = 0; i < f.parts_n; i++) bad |= bad_n[(long long)i * f.n];
+#pragma unroll 4
+    for (int i = 0; i < f.parts_m; i++) bad |= bad_m[i];
+    if (bad) return write(f, batch, m, n, exact_sum(f, ia, ib, m, n));
     // A sum that left fp32 on its way may come back; fp64 tells.
     if ((float_bits(total) & 0x7fffffffu) >= INFINITY_BITS)
         return write(f, batch, m, n, exact_sum(f, ia, ib, m, n));

@@ -98,6 +98,22 @@ DEVICE bool store(const Linear& p, float (&acc)[MT][NT][4], float* scratch, long
     return wild;
 }
 
+// Says of each of the warp's rows of W whether its sums have to be taken again.
+template <int ROWS>
+DEVICE void mark(const Linear& p, u32 (&bad)[ROWS], u32 wild, long long part, int row, int t) {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        u32 any = bad[i] | wild;
+        any |= __shfl_xor_sync(0xffffffffu, any, 1);
+        any |= __shfl_xor_sync(0xffffffffu, any, 2);
+        int n = row + i * 8;
+        if (t == 0 && n < p.n) {
+            p.bad_n[part * p.n + n] = any != 0;
+            if (any && p.any_bad) atomicOr(p.any_bad, 1u);
+        }
+    }
+}
+
 // Block (features, rows of X, matrix * splits + split).
 template <int NT, int MT>
 DEVICE void linear(const Linear& p) {
@@ -249,18 +265,91 @@ DEVICE void linear(const Linear& p) {
     long long out = (long long)blockIdx.z * p.rows * p.n;
     u32 wild = store<NT, MT>(p, acc, scratch, out, n0 + warp * 16 * MT, blockIdx.y * NT * 8);
     wild = p.partial ? 0 : __any_sync(0xffffffffu, wild);
-    long long part = (long long)(ib * gridDim.y + blockIdx.y) * p.splits + split;
+    mark(p, bad, wild, (long long)(ib * gridDim.y + blockIdx.y) * p.splits + split, row, t);
+}
+
+// Few rows of X: the codes go straight from memory to registers, DEPTH steps ahead, and no warp waits
+// for another. Rows of W are aligned to 16 bytes and whole steps, blocks are 32 wide or absent.
+const int STREAM_WARPS = 4;
+
+template <int NT>
+DEVICE void stream(const Linear& p) {
+    __shared__ float shared[STREAM_WARPS][8 * 17];
+    const int DEPTH = BITS == 4 ? 4 : BITS == 6 ? 3 : 2;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int n0 = (blockIdx.x * STREAM_WARPS + warp) * 16, row = n0 + g;
+    int split = blockIdx.z;
+    int step = int((long long)p.steps * split / p.splits);
+    int left = int((long long)p.steps * (split + 1) / p.splits) - step;
+    const u8* from[2];
+    const u32* scale_from[2];
+    u32 w[DEPTH][2][LANE_WORDS], scales[DEPTH][2], bad[2] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-        u32 any = bad[i] | wild;
-        any |= __shfl_xor_sync(0xffffffffu, any, 1);
-        any |= __shfl_xor_sync(0xffffffffu, any, 2);
-        int n = row + i * 8;
-        if (t == 0 && n < p.n) {
-            p.bad_n[part * p.n + n] = any != 0;
-            if (any && p.any_bad) atomicOr(p.any_bad, 1u);
+    for (int i = 0; i < 2; i++) {
+        long long r = min(row + i * 8, p.n - 1);
+        from[i] = p.codes + r * p.row_bytes + (long long)step * STEP_BYTES;
+        scale_from[i] = reinterpret_cast<const u32*>(p.scales + r * p.blocks) + step;
+    }
+    auto load = [&](int d) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            stream_codes(from[i], t, w[d][i]);
+            scales[d][i] = p.scales ? *scale_from[i] : 0x7f7f7f7fu;
+            from[i] += STEP_BYTES, scale_from[i]++;
+        }
+    };
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+        if (d < left) load(d);
+    wait_for_previous();
+    launch_dependents();
+    const uint4* x = p.x + (long long)step * p.tiles * 128 + lane;
+    float acc[1][NT][4] = {}, odd[NT][4] = {};
+    int first = BITS < 8 ? t : t / 2, second = BITS < 8 ? t : 2 + t / 2;
+#pragma unroll 1
+    while (left > 0) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            if (left <= 0) break;
+            uint4 b[NT][4];
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) b[nt][j] = x[(nt * 4 + j) * 32];
+            x += p.tiles * 128;
+            u32 m[2][2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                bad[i] |= special(w[d][i]);
+                m[i][0] = multiplier(scales[d][i] >> first * 8 & 255, w[d][i], bad[i]);
+                m[i][1] = BITS < 8 ? m[i][0] : multiplier(scales[d][i] >> second * 8 & 255, w[d][i], bad[i]);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                u32 a[2][4];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    u32 pairs[4];
+                    expand(w[d][i], j, pairs);
+#pragma unroll
+                    for (int q = 0; q < 4; q++)
+                        a[q / 2][q % 2 * 2 + i] =
+                            WEIGHT == BFLOAT16 ? pairs[q] : mul_bf16x2(pairs[q], m[i][j / 2]);
+                }
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    mma_bf16(acc[0][nt], a[0], b[nt][j].x, b[nt][j].y);
+                    mma_bf16(odd[nt], a[1], b[nt][j].z, b[nt][j].w);
+                }
+            }
+            if (left > DEPTH) load(d);
+            left--;
         }
     }
+#pragma unroll
+    for (int i = 0; i < NT * 4; i++) acc[0][i / 4][i % 4] += odd[i / 4][i % 4];
+    u32 wild = store<NT, 1>(p, acc, shared[warp], (long long)split * p.rows * p.n, n0, 0);
+    mark(p, bad, p.partial ? 0 : __any_sync(0xffffffffu, wild), split, row, t);
 }
 
 #define KERNEL(NAME, NT, MT, PER_SM)                                                   \
@@ -272,6 +361,13 @@ KERNEL(linear_16, 2, 1, 3)
 KERNEL(linear_32, 4, 1, 2)
 KERNEL(linear_64, 8, 1, 2)
 KERNEL(linear_128, 16, 2, 1)
+
+extern "C" __global__ void __launch_bounds__(STREAM_WARPS * 32, 5) stream_8(const __grid_constant__ Linear p) {
+    stream<1>(p);
+}
+extern "C" __global__ void __launch_bounds__(STREAM_WARPS * 32, 4) stream_16(const __grid_constant__ Linear p) {
+    stream<2>(p);
+}
 
 struct Dequantise {
     const u8* codes;

@@ -58,6 +58,27 @@ DEVICE void load_codes(const u8* row, int t, u32 (&w)[LANE_WORDS]) {
 #endif
 }
 
+// The same from global memory, each byte used once: nothing is kept in the first-level cache.
+template <int WORDS>
+DEVICE void stream_words(const u8* from, u32* w) {
+    if (WORDS == 4)
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
+    else
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(from));
+}
+DEVICE void stream_codes(const u8* row, int t, u32 (&w)[LANE_WORDS]) {
+    if (BITS == 4) {
+        stream_words<4>(row + t * 16, w);
+    } else if (BITS == 6) {
+#pragma unroll
+        for (int i = 0; i < 3; i++) stream_words<2>(row + t * 24 + i * 8, w + i * 2);
+    } else {
+#pragma unroll
+        for (int i = 0; i < BITS / 4; i++) stream_words<4>(row + i * 64 + t * 16, w + i * 4);
+    }
+}
+
 // Group j of eight codes as four pairs of unscaled bfloat16, in the order of fold.cu's ordered().
 DEVICE void expand(const u32 (&w)[LANE_WORDS], int j, u32 (&p)[4]) {
 #if WEIGHT == 4

@@ -45,6 +45,9 @@ pub struct DenseProblem {
     pub out: FloatType,
     /// Whether there is a bias.
     pub bias: bool,
+    /// Whether k may be divided: faster for few rows, but the same input need not give the same bits
+    /// again.
+    pub split: bool,
 }
 
 /// Where the operands of a dense product lie.
@@ -333,6 +336,15 @@ fn search(
             (&raw const workspace).cast(),
             size_of::<usize>(),
         );
+        let schemes: u32 = if problem.split { u32::MAX } else { 0 };
+        let set = set.and_then(|()| {
+            result::set_matmul_pref_attribute(
+                preference,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                (&raw const schemes).cast(),
+                size_of::<u32>(),
+            )
+        });
         let found = set.ok().map(|()| {
             result::get_matmul_algo_heuristic(
                 handle.0,

@@ -10,7 +10,7 @@ use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream, Unit,
     blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
     params::{Batches, Dequantise, Finish, Fold, Linear, Operand, Quant},
-    tiles::{self, FRAGMENT_ROWS, STEP, THREADS, Tiling},
+    tiles::{self, FRAGMENT_ROWS, STEP, Tiling},
 };
 use crate::{ElementFormat, LinearProblem, QuantSpec, ScaleKind};
 
@@ -37,7 +37,7 @@ const ALIGN: usize = 256;
 pub struct LinearBuffers {
     /// X, [m, k].
     pub x: DevicePtr,
-    /// Packed codes, [n, row bytes], aligned to 4 bytes.
+    /// Packed codes, [n, row bytes], aligned to 16 bytes.
     pub codes: DevicePtr,
     /// Scales, [n, blocks] bytes for `e8m0`, one float32 for `tensor`, 0 for `none`.
     pub scales: DevicePtr,
@@ -150,7 +150,7 @@ impl LinearPlan {
         }
         let rows = plan.terms() * piece;
         plan.path =
-            Path::Fused(Tiling::new(gpu, problem.weight.format, (rows, problem.n, problem.k, 1))?);
+            Path::Fused(Tiling::new(gpu, problem.weight.format, (rows, problem.n, problem.k, 1), streams(&problem))?);
         plan.lay_out();
         Ok(plan)
     }
@@ -171,6 +171,7 @@ impl LinearPlan {
             factor: Factor::Bf16,
             out,
             bias: self.has_bias && !self.dense_partial(),
+            split: false,
         };
         Dense::new(self.gpu, problem).ok()
     }
@@ -282,8 +283,8 @@ impl LinearPlan {
         if self.m == 0 {
             return Ok(());
         }
-        if !buffers.codes.is_multiple_of(4) {
-            return Err(CudaError::Unsupported("packed codes are not aligned to 4 bytes".into()));
+        if !buffers.codes.is_multiple_of(16) || !buffers.scales.is_multiple_of(4) {
+            return Err(CudaError::Unsupported("packed codes are not aligned to 16 bytes, or scales not to 4".into()));
         }
         // SAFETY: as the caller promises; every kernel below stays within the plan's shapes.
         unsafe {
@@ -408,7 +409,7 @@ impl LinearPlan {
             batches: Batches::ONE,
         };
         let grid = (tiling.columns, (padded / tiling.rows) as u32, tiling.splits as u32);
-        let shape = Launch::new(grid, (THREADS, 1, 1)).shared(tiling.shared).overlap(true);
+        let shape = Launch::new(grid, (tiling.threads, 1, 1)).shared(tiling.shared).overlap(true);
         // SAFETY: shapes and strides are the buffers'.
         unsafe { tiling.function.launch(&shape, stream, &mut Args::new().with(linear)) }
     }
@@ -539,6 +540,14 @@ pub(super) unsafe fn launch_finish(
 fn forced_path() -> Option<&'static str> {
     static FORCED: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
     FORCED.get_or_init(|| std::env::var("MX_CUDA_PATH").ok()).as_deref()
+}
+
+/// Whether the kernels that take codes straight from memory can have this weight.
+fn streams(problem: &LinearProblem) -> bool {
+    let weight = &problem.weight;
+    problem.k.is_multiple_of(STEP)
+        && weight.row_bytes(problem.k).is_multiple_of(16)
+        && (weight.scale != ScaleKind::E8M0 || weight.block_size == 32)
 }
 
 /// How `fold` orders X for weights of a format.

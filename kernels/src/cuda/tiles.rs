@@ -7,8 +7,6 @@ use crate::ElementFormat;
 pub(super) const STEP: usize = 128;
 /// Rows of X in one fragment.
 pub(super) const FRAGMENT_ROWS: usize = 8;
-/// Threads of a block of `linear.cu`.
-pub(super) const THREADS: u32 = 256;
 
 /// Modules of `linear.cu`, by weight format.
 const UNITS: [Unit; 7] = [
@@ -41,14 +39,24 @@ struct Kernel {
     features: usize,
     /// Blocks that a multiprocessor's registers hold.
     per_multiprocessor: usize,
+    /// Threads of a block.
+    threads: u32,
 }
 
+#[rustfmt::skip]
 const KERNELS: [Kernel; 5] = [
-    Kernel { name: "linear_8", rows: 8, features: 128, per_multiprocessor: 3 },
-    Kernel { name: "linear_16", rows: 16, features: 128, per_multiprocessor: 3 },
-    Kernel { name: "linear_32", rows: 32, features: 128, per_multiprocessor: 2 },
-    Kernel { name: "linear_64", rows: 64, features: 128, per_multiprocessor: 2 },
-    Kernel { name: "linear_128", rows: 128, features: 256, per_multiprocessor: 1 },
+    Kernel { name: "linear_8", rows: 8, features: 128, per_multiprocessor: 3, threads: 256 },
+    Kernel { name: "linear_16", rows: 16, features: 128, per_multiprocessor: 3, threads: 256 },
+    Kernel { name: "linear_32", rows: 32, features: 128, per_multiprocessor: 2, threads: 256 },
+    Kernel { name: "linear_64", rows: 64, features: 128, per_multiprocessor: 2, threads: 256 },
+    Kernel { name: "linear_128", rows: 128, features: 256, per_multiprocessor: 1, threads: 256 },
+];
+
+/// For few rows and weights in whole steps: no shared memory between codes and registers.
+#[rustfmt::skip]
+const STREAMS: [Kernel; 2] = [
+    Kernel { name: "stream_8", rows: 8, features: 64, per_multiprocessor: 5, threads: 128 },
+    Kernel { name: "stream_16", rows: 16, features: 64, per_multiprocessor: 4, threads: 128 },
 ];
 
 /// A kernel with its division of the work.
@@ -62,14 +70,17 @@ pub(super) struct Tiling {
     /// Shares of k.
     pub splits: usize,
     pub shared: u32,
+    pub threads: u32,
 }
 
 impl Tiling {
-    /// For `rows` rows of X, `n` features and `k`, `batch` times.
+    /// For `rows` rows of X, `n` features and `k`, `batch` times. `streams`: the weight is constant, in
+    /// whole steps, its rows aligned to 16 bytes, with scales for 32 codes each or none.
     pub fn new(
         gpu: &'static Gpu,
         format: ElementFormat,
         (rows, n, k, batch): (usize, usize, usize, usize),
+        streams: bool,
     ) -> Result<Self, CudaError> {
         let attributes = gpu.attributes();
         let wanted = KERNELS.iter().position(|kernel| rows <= kernel.rows).unwrap_or(4);
@@ -80,7 +91,9 @@ impl Tiling {
                 let have = attributes.shared_per_block;
                 CudaError::Unsupported(format!("{have} bytes of shared memory a block are too few"))
             })?;
-        let shared = shared_bytes(kernel, format) as u32;
+        let streamed = STREAMS.iter().find(|kernel| rows <= kernel.rows).filter(|_| streams);
+        let shared = if streamed.is_some() { 0 } else { shared_bytes(kernel, format) as u32 };
+        let kernel = streamed.unwrap_or(kernel);
         let function = gpu.function(unit(format), kernel.name)?;
         function.allow_shared(shared)?;
 
@@ -89,12 +102,12 @@ impl Tiling {
         // A share of fewer than four steps spends its time filling the pipeline.
         let most = (k.div_ceil(STEP) / 4).max(1);
         let splits = (slots / (grid.0 * grid.1 * batch).max(1)).clamp(1, most);
-        Ok(Self { function, rows: kernel.rows, columns: grid.0 as u32, splits, shared })
+        Ok(Self { function, rows: kernel.rows, columns: grid.0 as u32, splits, shared, threads: kernel.threads })
     }
 
     /// Loads every kernel of a format, so that none is compiled later, within a capture.
     pub fn prepare(gpu: &'static Gpu, format: ElementFormat) -> Result<(), CudaError> {
-        for kernel in &KERNELS {
+        for kernel in KERNELS.iter().chain(&STREAMS) {
             gpu.function(unit(format), kernel.name)?;
         }
         Ok(())
