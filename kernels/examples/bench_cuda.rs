@@ -151,7 +151,16 @@ fn row(
     let mut memory = vec![x, y, workspace];
     let dense = Dense::new(
         gpu,
-        DenseProblem { m, n, k, pitch: k, factor: Factor::Bf16, out: FloatType::Bf16, bias: false, split: true },
+        DenseProblem {
+            m,
+            n,
+            k,
+            pitch: k,
+            factor: Factor::Bf16,
+            out: FloatType::Bf16,
+            bias: false,
+            split: true,
+        },
     )
     .unwrap();
     let host = bf16s(n * k);

@@ -69,7 +69,9 @@ impl Function {
         use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX;
         let bytes = c_int::try_from(bytes).unwrap_or(c_int::MAX);
         // SAFETY: the function is loaded.
-        check(self.name, unsafe { sys::cuFuncSetAttribute(self.raw, MAX, bytes) })
+        self.gpu.with_current(|| {
+            check(self.name, unsafe { sys::cuFuncSetAttribute(self.raw, MAX, bytes) })
+        })
     }
 
     /// Registers of one thread.
@@ -104,13 +106,16 @@ impl Function {
     pub fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32, CudaError> {
         let mut blocks = 0;
         // SAFETY: the function is loaded.
-        check(self.name, unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &mut blocks,
-                self.raw,
-                c_int::try_from(threads).unwrap_or(c_int::MAX),
-                shared as usize,
-            )
+        let threads = c_int::try_from(threads).unwrap_or(c_int::MAX);
+        self.gpu.with_current(|| {
+            check(self.name, unsafe {
+                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &mut blocks,
+                    self.raw,
+                    threads,
+                    shared as usize,
+                )
+            })
         })?;
         Ok(u32::try_from(blocks).unwrap_or(0))
     }
@@ -118,7 +123,9 @@ impl Function {
     fn attribute(&self, attribute: sys::CUfunction_attribute) -> Result<u32, CudaError> {
         let mut value = 0;
         // SAFETY: the function is loaded.
-        check(self.name, unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.raw) })?;
+        self.gpu.with_current(|| {
+            check(self.name, unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.raw) })
+        })?;
         Ok(u32::try_from(value).unwrap_or(0))
     }
 

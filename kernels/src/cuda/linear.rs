@@ -149,8 +149,12 @@ impl LinearPlan {
             }
         }
         let rows = plan.terms() * piece;
-        plan.path =
-            Path::Fused(Tiling::new(gpu, problem.weight.format, (rows, problem.n, problem.k, 1), streams(&problem))?);
+        plan.path = Path::Fused(Tiling::new(
+            gpu,
+            problem.weight.format,
+            (rows, problem.n, problem.k, 1),
+            streams(&problem),
+        )?);
         plan.lay_out();
         Ok(plan)
     }
@@ -284,7 +288,9 @@ impl LinearPlan {
             return Ok(());
         }
         if !buffers.codes.is_multiple_of(16) || !buffers.scales.is_multiple_of(4) {
-            return Err(CudaError::Unsupported("packed codes are not aligned to 16 bytes, or scales not to 4".into()));
+            return Err(CudaError::Unsupported(
+                "packed codes are not aligned to 16 bytes, or scales not to 4".into(),
+            ));
         }
         // SAFETY: as the caller promises; every kernel below stays within the plan's shapes.
         unsafe {

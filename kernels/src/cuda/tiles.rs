@@ -102,7 +102,14 @@ impl Tiling {
         // A share of fewer than four steps spends its time filling the pipeline.
         let most = (k.div_ceil(STEP) / 4).max(1);
         let splits = (slots / (grid.0 * grid.1 * batch).max(1)).clamp(1, most);
-        Ok(Self { function, rows: kernel.rows, columns: grid.0 as u32, splits, shared, threads: kernel.threads })
+        Ok(Self {
+            function,
+            rows: kernel.rows,
+            columns: grid.0 as u32,
+            splits,
+            shared,
+            threads: kernel.threads,
+        })
     }
 
     /// Loads every kernel of a format, so that none is compiled later, within a capture.
