@@ -28,7 +28,7 @@ struct Finish {
     void* y;
     const void* bias;
     const u8* bad_m;         // [matrices of A, m, parts_m]
-    const u8* bad_n;         // [matrices of B, parts_n, n]
+    const u8* bad_n;         // [matrices of Y, parts_n, n]
     const float* factor_x;   // tensor scales, or null
     const float* factor_w;
     const u32* any_bad;      // 0: nothing is marked
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
     // All loads are on their way before the first is looked at.
     u32 bad = 0;
     const u8* bad_m = f.bad_m + ((long long)ia * f.m + m) * f.parts_m;
-    const u8* bad_n = f.bad_n + (long long)ib * f.parts_n * f.n + n;
+    const u8* bad_n = f.bad_n + (long long)batch * f.parts_n * f.n + n;
     long long rows = (long long)f.terms * f.m;
     const float* p = f.partial + (long long)batch * f.splits * rows * f.n + (long long)m * f.n + n;
     float total = 0;
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(256) repair(const __grid_constant__
     for (int batch = 0; batch < batches; batch++) {
         int ia, ib;
         matrices(f.batches, batch, ia, ib);
-        const u8* bad_n = f.bad_n + (long long)ib * f.parts_n * f.n;
+        const u8* bad_n = f.bad_n + (long long)batch * f.parts_n * f.n;
         bool some = false;
         for (long long i = threadIdx.x; i < (long long)f.parts_n * f.n; i += 256) some |= bad_n[i] != 0;
         bool any_n = __syncthreads_or(some);

@@ -21,7 +21,7 @@ struct Fold {
     int width;               // k of the output: a multiple of 128 (fragments) or 8 (rows)
     int terms;               // bfloat16 terms of an unquantised value
     int order;               // see fragment()
-    int fragments;           // 1: fragment order, 0: row-major
+    int fragments;           // 1: fragment order, 0: row-major, 2: row-major, NaN where nothing fits
     int shift;
     int parts;
     Quant q;
@@ -55,7 +55,7 @@ DEVICE uint4 ordered(int order, const float (&v)[8]) {
 }
 
 DEVICE void put(const Fold& f, uint4* out, int r, int k, const float (&v)[8]) {
-    if (f.fragments)
+    if (f.fragments == 1)
         out[fragment(f, r, k)] = ordered(f.order, v);
     else
         out[((long long)r * f.width + k) / 8] = ordered(0, v);
@@ -183,8 +183,13 @@ extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ F
             }
             bad = fold_cast(f.q, f.shift, divisor, v);
         }
+        // As a weight, the values tell the product which of its columns to mark.
+        if (bad && f.fragments == 2)
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[i] = bits_float(0x7fc00000u);
         if (k < f.width) put(f, out, row, k, v);
     }
+    if (f.fragments == 2) return;
     bad = __syncthreads_or(bad);
     if (threadIdx.x == 0) {
         f.bad[((long long)blockIdx.z * f.m + row) * f.parts + chunk] = bad;
@@ -253,53 +258,47 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 struct FoldB {
-    const void* b;
-    u16* out;                // [batch, n, width]
-    u8* bad;                 // [batch, n]
-    u32* any_bad;
+    const void* b;           // [batch, k, n]
+    uint4* out;              // [batch, n, width] bfloat16
     long long b_batch;
     int n;
     int k;
     int type;
-    int width;
-    int transposed;          // B is [n, k] rather than [k, n]
+    int width;               // k padded to a multiple of 128
     Quant q;
 };
 
-// B as a bfloat16 weight: one thread a column, its blocks one after the other.
+// B as a bfloat16 weight, k innermost; NaN where a value does not fit, so that the product marks the
+// column. One thread a block of one column: neighbours read neighbours. Block (64 columns, blocks of
+// k in turn, matrix).
 extern "C" __global__ void __launch_bounds__(64) fold_b(const __grid_constant__ FoldB f) {
     wait_for_previous();
     launch_dependents();
     int n = blockIdx.x * 64 + threadIdx.x;
     if (n >= f.n) return;
-    long long at = blockIdx.y * f.b_batch + (f.transposed ? (long long)n * f.k : n);
-    long long stride = f.transposed ? 1 : f.n;
-    uint4* out = reinterpret_cast<uint4*>(f.out + ((long long)blockIdx.y * f.n + n) * f.width);
-    bool bad = false;
-    for (int k0 = 0; k0 < f.width; k0 += f.q.block) {
+    long long at = blockIdx.z * f.b_batch + n;
+    uint4* out = f.out + ((long long)blockIdx.z * f.n + n) * (f.width / 8);
+    bool scaled = f.q.kind == SCALED;
+    for (long long k0 = (long long)blockIdx.y * f.q.block; k0 < f.width; k0 += (long long)gridDim.y * f.q.block) {
+        int first = int(k0), end = min(first + f.q.block, f.k);
         u32 amax = 0;
-        for (int k = k0; k < min(k0 + f.q.block, f.k); k++)
-            amax = max(amax, float_bits(load_float(f.b, f.type, at + k * stride)) & 0x7fffffffu);
-        bool scaled = f.q.kind == SCALED;
-        int e = !scaled || amax == 0 || amax >= INFINITY_BITS ? 0 : shared_exponent(f.q, amax);
-        bool fits = !scaled || (amax < INFINITY_BITS && f.q.emin - f.q.mantissa + e >= -126 &&
-                                f.q.emax + e <= 127);
-        bad |= !fits;
-        float down = exp2_exact(-e), up = exp2_exact(e);
-        for (int k = k0; k < min(k0 + f.q.block, f.width); k += 8) {
+        if (scaled)
+            for (int k = first; k < end; k++)
+                amax = max(amax, float_bits(load_float(f.b, f.type, at + (long long)k * f.n)) & 0x7fffffffu);
+        int e = amax == 0 || amax >= INFINITY_BITS ? 0 : shared_exponent(f.q, amax);
+        bool fits = amax == 0 || (amax < INFINITY_BITS && f.q.emin - f.q.mantissa + e >= -126 &&
+                                  f.q.emax + e <= 127);
+        float down = exp2_exact(-e), up = fits ? exp2_exact(e) : 0.0f;
+        for (int k = first; k < min(first + f.q.block, f.width); k += 8) {
             float v[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                float t = k + i < f.k ? load_float(f.b, f.type, at + (k + i) * stride) : 0.0f;
-                bool nan = t != t;
-                t = nan || !fits ? 0.0f : round_element(f.q, t * down) * up;
-                bool out_of_range = outside(t);
-                bad |= (nan && !scaled) || out_of_range;
-                v[i] = out_of_range ? 0.0f : t;
+                float t = k + i < f.k ? load_float(f.b, f.type, at + (long long)(k + i) * f.n) : 0.0f;
+                bool nan = t != t || !fits;
+                t = nan ? 0.0f : round_element(f.q, t * down) * up;
+                v[i] = nan || outside(t) ? bits_float(0x7fc00000u) : t;
             }
             out[k / 8] = ordered(0, v);
         }
     }
-    f.bad[(long long)blockIdx.y * f.n + n] = bad;
-    if (bad && f.any_bad) atomicOr(f.any_bad, 1u);
 }

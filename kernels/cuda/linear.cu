@@ -12,7 +12,7 @@ struct Linear {
     const uint4* x;          // folded
     void* y;                 // Y, or partial sums [batch, splits, rows, n]
     const void* bias;        // null with partial sums
-    u8* bad_n;               // [matrices of W, splits * blocks of rows, n]
+    u8* bad_n;               // [matrices of Y, splits * blocks of rows, n]
     u32* any_bad;
     long long x_batch;       // 16-byte units between matrices of X
     long long w_batch;       // bytes between matrices of W
@@ -265,7 +265,8 @@ DEVICE void linear(const Linear& p) {
     long long out = (long long)blockIdx.z * p.rows * p.n;
     u32 wild = store<NT, MT>(p, acc, scratch, out, n0 + warp * 16 * MT, blockIdx.y * NT * 8);
     wild = p.partial ? 0 : __any_sync(0xffffffffu, wild);
-    mark(p, bad, wild, (long long)(ib * gridDim.y + blockIdx.y) * p.splits + split, row, t);
+    // By product, not by matrix of W: whose sums leave fp32 follows from both operands.
+    mark(p, bad, wild, ((long long)matrix * gridDim.y + blockIdx.y) * p.splits + split, row, t);
 }
 
 // Few rows of X: the codes go straight from memory to registers, DEPTH steps ahead, and no warp waits

@@ -19,6 +19,7 @@ pub(super) fn prepare(
     attrs: &MxActMatMulAttrs,
     x: XType,
 ) -> Result<(), OpError> {
+    ActMatMulPlan::prepare(gpu)?;
     let product = Product { m: 1, n: 1, k: 1, batches: vec![(0, 0)] };
     ActMatMulPlan::new(gpu, &problem(attrs, &product), x.float_type())?;
     Ok(())

@@ -20,7 +20,7 @@ pub(super) const FINISH: Unit = Unit::plain("finish");
 /// k that one block of `fold` takes.
 pub(super) const FOLD_K: usize = 1024;
 /// Blocks of the search for a tensor's largest magnitude.
-const LARGEST_BLOCKS: usize = 256;
+pub(super) const LARGEST_BLOCKS: usize = 256;
 /// Rows beyond which a product runs in several pieces: scratch memory stays below about this.
 const MOST_SCRATCH: usize = 512 << 20;
 /// Most rows of one piece: the last kernel has one block a row in y.

@@ -13,6 +13,7 @@
 //! lengths, which follow from the shapes, and for their lifetime on the stream.
 
 mod act_matmul;
+mod batches;
 pub mod blas;
 mod cache;
 pub mod compile;
@@ -23,6 +24,7 @@ mod gpu;
 mod launch;
 mod linear;
 mod params;
+mod quantize;
 mod scores;
 mod tiles;
 pub mod units;
@@ -33,6 +35,7 @@ pub use error::CudaError;
 pub use gpu::{Attributes, Gpu, Stream};
 pub use launch::{Args, Function, Launch};
 pub use linear::{LinearBuffers, LinearPlan};
+pub use quantize::{QUANTIZE_SCRATCH, QuantizeBuffers, quantize_rows};
 pub use scores::{ScoresBuffers, ScoresPlan};
 pub use units::{Arch, Unit};
 

@@ -104,16 +104,12 @@ pub(super) struct Fold {
 pub(super) struct FoldB {
     pub b: DevicePtr,
     pub out: DevicePtr,
-    pub bad: DevicePtr,
-    pub any_bad: DevicePtr,
     pub b_batch: i64,
     pub n: i32,
     pub k: i32,
     pub kind: i32,
     pub width: i32,
-    pub transposed: i32,
     pub quant: Quant,
-    pub _pad: i32,
 }
 
 /// `Linear` of `linear.cu`.

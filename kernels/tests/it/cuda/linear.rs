@@ -14,7 +14,7 @@ use super::common::{Buffer, OwnStream, gpu, quick};
 use crate::common::{Random, specs};
 
 /// A packed weight, here and on the device.
-struct Weight {
+pub(super) struct Weight {
     spec: QuantSpec,
     n: usize,
     k: usize,
@@ -29,7 +29,7 @@ impl Weight {
         Self { spec, n, k, codes, scales, device }
     }
 
-    fn quantised(spec: QuantSpec, n: usize, k: usize, values: &[f32]) -> Self {
+    pub(super) fn quantised(spec: QuantSpec, n: usize, k: usize, values: &[f32]) -> Self {
         let (mut codes, mut scales) =
             (vec![0; spec.codes_len(n, k)], vec![0; spec.scales_len(n, k)]);
         quantize_rows(&spec, values, n, k, &mut codes, &mut scales).unwrap();
@@ -64,7 +64,7 @@ impl Weight {
         PackedWeight::new(self.spec, self.n, self.k, &self.codes, &self.scales).unwrap()
     }
 
-    fn problem(&self, activation: Option<QuantSpec>) -> LinearProblem {
+    pub(super) fn problem(&self, activation: Option<QuantSpec>) -> LinearProblem {
         LinearProblem { n: self.n, k: self.k, weight: self.spec, activation, alpha: 1.0, beta: 1.0 }
     }
 
@@ -83,7 +83,7 @@ impl Weight {
 }
 
 /// A float type with its number on the device.
-trait Element: Pod + PartialEq {
+pub(super) trait Element: Pod + PartialEq {
     const TYPE: FloatType;
     const EPSILON: f64;
     fn from_f32(v: f32) -> Self;
@@ -111,7 +111,7 @@ elements!(
 );
 
 /// Y of one product; the scratch is poisoned.
-fn run<T: Element>(
+pub(super) fn run<T: Element>(
     gpu: &'static Gpu,
     stream: &OwnStream,
     problem: &LinearProblem,

@@ -1,7 +1,9 @@
 //! What runs on, or is made for, an NVIDIA GPU.
 
+mod act_matmul;
 pub mod common;
 mod linear;
+mod quantize;
 mod runtime;
 mod scores;
 mod units;
