@@ -168,9 +168,9 @@ impl ActMatMulPlan {
         let partial = if splits > 1 { run.count * splits * rows * self.n * 4 } else { 0 };
         let mut layout = Layout {
             b: part(run.b.1 * self.n * self.width() * 2),
-            a: part(run.a.1 * tiling.padded_rows * self.width() * 2),
+            a: part(run.a.1 * rows.next_multiple_of(tiling.rows) * self.width() * 2),
             bad_m: part(run.a.1 * rows * self.parts()),
-            bad_n: part(run.count * tiling.grid.1 as usize * splits * self.n),
+            bad_n: part(run.count * rows.div_ceil(tiling.rows) * splits * self.n),
             any_bad: part(4),
             partial: part(partial),
             total: 0,
@@ -356,7 +356,7 @@ impl ActMatMulPlan {
             batches: p.run.batches,
             _pad: 0,
         };
-        let grid = (p.tiling.grid.0, p.row_blocks() as u32, (p.run.count * splits) as u32);
+        let grid = (p.tiling.columns, p.row_blocks() as u32, (p.run.count * splits) as u32);
         let shape = Launch::new(grid, (THREADS, 1, 1)).shared(p.tiling.shared).overlap(true);
         // SAFETY: shapes and strides are the scratch memory's and Y's.
         unsafe { p.tiling.function.launch(&shape, stream, &mut Args::new().with(linear)) }
@@ -419,17 +419,12 @@ impl Piece<'_> {
         if self.partial() { 0 } else { self.at(self.layout.any_bad) }
     }
 
-    /// Rows of A that a block of the product takes.
-    fn rows_per_block(&self) -> usize {
-        self.tiling.padded_rows / self.tiling.grid.1 as usize
-    }
-
     fn row_blocks(&self) -> usize {
-        self.rows.div_ceil(self.rows_per_block())
+        self.rows.div_ceil(self.tiling.rows)
     }
 
     /// Rows of a folded matrix of A.
     fn padded(&self) -> usize {
-        self.row_blocks() * self.rows_per_block()
+        self.row_blocks() * self.tiling.rows
     }
 }
