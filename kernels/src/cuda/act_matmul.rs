@@ -10,7 +10,7 @@ use super::{
     batches::{Run, runs},
     linear::{FINISH, FOLD, FOLD_K, launch_finish},
     params::{Finish, Fold, FoldB, Linear, Operand, Quant},
-    tiles::{FRAGMENT_ROWS, STEP, THREADS, Tiling},
+    tiles::{FRAGMENT_ROWS, STEP, Tiling},
 };
 use crate::{ActMatMulProblem, ElementFormat, QuantSpec};
 
@@ -125,7 +125,7 @@ impl ActMatMulPlan {
         let most = if m > MOST_ROWS { 1 } else { (MOST_SCRATCH / one).clamp(1, MOST_PRODUCTS) };
         for run in runs(problem.batches, most) {
             let sizes = (plan.piece_rows(), n, k, run.count);
-            let tiling = Tiling::new(gpu, ElementFormat::Bf16, sizes)?;
+            let tiling = Tiling::new(gpu, ElementFormat::Bf16, sizes, false)?;
             plan.scratch_bytes = plan.scratch_bytes.max(plan.layout(&run, &tiling).total);
             plan.runs.push((run, tiling));
         }
@@ -345,7 +345,6 @@ impl ActMatMulPlan {
             splits: splits as i32,
             rows: p.rows as i32,
             tiles: (padded / FRAGMENT_ROWS) as i32,
-            stages: p.tiling.stages as i32,
             copy_bytes: 16,
             partial: i32::from(p.partial()),
             kind: self.element as i32,
@@ -354,10 +353,10 @@ impl ActMatMulPlan {
             alpha: self.alpha,
             beta: 0.0,
             batches: p.run.batches,
-            _pad: 0,
         };
         let grid = (p.tiling.columns, p.row_blocks() as u32, (p.run.count * splits) as u32);
-        let shape = Launch::new(grid, (THREADS, 1, 1)).shared(p.tiling.shared).overlap(true);
+        let shape =
+            Launch::new(grid, (p.tiling.threads, 1, 1)).shared(p.tiling.shared).overlap(true);
         // SAFETY: shapes and strides are the scratch memory's and Y's.
         unsafe { p.tiling.function.launch(&shape, stream, &mut Args::new().with(linear)) }
     }
