@@ -59,7 +59,7 @@ pub struct DenseBuffers {
     pub w: DevicePtr,
     /// float32 factors of x and of w, or 0.
     pub scales: [DevicePtr; 2],
-    /// [n] of d's type.
+    /// `[n]` of d's type.
     pub bias: DevicePtr,
     /// [m, n].
     pub d: DevicePtr,

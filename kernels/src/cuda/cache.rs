@@ -32,10 +32,12 @@ pub(super) struct Store {
     cache: Option<PathBuf>,
 }
 
+type Compile<'a> = dyn Fn(&Unit, Arch) -> Result<Vec<u8>, CudaError> + 'a;
+
 /// What compiles, and what its results are filed under.
 struct Compiler<'a> {
     version: (u32, u32),
-    compile: &'a dyn Fn(&Unit, Arch) -> Result<Vec<u8>, CudaError>,
+    compile: &'a Compile<'a>,
 }
 
 impl Store {
@@ -224,9 +226,8 @@ mod tests {
         let whole = std::fs::read(&file).unwrap();
         let mut flipped = whole.clone();
         *flipped.last_mut().unwrap() ^= 1;
-        for (i, damaged) in [&whole[..whole.len() - 1], &whole[..20], &[], &flipped, &CODE.to_vec()]
-            .iter()
-            .enumerate()
+        for (i, damaged) in
+            [&whole[..whole.len() - 1], &whole[..20], &[], &flipped, CODE].iter().enumerate()
         {
             std::fs::write(&file, damaged).unwrap();
             assert_eq!(ask(&store, (13, 0), &runs), CODE);

@@ -68,8 +68,8 @@ impl Function {
         }
         use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX;
         let bytes = c_int::try_from(bytes).unwrap_or(c_int::MAX);
-        // SAFETY: the function is loaded.
         self.gpu.with_current(|| {
+            // SAFETY: the function is loaded.
             check(self.name, unsafe { sys::cuFuncSetAttribute(self.raw, MAX, bytes) })
         })
     }
@@ -105,9 +105,9 @@ impl Function {
     /// A driver that does not tell.
     pub fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32, CudaError> {
         let mut blocks = 0;
-        // SAFETY: the function is loaded.
         let threads = c_int::try_from(threads).unwrap_or(c_int::MAX);
         self.gpu.with_current(|| {
+            // SAFETY: the function is loaded.
             check(self.name, unsafe {
                 sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
                     &mut blocks,
@@ -122,8 +122,8 @@ impl Function {
 
     fn attribute(&self, attribute: sys::CUfunction_attribute) -> Result<u32, CudaError> {
         let mut value = 0;
-        // SAFETY: the function is loaded.
         self.gpu.with_current(|| {
+            // SAFETY: the function is loaded.
             check(self.name, unsafe { sys::cuFuncGetAttribute(&mut value, attribute, self.raw) })
         })?;
         Ok(u32::try_from(value).unwrap_or(0))

@@ -41,7 +41,7 @@ pub struct LinearBuffers {
     pub codes: DevicePtr,
     /// Scales, [n, blocks] bytes for `e8m0`, one float32 for `tensor`, 0 for `none`.
     pub scales: DevicePtr,
-    /// Bias, [n] of X's type, or 0.
+    /// Bias, `[n]` of X's type, or 0.
     pub bias: DevicePtr,
     /// Y, [m, n] of X's type.
     pub y: DevicePtr,

@@ -14,19 +14,19 @@ const THREADS: u32 = 512;
 pub struct ScoresBuffers {
     /// Logits, [rows, vocab].
     pub logits: DevicePtr,
-    /// Labels, [rows] int64; [`crate::scores::MASKED`] scores nothing.
+    /// Labels, `[rows]` int64; [`crate::scores::MASKED`] scores nothing.
     pub labels: DevicePtr,
     /// Logits of the baseline, [rows, vocab], or 0.
     pub baseline: DevicePtr,
-    /// Negative log-likelihood of the label in nats, [rows] float32.
+    /// Negative log-likelihood of the label in nats, `[rows]` float32.
     pub nll: DevicePtr,
-    /// Entropy in nats, [rows] float32.
+    /// Entropy in nats, `[rows]` float32.
     pub entropy: DevicePtr,
-    /// First token of the largest logit, [rows] int64; -1 in a row with NaN.
+    /// First token of the largest logit, `[rows]` int64; -1 in a row with NaN.
     pub top1: DevicePtr,
-    /// KL(baseline || this) in nats, [rows] float32.
+    /// KL(baseline || this) in nats, `[rows]` float32.
     pub kl: DevicePtr,
-    /// Negative log-likelihood under the baseline, [rows] float32.
+    /// Negative log-likelihood under the baseline, `[rows]` float32.
     pub baseline_nll: DevicePtr,
 }
 

@@ -126,7 +126,7 @@ fn shared_bytes(kernel: &Kernel, format: ElementFormat) -> usize {
     let stage = kernel.features * STEP * format.bits() as usize / 8 + kernel.rows * STEP * 2;
     let room = match kernel.rows {
         ..=16 => 75 << 10,
-        ..=64 => 98 << 10,
+        17..=64 => 98 << 10,
         _ => 200 << 10,
     };
     stage * (room / stage).clamp(2, 6)

@@ -255,7 +255,8 @@ fn many_products_and_many_rows() {
     let stream = OwnStream::new();
     let mut random = Random(44);
     let pairs: Vec<_> = (0..33_000).map(|i| (i, i / 3)).collect();
-    let shapes: [([usize; 3], &[(usize, usize)]); 4] = [
+    type Shape<'a> = ([usize; 3], &'a [(usize, usize)]);
+    let shapes: [Shape<'_>; 4] = [
         ([2, 3, 5], &pairs),
         ([33_000, 2, 17], &[(0, 0), (1, 0)]),
         ([1, 40, 9000], &[(0, 0), (1, 1)]),
