@@ -20,6 +20,8 @@ DEVICE float exp2_exact(int e) {
 }
 
 DEVICE float f16_float(u16 v) {
+    // The conversion drops a NaN's sign, which an unscaled cast keeps.
+    if ((v & 0x7fffu) > 0x7c00u) return bits_float(0x7fc00000u | u32(v & 0x8000u) << 16);
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
     return f;
