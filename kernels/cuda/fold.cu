@@ -247,9 +247,9 @@ extern "C" __global__ void __launch_bounds__(128)
     for (int j = 0; j < q.block; j++) {
         u32 code = 0;
         if (j < len && !nan) {
-            float v = load_float(f.x, f.type, at + j);
+            float x = load_float(f.x, f.type, at + j), v = x;
             v = q.kind == SCALED ? v * exp2_exact(-e) : divisor == 1.0f ? v : divide(v, divisor);
-            code = v != v ? nan_code(q, v) : element_code(q, round_element(q, v));
+            code = v != v ? nan_code(q, x) : element_code(q, round_element(q, v));
         }
         word |= u64(code) << filled;
         filled += q.bits;

@@ -63,6 +63,8 @@ impl Buffer {
             if bytes > 0 {
                 ok(sys::cuMemsetD8_v2(base + margin as u64, 0xff, bytes));
             }
+            // Memsets run in the background, and non-blocking streams do not wait for them.
+            ok(sys::cuStreamSynchronize(std::ptr::null_mut()));
         }
         Self { base, bytes, margin }
     }
@@ -97,7 +99,10 @@ impl Buffer {
     pub fn fill(&self, byte: u8) {
         if self.bytes > 0 {
             // SAFETY: within the allocation.
-            ok(unsafe { sys::cuMemsetD8_v2(self.ptr(), byte, self.bytes) });
+            unsafe {
+                ok(sys::cuMemsetD8_v2(self.ptr(), byte, self.bytes));
+                ok(sys::cuStreamSynchronize(std::ptr::null_mut()));
+            }
         }
     }
 
