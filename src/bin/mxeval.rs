@@ -81,6 +81,9 @@ struct Cli {
     /// Reuse the stages that an earlier run into --out finished
     #[arg(long)]
     resume: bool,
+    /// Keep the loss of every document in run.json: differences then have a standard error
+    #[arg(long)]
+    documents: bool,
     /// Print records (JSON Lines) instead of the table
     #[arg(long)]
     json: bool,
@@ -234,6 +237,7 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
         ort_lib: cli.ort_lib.clone(),
         out: cli.out.clone(),
         resume: cli.resume,
+        documents: cli.documents,
         debug: cli.debug,
         rewrite,
         command: std::env::args().collect(),

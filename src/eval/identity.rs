@@ -93,10 +93,14 @@ impl Subject<'_> {
         let options = self.options;
         let place = place(self.chosen, mx_kernels::cpu::variant());
         let platform = format!("{} {place} {:?}", self.runtime.version, options.threads);
-        let figures = format!(
+        let mut figures = format!(
             "{} {} {} {:?}",
             options.max_samples, options.seq_len, job.batch_size, options.rewrite
         );
+        if options.documents {
+            // Results without documents do not serve a run that keeps them.
+            figures.push_str(" documents");
+        }
         let key = |task: &Task| {
             let parts = KeyParts {
                 model: own.model.as_deref().unwrap_or("unreadable"),

@@ -297,6 +297,12 @@ impl Bench<'_> {
         if let Some(rows) = scored.halved_to {
             details.insert("batch_halved_to".into(), json!(rows));
         }
+        if self.options.documents {
+            let nll: Vec<f64> = scored.documents.iter().map(|document| document.nll).collect();
+            let tokens: Vec<u64> =
+                scored.documents.iter().map(|document| document.tokens).collect();
+            details.insert("documents".into(), json!({"nll": nll, "tokens": tokens}));
+        }
     }
 }
 

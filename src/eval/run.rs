@@ -60,6 +60,8 @@ pub struct Options {
     pub out: PathBuf,
     /// Reuse stages that an earlier run finished.
     pub resume: bool,
+    /// Keep the loss of every document.
+    pub documents: bool,
     /// ONNX Runtime's log on stderr.
     pub debug: bool,
     /// How sweeps rewrite; lowering and format are the stage's.

@@ -200,6 +200,45 @@ fn a_sweep_ranks_formats_and_resumes() {
     assert!(!stderr.contains("kept from"), "{stderr}");
 }
 
+#[test]
+fn every_documents_loss_is_kept_on_request() {
+    if !ready() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let sweep = |more: &[&str]| {
+        let common = ["--max-samples", "5", "--seq-len", "32", "--stages", "baseline,int8"];
+        let what = [Path::new("--sweep"), &model()];
+        let (code, found, stderr) = records(&what, &pile(), &out, &[&common[..], more].concat());
+        assert_eq!(code, 0, "{stderr}");
+        let run = std::fs::read(out.join("run.json")).unwrap();
+        let run: Value = serde_json::from_slice(&run).unwrap();
+        (found, run, stderr)
+    };
+    let (found, run, _) = sweep(&[]);
+    let details = |run: &Value, record: &Value| {
+        run["stages"][format!("{} {}", model().display(), record["stage"].as_str().unwrap())]
+            .clone()
+    };
+    assert!(details(&run, &found[0])["documents"].is_null());
+    // What has no documents is measured again, what has them is kept with them.
+    for kept in [false, true] {
+        let (found, run, stderr) = sweep(&["--documents", "--resume"]);
+        assert_eq!(stderr.contains("int8: kept from an earlier run"), kept, "{stderr}");
+        for record in &found {
+            let documents = &details(&run, record)["documents"];
+            let sum = |field: &str| {
+                let values = documents[field].as_array().unwrap();
+                assert_eq!(values.len(), 5);
+                values.iter().map(|value| value.as_f64().unwrap()).sum::<f64>()
+            };
+            assert_eq!(sum("tokens"), number(record, "tokens"));
+            close(sum("nll") / sum("tokens"), number(record, "xent"), 1e-12);
+        }
+    }
+}
+
 /// `tests/python/gpu_eval.py`: the same figures on GPUs, whatever the division of labour.
 #[test]
 fn gpus_agree_with_the_cpu() {
