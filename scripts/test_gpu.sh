@@ -13,60 +13,14 @@
 # missing otherwise is a skip with its reason. MX_NVRTC, MX_CUBIN_DIR, MX_CACHE_DIR as in docs/cuda.md.
 # Logs go to MX_GPU_LOGS (default .gpu/logs). Exit code 0: every part passed or was skipped.
 set -uo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root" || exit 2
-bin=$root/.gpu/bin
-logs=${MX_GPU_LOGS:-$root/.gpu/logs}
+. "$(dirname "${BASH_SOURCE[0]}")/gpu_env.sh"
 export MX_REQUIRE=${MX_REQUIRE:-cuda,sanitizer}
-python=${MX_PYTHON:-python3}
-
-if [ ! -x "$bin/kernels_it" ]; then
-    if command -v cargo >/dev/null 2>&1 || [ -x "$HOME/.cargo/bin/cargo" ]; then
-        scripts/pack_gpu.sh || exit 2
-    else
-        echo "error: $bin/kernels_it is missing: run scripts/pack_gpu.sh on a machine with Rust and bring .gpu/ along" >&2
-        exit 2
-    fi
-fi
-mkdir -p "$logs"
-# What travelled may have lost its mode.
-chmod +x "$bin"/* 2>/dev/null
-
-if [ -z "${MX_CUBIN_DIR:-}" ] && [ -d "$root/.gpu/cubins" ]; then
-    export MX_CUBIN_DIR=$root/.gpu/cubins
-fi
-# Where the loader finds no NVRTC, that of a Python package will do.
-if [ -z "${MX_NVRTC:-}" ] && ! ldconfig -p 2>/dev/null | grep -q 'libnvrtc\.so\.1[23]' &&
-    ! ls /usr/local/cuda/lib64/libnvrtc.so.1[23] >/dev/null 2>&1; then
-    MX_NVRTC=$("$python" scripts/find_nvrtc.py 2>/dev/null) && [ -n "$MX_NVRTC" ] && export MX_NVRTC || unset MX_NVRTC
-fi
+need_programs kernels_it
 
 required() { case ",$MX_REQUIRE," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 
-table=()
-failed=0
-report() { # report PART RESULT SECONDS NOTE
-    table+=("$(printf '%-10s %-8s %6s s  %s' "$1" "$2" "$3" "$4")")
-    [ "$2" != failed ] || failed=1
-}
 skip() { # skip PART NEEDS REASON
     if required "$2"; then report "$1" failed 0 "MX_REQUIRE names $2, but $3"; else report "$1" skipped 0 "$3"; fi
-}
-
-# Runs a part with its log shown and kept; the note is the last line that says how many tests there were.
-part() { # part NAME COMMAND...
-    local name=$1 log=$logs/$1.log start=$SECONDS code note
-    shift
-    echo "== $name: $*"
-    "$@" 2>&1 | tee "$log"
-    code=${PIPESTATUS[0]}
-    note=$(grep -aE '^test result:|ERROR SUMMARY|RACECHECK SUMMARY|checks' "$log" | tail -n 2 | tr '\n' ' ')
-    local skips
-    skips=$(grep -ac '^skipped: ' "$log")
-    [ "$skips" = 0 ] || note="$note($skips lines 'skipped', see $log)"
-    if [ "$code" = 0 ]; then report "$name" ok $((SECONDS - start)) "$note"; else
-        report "$name" failed $((SECONDS - start)) "exit code $code; $note see $log"
-    fi
 }
 
 kernels() {
@@ -106,9 +60,8 @@ PY
     MX_CUSTOM_OPS=${MX_CUSTOM_OPS:-$bin/libmx_custom_ops.so} part operators "$python" tests/python/gpu_ops.py
 }
 
-nvidia-smi -L 2>/dev/null || echo "nvidia-smi: not found or no GPU"
-[ -f .gpu/commit ] && echo "programs of $(cat .gpu/commit)"
-echo "NVRTC: ${MX_NVRTC:-where the loader looks}; cubins built ahead: ${MX_CUBIN_DIR:-none}; required: $MX_REQUIRE"
+say_machine
+echo "required: $MX_REQUIRE"
 [ $# -gt 0 ] || set -- kernels memcheck racecheck operators
 for name in "$@"; do
     case $name in
@@ -118,6 +71,4 @@ for name in "$@"; do
         *) echo "error: no part named '$name' (kernels, memcheck, racecheck, operators)" >&2; exit 2 ;;
     esac
 done
-echo
-printf '%s\n' "${table[@]}"
-exit "$failed"
+finish

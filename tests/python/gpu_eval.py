@@ -27,6 +27,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIGURES = ("docs", "tokens", "bytes", "xent", "ppl", "entropy", "bits_per_byte")
+# Between devices, or between kernels of one device.
+XENT = 1e-3
 FAILURES = []
 
 
@@ -112,7 +114,7 @@ def against_the_cpu(runs):
         expected = "skipped" if stage == "nvfp8" and capability < (8, 9) else "ok"
         check(f"cuda: {stage} is {expected}", record["status"] == expected, record["reason"] or "")
         check(f"cuda: {stage} says where it ran", record["device"] == "cuda:0", record["device"])
-    near("cuda", cpu, one, 1e-3)
+    near("cuda", cpu, one, XENT)
     if one["nvfp8"]["status"] == "ok":
         near("real against emulated", {"nvfp8": one["nvfp8-emu-e4m3"]}, one, 0.05)
     speed(one, run)
@@ -154,7 +156,11 @@ def memory(runs, one):
     for stage, record in small.items():
         halved = "out of memory" in (record["reason"] or "") and "ran out of memory" in said
         check(f"little memory: {stage} is halved and ok", record["status"] == "ok" and halved, record["reason"])
-    near("little memory", {stage: one[stage] for stage in small}, small, 1e-5)
+    # Batches of other extents run in other kernels, which add in another order. The baseline's loss keeps
+    # its digits; where activations are quantised, one beside a rounding boundary goes to the neighbouring
+    # code, which every later layer sees: as between the CPU and a GPU, and with the same bound.
+    near("little memory", one, small, 1e-5, ["baseline"])
+    near("little memory", one, small, XENT, ["mx-fp8_e4m3"])
 
 
 def folder_and_faults(runs, one):
