@@ -12,6 +12,7 @@ one JSON file in --records. Exit code 0: all promises are kept.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import random
@@ -125,8 +126,9 @@ def smollm2(args):
         if off is None or abs(off) > XENT or not same:
             far.append(stage)
             noise += [stage] * bool(error and same and abs(off) <= XENT + 2 * error)
-        rows.append([stage, record.get("status", "absent"), number(pair[1], ".6f"), number(pair[0], ".6f"),
-                     number(off, "+.1e"), number(error, ".1e"), number(record.get("tokens_per_second"), ".0f"), number(record.get("seconds"), ".2f")])
+        figures = ((pair[1], ".6f"), (pair[0], ".6f"), (off, "+.1e"), (error, ".1e"))
+        speed = ((record.get("tokens_per_second"), ".0f"), (record.get("seconds"), ".2f"))
+        rows.append([stage, record.get("status", "absent"), *(number(*pair) for pair in (*figures, *speed))])
     table(["stage", "status", "xent CPU", "xent GPU", "difference", "its error", "tokens/s", "s"], rows)
     ok = [stage for stage in STAGES if gpu.get(stage, {}).get("status") == "ok"]
     first = next(iter(gpu.values()), {})
@@ -183,31 +185,32 @@ def llama8b_table(args, records, run, replaced, seconds):
         if record["status"] != "ok":
             rows.append([stage, record["status"], *["-"] * 10])
             continue
-        shares[stage] = more["outside_run_share"]
-        times[stage] = record["seconds"] / baseline["seconds"]
+        times[stage], shares[stage] = record["seconds"] / baseline["seconds"], more["outside_run_share"]
         loaded = more.get("loaded_device_bytes")
         if loaded and whole and stage in MX:
             # What is not replaced takes the same in both.
             sizes[stage] = (loaded / whole, (loaded - (whole - replaced)) / replaced)
-        ratios = [number(ratio, ".2%") for ratio in sizes.get(stage, (None, None))]
-        rows.append([stage, record["status"], f"{record['seconds']:.2f}", f"{times[stage]:.3f}", f"{record['tokens_per_second']:.0f}",
-                     f"{shares[stage]:.2%}", f"{more['load_seconds']:.1f}", f"{more['rewrite_seconds']:.1f}",
-                     number(loaded and loaded / 1e6, ".1f"), number(loaded and (loaded - record["model_bytes"]) / 1e6, "+.1f"), *ratios])
+        memory = [loaded and loaded / 1e6, loaded and (loaded - record["model_bytes"]) / 1e6, *sizes.get(stage, (None, None))]
+        rows.append([
+            stage, record["status"], f"{record['seconds']:.2f}", f"{times[stage]:.3f}", f"{record['tokens_per_second']:.0f}",
+            f"{shares[stage]:.2%}", f"{more['load_seconds']:.1f}", f"{more['rewrite_seconds']:.1f}",
+            *(number(value, form) for value, form in zip(memory, (".1f", "+.1f", ".2%", ".2%"))),
+        ])
         expected = args.batches * args.batch_size * (args.seq_len - 1)
         check(f"{stage}: every document fills its window", record["tokens"] == expected, record["tokens"])
-    head = ["stage", "status", "s", "of baseline", "tokens/s", "outside", "load s", "rewrite s", "loaded MB", "less file", "in all", "replaced"]
-    table(head, rows)
+    head = ["stage", "status", "s", "of baseline", "tokens/s", "outside", "load s", "rewrite s", "loaded MB", "less file"]
+    table([*head, "in all", "replaced"], rows)
     print(f"     the whole command: {seconds:.1f} s; the replaced layers take {replaced / 1e6:.1f} MB in 16 bits")
-    slow = {stage: round(times.get(stage, float("inf")), 3) for stage in MX if stage in records and not times.get(stage, 9e9) <= 1.3}
-    worst = max((times[stage] for stage in MX if stage in times), default=float("nan"))
-    bar("5a", not slow, f"each MX stage within 1.3 times the {args.dtype} baseline: at most {worst:.3f}" + (f"; not: {slow}" if slow else ""))
-    bar("5b", max(shares.values()) < 0.10, f"outside the session's run under 10 %: at most {max(shares.values()):.2%}")
-    if "mx-fp4_e2m1" in sizes:
-        all_of, part_of = sizes["mx-fp4_e2m1"]
-        bar("5c", all_of < 0.38 and part_of < 0.27, f"fp4 in device memory: {all_of:.2%} of {args.dtype}'s in all (below 38 %), "
-            f"{part_of:.2%} of the replaced layers' (below 27 %)")
-    elif args.device != "cpu":
-        bar("5c", False, "no loaded_device_bytes of mx-fp4_e2m1 and the baseline")
+    mx = {stage: times.get(stage, math.inf) for stage in MX if stage in records}
+    slow = ", ".join(stage for stage, ratio in mx.items() if ratio > 1.3)
+    detail = f"each MX stage within 1.3 times the {args.dtype} baseline: at most {max(mx.values(), default=math.inf):.3f}"
+    bar("5a", bool(mx) and not slow, detail + (f"; not: {slow}" if slow else ""))
+    worst = max(shares.values())
+    bar("5b", worst < 0.10, f"outside the session's run under 10 %: at most {worst:.2%}")
+    if args.device != "cpu":
+        in_all, part = sizes.get("mx-fp4_e2m1", (math.inf, math.inf))
+        detail = f"fp4 in device memory: {in_all:.2%} of {args.dtype}'s in all (below 38 %), {part:.2%} of the replaced layers'"
+        bar("5c", in_all < 0.38 and part < 0.27, detail + " (below 27 %)")
 
 
 # -------------------------------------------------------------------------------------------- devices
@@ -230,45 +233,52 @@ def pieces(path, characters, wanted):
 
 
 def devices(args):
-    count = len(args.devices.split(","))
+    ordinals = args.devices.split(",")
     with tempfile.TemporaryDirectory() as text:
         data = pathlib.Path(text) / "pieces.jsonl"
         documents = pieces(pathlib.Path(args.data), 6 * args.seq_len, args.documents)
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         tokenizer = args.tokenizer or pathlib.Path(args.model).parent / "tokenizer.json"
         bench = Bench(args, args.model, tokenizer, data, args.documents, args.seq_len)
-        names = [args.device_name.format(ordinal) for ordinal in args.devices.split(",")]
-        several = args.device_name.format(args.devices)
+        names = ["cpu", "cpu"] if args.device == "cpu" else [f"cuda:{ordinals[0]}", f"cuda:{args.devices}"]
         # The first command of a machine also reads files and compiles kernels.
         bench.runs.arguments.max_samples = 16
-        bench.sweep("devices_warm", "--device", several)
+        bench.sweep("devices_warm", "--device", names[1])
         bench.runs.arguments.max_samples = args.documents
-        one, single, run_one = bench.sweep("devices_one", "--device", names[0])
-        both, shared, run_both = bench.sweep("devices_all", "--device", several)
-    if not (one and both):
+        one = bench.sweep("devices_one", "--device", names[0])
+        all_of = bench.sweep("devices_all", "--device", names[1])
+    if not (one[0] and all_of[0]):
         return bar("6a", False, "a command failed")
+    devices_table(one, all_of)
+    ratio = one[1] / all_of[1]
+    detail = f"the whole command: {one[1]:.1f} s on one, {all_of[1]:.1f} s on {len(ordinals)}: {ratio:.2f} x (1.7)"
+    bar("6a", ratio >= 1.7 and len(ordinals) > 1, detail)
     differing = [
-        f"{stage}.{field}" for stage in one for field in ("status", *FIGURES) if one[stage][field] != both.get(stage, {}).get(field)
+        f"{stage}.{field}" for stage, record in one[0].items() for field in ("status", *FIGURES)
+        if record[field] != all_of[0].get(stage, {}).get(field)
     ]
-    halved = sorted({record["stage"] for records in (one, both) for record in records.values() if record["reason"] and "out of memory" in record["reason"]})
-    busy, rows = {}, []
-    for stage in [stage for stage in STAGES if stage in one and stage in both]:
-        cells = [stage, one[stage]["status"]]
-        for records, run in ((one, run_one), (both, run_both)):
+    reasons = {record["stage"]: record["reason"] or "" for run in (one, all_of) for record in run[0].values()}
+    halved = [stage for stage, reason in reasons.items() if "out of memory" in reason]
+    detail = f"{len(one[0])} stages, results identical to the bit" + (f"; not: {', '.join(differing[:6])}" if differing else "")
+    detail += f"; halved after running out of memory: {', '.join(halved)}" if halved else ""
+    bar("6b", not differing and not halved and list(one[0]) == STAGES, detail)
+
+
+def devices_table(one, all_of):
+    """Where the time went in a sweep on one device and in one on several."""
+    rows, busy = [], ({}, {})
+    for stage in [stage for stage in STAGES if stage in one[0] and stage in all_of[0]]:
+        cells = [stage, one[0][stage]["status"]]
+        for (records, _, run), spent in zip((one, all_of), busy):
             record, more = records[stage], details(run, records[stage])
-            spent = more.get("load_seconds", 0) + (record["seconds"] or 0)
-            place = ("one " if records is one else "") + record["device"]
-            busy[place] = busy.get(place, 0) + spent
-            cells += [record["device"], f"{more.get('rewrite_seconds', 0):.2f}", f"{more.get('load_seconds', 0):.2f}", f"{record['seconds'] or 0:.2f}"]
-        rows.append([*cells, number(one[stage]["xent"], ".6f"), "same" if one[stage]["xent"] == both[stage]["xent"] else "DIFFERS"])
+            times = more.get("rewrite_seconds", 0), more.get("load_seconds", 0), record["seconds"] or 0
+            spent[record["device"]] = spent.get(record["device"], 0) + times[1] + times[2]
+            cells += [record["device"], *(f"{time:.2f}" for time in times)]
+        loss, other = one[0][stage]["xent"], all_of[0][stage]["xent"]
+        rows.append([*cells, number(loss, ".6f"), "same" if loss == other else "DIFFER"])
     table(["stage", "status", *["device", "rewrite", "load", "score"] * 2, "xent", "bits"], rows)
-    alone = max(time for place, time in busy.items() if place.startswith("one "))
-    longest = max(time for place, time in busy.items() if not place.startswith("one "))
-    print(f"     loading and scoring: {alone:.1f} s on one, at most {longest:.1f} s on each of {count}: {alone / longest:.2f} x")
-    bar("6a", single / shared >= 1.7 and count > 1, f"the whole command: {single:.1f} s on one, {shared:.1f} s on {count}: {single / shared:.2f} x (1.7)")
-    bar("6b", not differing and len(one) == len(STAGES) and not halved,
-        f"{len(one)} stages, results identical to the bit" + (f"; not: {', '.join(differing[:6])}" if differing else "")
-        + (f"; halved after running out of memory: {', '.join(halved)}" if halved else ""))
+    alone, longest = (max(spent.values()) for spent in busy)
+    print(f"     loading and scoring: {alone:.1f} s on one, at most {longest:.1f} s on each of several: {alone / longest:.2f} x")
 
 
 # -------------------------------------------------------------------------------------------- python
@@ -279,7 +289,8 @@ def rewritten(args, folder):
     models = []
     for export, fmt in (("dynamo", "fp4_e2m1"), ("dynamo", "fp8_e4m3"), ("torchscript", "fp6_e2m3")):
         out = folder / ("model.b-fp4_e2m1.onnx" if not models else f"{export}.b-{fmt}.onnx")
-        command = [pathlib.Path(args.bin) / "mxrewrite", ROOT / f"fixtures/tinylm/{export}/model.onnx", "--tier", "b", "--format", fmt]
+        model = ROOT / f"fixtures/tinylm/{export}/model.onnx"
+        command = [pathlib.Path(args.bin) / "mxrewrite", model, "--tier", "b", "--format", fmt]
         subprocess.run([*command, "-o", out], check=True, capture_output=True)
         models.append(out)
     return models
@@ -338,7 +349,6 @@ def arguments():
     part.add_argument("--documents", type=int, default=1200)
     part.add_argument("--seq-len", type=int, default=512)
     part.add_argument("--devices", default="0,1")
-    part.add_argument("--device-name", default="cuda:{}", help=argparse.SUPPRESS)
 
     part = parts.add_parser("python", parents=[common])
     part.add_argument("--areas", default="", help="areas of gpu_ops.py, in one argument; all by default")
