@@ -66,6 +66,32 @@ DEVICE u32 sub_bf16x2(u32 a, u32 b) {
     return d;
 }
 
+DEVICE u32 add_bf16x2(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return d;
+}
+DEVICE u32 min_bf16x2(u32 a, u32 b) {
+    u32 d;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DEVICE u32 max_bf16x2(u32 a, u32 b) {
+    u32 d;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+// A bfloat16 value, given as float, in both halves.
+DEVICE u32 twice(float v) { return __byte_perm(float_bits(v), 0, 0x3232); }
+
+// 16 bytes of global memory that this kernel reads once.
+DEVICE uint4 load_once(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // Copies BYTES (4, 8 or 16) to shared memory in the background.

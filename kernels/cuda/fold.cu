@@ -21,11 +21,14 @@ struct Fold {
     int width;               // k of the output: a multiple of 128 (fragments) or 8 (rows)
     int terms;               // bfloat16 terms of an unquantised value
     int order;               // see fragment()
-    int fragments;           // 1: fragment order, 0: row-major, 2: row-major, NaN where nothing fits
+    int layout;              // of the output, see below
     int shift;
     int parts;
     Quant q;
 };
+
+// ROWS: row-major; FRAGMENTS: see fragment(); ROWS_NAN: row-major, NaN where nothing fits; TILES: see tile().
+enum { ROWS = 0, FRAGMENTS = 1, ROWS_NAN = 2, TILES = 3 };
 
 // Where fragment order puts the eight values from k on of row r, in 16-byte units: for each 128 k
 // and 8 rows, four groups of 32 lanes; lane 4 * (r % 8) + t. Which k a lane holds follows from how
@@ -42,6 +45,15 @@ DEVICE long long fragment(const Fold& f, int r, int k) {
     return (tile * 4 + j) * 32 + r % 8 * 4 + t;
 }
 
+// ordered() of eight values that are pairs of bfloat16 already.
+DEVICE uint4 ordered(int order, const u32 (&w)[4]) {
+    if (order == 0) return make_uint4(w[0], w[1], w[2], w[3]);
+    // 8 bits: values 0 and 2, 1 and 3, ...; fewer: 0 and 4, 1 and 5, ...
+    u32 first = order == 1 ? w[1] : w[2], second = order == 1 ? w[2] : w[1];
+    return make_uint4(__byte_perm(w[0], first, 0x5410), __byte_perm(w[0], first, 0x7632),
+                      __byte_perm(second, w[3], 0x5410), __byte_perm(second, w[3], 0x7632));
+}
+
 // Eight values in the order in which the weight's codes come out of a register.
 DEVICE uint4 ordered(int order, const float (&v)[8]) {
     if (order == 0)
@@ -54,11 +66,40 @@ DEVICE uint4 ordered(int order, const float (&v)[8]) {
                       pack_bf16(v[3], v[7]));
 }
 
+// Where tile order puts what this thread has after transposed(), in 16-byte units: [64 k][row][128 bytes]
+// with the pieces of a row exchanged as wide.cu's products read them. A lane of those has 32 codes of W
+// side by side, of which product s of 128 k takes two pairs: so piece 4 * j + i of a row's 128 k holds
+// pair i of the codes 8 * j to 8 * j + 7 of all four lanes.
+DEVICE long long tile(const Fold& f, int r, int k) {
+    int t = k % 128 / 32, j = k % 32 / 8;
+    return ((long long)(k / 128 * 2 + j / 2) * f.rows + r) * 8 + ((j % 2 * 4 + t) ^ (r % 8));
+}
+
+// Exchanges pairs between the four threads whose k differ by 32: thread t gets pair t of each. All
+// threads of the warp take part.
+DEVICE uint4 transposed(uint4 v) {
+    bool odd = threadIdx.x & 4, upper = threadIdx.x & 8;
+    u32 a = __shfl_xor_sync(0xffffffffu, odd ? v.x : v.y, 4), b = __shfl_xor_sync(0xffffffffu, odd ? v.z : v.w, 4);
+    if (odd) v.x = a, v.z = b; else v.y = a, v.w = b;
+    a = __shfl_xor_sync(0xffffffffu, upper ? v.x : v.z, 8), b = __shfl_xor_sync(0xffffffffu, upper ? v.y : v.w, 8);
+    if (upper) v.x = a, v.y = b; else v.z = a, v.w = b;
+    return v;
+}
+
+// Writes eight values of row r of the output. All threads of the warp take part.
+template <typename Values>
+DEVICE void put_tile(const Fold& f, uint4* out, int r, int k, const Values& v) {
+    uint4 u = transposed(ordered(f.order, v));
+    if (k < f.width) out[tile(f, r, k)] = u;
+}
 DEVICE void put(const Fold& f, uint4* out, int r, int k, const float (&v)[8]) {
-    if (f.fragments == 1)
-        out[fragment(f, r, k)] = ordered(f.order, v);
+    if (f.layout == TILES) return put_tile(f, out, r, k, v);
+    uint4 u = ordered(f.layout == FRAGMENTS ? f.order : 0, v);
+    if (k >= f.width) return;
+    if (f.layout == FRAGMENTS)
+        out[fragment(f, r, k)] = u;
     else
-        out[((long long)r * f.width + k) / 8] = ordered(0, v);
+        out[((long long)r * f.width + k) / 8] = u;
 }
 
 DEVICE void load8(const Fold& f, long long at, int k, bool vector, float (&v)[8]) {
@@ -111,6 +152,18 @@ DEVICE bool fold_scaled(const Quant& q, int shift, float (&v)[8]) {
     bool fits = amax < INFINITY_BITS && q.emin - q.mantissa + e + shift >= -126 &&
                 q.emax + e + shift <= 127;
     float down = exp2_exact(-e), up = fits ? exp2_exact(e + shift) : 0.0f;
+    if (q.rounding == 0 && q.format < INT8) {
+        // The usual case without the questions that round_element asks of every value.
+        u32 floor_bits = u32(q.emin + 127) << 23, add = u32(23 - q.mantissa) << 23;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float s = v[i] * down, t = fminf(fabsf(s), q.largest);
+            float c = bits_float(max(float_bits(t) & INFINITY_BITS, floor_bits) + add);
+            float r = fits ? (__fadd_rn(t, c) - c) * up : 0.0f;
+            v[i] = bits_float(float_bits(r) | (float_bits(s) & 0x80000000u));
+        }
+        return !fits && amax != 0;
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = fits ? round_element(q, v[i] * down) * up : 0.0f;
     return !fits && amax != 0;
@@ -140,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ F
     uint4* out = static_cast<uint4*>(f.out) + blockIdx.z * f.out_batch;
     float v[8] = {};
     if (row >= f.m) {
-        if (k < f.width) put(f, out, f.terms * f.m + row - f.m, k, v);
+        put(f, out, f.terms * f.m + row - f.m, k, v);
         return;
     }
     long long at = blockIdx.z * f.x_batch + (long long)row * f.k;
@@ -166,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ F
                 v[i] = out ? 0.0f : t;
                 rest[i] -= v[i];
             }
-            if (k < f.width) put(f, out, term * f.m + row, k, v);
+            put(f, out, term * f.m + row, k, v);
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) bad |= rest[i] != 0.0f;
@@ -184,17 +237,105 @@ extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ F
             bad = fold_cast(f.q, f.shift, divisor, v);
         }
         // As a weight, the values tell the product which of its columns to mark.
-        if (bad && f.fragments == 2)
+        if (bad && f.layout == ROWS_NAN)
 #pragma unroll
             for (int i = 0; i < 8; i++) v[i] = bits_float(0x7fc00000u);
-        if (k < f.width) put(f, out, row, k, v);
+        put(f, out, row, k, v);
     }
-    if (f.fragments == 2) return;
+    if (f.layout == ROWS_NAN) return;
     bad = __syncthreads_or(bad);
     if (threadIdx.x == 0) {
         f.bad[((long long)blockIdx.z * f.m + row) * f.parts + chunk] = bad;
         if (bad && f.any_bad) atomicOr(f.any_bad, 1u);
     }
+}
+
+// fold_scaled() of bfloat16 values with half-to-even rounding, two at a time. bfloat16 has enough bits
+// for every step of it: quotients by powers of two are exact where they do not round to zero anyway,
+// and adding c rounds as in round_element.
+DEVICE bool fold_pairs(const Quant& q, int shift, u32 (&w)[4]) {
+    u32 amax = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) amax = max(amax, max(w[i] & 0x7fffffffu, w[i] << 16 & 0x7fffffffu));
+    amax &= 0x7fff0000u;
+    for (int lanes = 1; lanes < q.block / 8; lanes *= 2)
+        amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, lanes));
+    int e = amax == 0 || amax >= INFINITY_BITS ? 0 : shared_exponent(q, amax);
+    bool fits = amax < INFINITY_BITS && q.emin - q.mantissa + e + shift >= -126 &&
+                q.emax + e + shift <= 127;
+    // All of these are bfloat16 values: powers of two, and largest elements of at most four bits.
+    u32 down = twice(exp2_exact(-e)), up = fits ? twice(exp2_exact(e + shift)) : 0;
+    u32 largest = twice(q.largest), least = twice(exp2_exact(q.emin)), add = u32(7 - q.mantissa) * 0x00800080u;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 t = min_bf16x2(mul_bf16x2(w[i], down) & 0x7fff7fffu, largest);
+        u32 c = max_bf16x2(t & 0x7f807f80u, least) + add;
+        t = mul_bf16x2(sub_bf16x2(add_bf16x2(t, c), c), up);
+        w[i] = t | (w[i] & 0x80008000u);
+    }
+    return !fits && amax != 0;
+}
+
+// Writes which of four rows a block of 128 threads could not fold; bit r of `bad` is row first + r.
+DEVICE void mark_rows(const Fold& f, u32* marks, u32 bad, int first, int chunk) {
+    bad = __reduce_or_sync(0xffffffffu, bad);
+    if (threadIdx.x % 32 == 0) marks[threadIdx.x / 32] = bad;
+    __syncthreads();
+    int row = first + threadIdx.x;
+    if (threadIdx.x < 4 && row < f.m) {
+        bad = (marks[0] | marks[1] | marks[2] | marks[3]) >> threadIdx.x & 1;
+        f.bad[(long long)row * f.parts + chunk] = u8(bad);
+        if (bad && f.any_bad) atomicOr(f.any_bad, 1u);
+    }
+}
+
+// fold() for many rows with a scale a block, as tiles: loads of four rows are under way before the
+// first is rounded. Block (four rows, 1024 k).
+extern "C" __global__ void __launch_bounds__(128) fold_tiles(const __grid_constant__ Fold f) {
+    __shared__ u32 marks[4];
+    wait_for_previous();
+    launch_dependents();
+    int chunk = blockIdx.y, first = blockIdx.x * 4, k = (chunk * 128 + threadIdx.x) * 8;
+    int unit = f.type == F32 ? 4 : 8;
+    bool vector = f.k % unit == 0 && reinterpret_cast<u64>(f.x) % 16 == 0;
+    float v[4][8];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[r][i] = 0;
+        if (first + r < f.m) load8(f, (long long)(first + r) * f.k, k, vector, v[r]);
+    }
+    u32 bad = 0;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        bad |= u32(fold_scaled(f.q, f.shift, v[r])) << r;
+        put_tile(f, static_cast<uint4*>(f.out), first + r, k, v[r]);
+    }
+    mark_rows(f, marks, bad, first, chunk);
+}
+
+// The same for bfloat16 in whole and aligned eights, formats of at most three mantissa bits, rounded
+// half to even.
+extern "C" __global__ void __launch_bounds__(128) fold_tiles_bf16(const __grid_constant__ Fold f) {
+    __shared__ u32 marks[4];
+    wait_for_previous();
+    launch_dependents();
+    int chunk = blockIdx.y, first = blockIdx.x * 4, k = (chunk * 128 + threadIdx.x) * 8;
+    const u16* from = static_cast<const u16*>(f.x) + (long long)first * f.k + k;
+    uint4 x[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        x[r] = make_uint4(0, 0, 0, 0);
+        if (first + r < f.m && k < f.k) x[r] = load_once(from + (long long)r * f.k);
+    }
+    u32 bad = 0;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        u32 w[4] = {x[r].x, x[r].y, x[r].z, x[r].w};
+        bad |= u32(fold_pairs(f.q, f.shift, w)) << r;
+        put_tile(f, static_cast<uint4*>(f.out), first + r, k, w);
+    }
+    mark_rows(f, marks, bad, first, chunk);
 }
 
 // Largest finite magnitude of `count` values; one partial result a block.

@@ -58,14 +58,19 @@ DEVICE void load_codes(const u8* row, int t, u32 (&w)[LANE_WORDS]) {
 #endif
 }
 
-// The same from global memory, each byte used once: nothing is kept in the first-level cache.
-template <int WORDS>
+// The same from global memory, each byte used once: nothing is kept in the first-level cache, unless
+// several loads share a sector (KEEP).
+template <int WORDS, bool KEEP = false>
 DEVICE void stream_words(const u8* from, u32* w) {
-    if (WORDS == 4)
+    if (WORDS == 4 && KEEP)
+        asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
+    else if (WORDS == 4)
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
     else
-        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(from));
+        // A lane's 24 bytes take three loads, which share sectors with its neighbours': these stay.
+        asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(from));
 }
 DEVICE void stream_codes(const u8* row, int t, u32 (&w)[LANE_WORDS]) {
     if (BITS == 4) {

@@ -1,7 +1,7 @@
 //! Times the whole operator against cuBLASLt's bfloat16 product of the same shape, in one run.
 //!
-//! `cargo run --release -p mx-kernels --example bench_cuda -- [M,M,...] [--formats F,F] [--shapes NxK,...]`
-//! Each call is a CUDA graph; every repetition uses another copy of the weight, together larger than
+//! `cargo run --release -p mx-kernels --example bench_cuda -- [M,M,...] [--formats F,F] [--shapes NxK,...] [--fused] [--wide TILE:SPLITS,...]`
+//! `--fused` and `--wide` add contenders that take those kernels. Each call is a CUDA graph; every repetition uses another copy of the weight, together larger than
 //! the second-level cache; competitors alternate, medians are printed.
 #![allow(unsafe_code, clippy::print_stdout)]
 
@@ -11,7 +11,7 @@ use cudarc::driver::sys;
 use mx_kernels::{
     ElementFormat, LinearProblem, QuantSpec,
     cuda::{
-        FloatType, Gpu, LinearBuffers, LinearPlan, Stream,
+        Choice, FloatType, Gpu, LinearBuffers, LinearPlan, Stream,
         blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
     },
 };
@@ -105,6 +105,7 @@ fn main() {
     let mut rows = vec![1, 16, 64, 256, 2048, 4096];
     let mut formats: Vec<ElementFormat> = ElementFormat::ALL[..5].to_vec();
     let mut shapes = vec![(14336, 4096), (4096, 14336)];
+    let mut choices = vec![Choice::Fastest];
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -118,6 +119,14 @@ fn main() {
                 };
                 shapes = args.next().unwrap().split(',').map(pair).collect();
             }
+            "--wide" => {
+                let pair = |s: &str| {
+                    let (tile, splits) = s.split_once(':').unwrap();
+                    Choice::Wide { tile: tile.parse().unwrap(), splits: splits.parse().unwrap() }
+                };
+                choices.extend(args.next().unwrap().split(',').map(pair));
+            }
+            "--fused" => choices.push(Choice::Fused),
             list => rows = list.split(',').map(|m| m.parse().unwrap()).collect(),
         }
     }
@@ -132,7 +141,7 @@ fn main() {
     ok(unsafe { sys::cuStreamCreate(&mut stream, 1) });
     for (n, k) in shapes {
         for &m in &rows {
-            row(gpu, stream, &formats, (m, n, k));
+            row(gpu, stream, &formats, &choices, (m, n, k));
         }
     }
 }
@@ -141,6 +150,7 @@ fn row(
     gpu: &'static Gpu,
     stream: sys::CUstream,
     formats: &[ElementFormat],
+    choices: &[Choice],
     (m, n, k): (usize, usize, usize),
 ) {
     let copies = |bytes: usize| (240_usize << 20).div_ceil(bytes).clamp(2, 12);
@@ -179,7 +189,6 @@ fn row(
         let problem =
             LinearProblem { n, k, weight: spec, activation: Some(spec), alpha: 1.0, beta: 1.0 };
         LinearPlan::prepare(gpu, &problem).unwrap();
-        let plan = LinearPlan::new(gpu, &problem, m, FloatType::Bf16, false).unwrap();
         let mask = match format {
             ElementFormat::Fp8E4M3 => 0xf7,
             ElementFormat::Fp8E5M2 => 0xbf,
@@ -189,17 +198,25 @@ fn row(
             (random(spec.codes_len(n, k), mask, 0), random(spec.scales_len(n, k), 1, 126));
         let weights: Vec<(u64, u64)> =
             (0..copies(codes.len())).map(|_| (upload(&codes), upload(&scales))).collect();
-        let scratch = alloc(plan.scratch_bytes());
-        memory.push(scratch);
         memory.extend(weights.iter().flat_map(|(a, b)| [*a, *b]));
-        let graph = capture(stream, |stream| {
-            for &(codes, scales) in &weights {
-                let b = LinearBuffers { x, codes, scales, bias: 0, y, scratch };
-                // SAFETY: buffers of the plan's shapes.
-                unsafe { plan.run(stream, &b) }.unwrap();
-            }
-        });
-        contenders.push((format.name().to_owned(), graph, weights.len(), Vec::new()));
+        for &choice in choices {
+            let plan =
+                LinearPlan::choosing(gpu, &problem, m, FloatType::Bf16, false, choice).unwrap();
+            let scratch = alloc(plan.scratch_bytes());
+            memory.push(scratch);
+            let graph = capture(stream, |stream| {
+                for &(codes, scales) in &weights {
+                    let b = LinearBuffers { x, codes, scales, bias: 0, y, scratch };
+                    // SAFETY: buffers of the plan's shapes.
+                    unsafe { plan.run(stream, &b) }.unwrap();
+                }
+            });
+            let name = match choices.len() {
+                1 => format.name().to_owned(),
+                _ => format!("{} [{}]", format.name(), plan.path()),
+            };
+            contenders.push((name, graph, weights.len(), Vec::new()));
+        }
     }
     for round in 0..12 {
         for (_, graph, calls, times) in &mut contenders {

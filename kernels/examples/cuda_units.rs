@@ -21,8 +21,8 @@ fn main() {
     if archs.is_empty() {
         archs.extend(Arch::TESTED);
     }
-    for unit in units::all() {
-        for &arch in &archs {
+    for arch in archs {
+        for unit in units::all(arch) {
             println!(
                 "{} {arch} {} kernels/cuda/{}.cu {}",
                 unit.stem(),

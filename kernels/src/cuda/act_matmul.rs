@@ -9,7 +9,7 @@ use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream,
     batches::{Run, runs},
     linear::{FINISH, FOLD, FOLD_K, launch_finish},
-    params::{Finish, Fold, FoldB, Linear, Operand, Quant},
+    params::{Finish, Fold, FoldB, FoldLayout, Linear, Operand, Quant},
     tiles::{FRAGMENT_ROWS, STEP, Tiling},
 };
 use crate::{ActMatMulProblem, ElementFormat, QuantSpec};
@@ -238,7 +238,7 @@ impl ActMatMulPlan {
                 m: self.n as i32,
                 rows: self.n as i32,
                 order: 0,
-                fragments: 2,
+                layout: FoldLayout::RowsNan as i32,
                 quant: Quant::of(&self.b_spec),
                 ..self.fold()
             };
@@ -284,7 +284,7 @@ impl ActMatMulPlan {
             width: self.width() as i32,
             terms: 1,
             order: 0,
-            fragments: 0,
+            layout: FoldLayout::Rows as i32,
             shift: 0,
             parts: self.parts() as i32,
             quant: Quant::as_is(),
@@ -316,7 +316,7 @@ impl ActMatMulPlan {
             out_batch: (padded * self.width() / 8) as i64,
             m: p.rows as i32,
             rows: padded as i32,
-            fragments: 1,
+            layout: FoldLayout::Fragments as i32,
             quant: Quant::of(&self.a_spec),
             ..self.fold()
         };

@@ -2,17 +2,19 @@
 //!
 //! Three kernels, one after the other: x is quantised and folded to bfloat16 (`fold.cu`), the
 //! product runs on tensor cores with the weight decoded on its way to registers (`linear.cu`), and
-//! partial sums are added, scaled and written (`finish.cu`). Values that no normal bfloat16 holds
+//! partial sums are added, scaled and written (`finish.cu`). On compute capability 9.0, products of more than
+//! a few rows run in `wide.cu`; elsewhere many rows go through cuBLASLt, with W decoded to memory. Values that no normal bfloat16 holds
 //! mark their row or column, whose sums the last kernel takes again in fp64.
 #![allow(unsafe_code)]
 
 use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream, Unit,
     blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
-    params::{Batches, Dequantise, Finish, Fold, Linear, Operand, Quant},
+    params::{Batches, Dequantise, Finish, Fold, FoldLayout, Linear, Operand, Quant, WideArgs},
     tiles::{self, FRAGMENT_ROWS, STEP, Tiling},
+    wide::Wide,
 };
-use crate::{ElementFormat, LinearProblem, QuantSpec, ScaleKind};
+use crate::{ElementFormat, LinearProblem, QuantSpec, Rounding, ScaleKind};
 
 pub(super) const FOLD: Unit = Unit::plain("fold");
 pub(super) const FINISH: Unit = Unit::plain("finish");
@@ -63,6 +65,49 @@ pub struct LinearPlan {
     path: Path,
 }
 
+/// Kernels that a caller may insist on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// The fastest.
+    #[default]
+    Fastest,
+    /// `linear.cu`.
+    Fused,
+    /// W decoded to memory, then cuBLASLt, where there are rows enough.
+    Dense,
+    /// `wide.cu`.
+    Wide {
+        /// Rows of X of a block: 64, 128 or 256.
+        tile: usize,
+        /// Shares of k; no more than steps of 128 are taken.
+        splits: usize,
+    },
+}
+
+impl Choice {
+    /// What `MX_CUDA_PATH` asks for: `fused`, `dense` or `wide:TILE:SPLITS`.
+    fn from_env() -> Self {
+        static CHOICE: std::sync::OnceLock<Choice> = std::sync::OnceLock::new();
+        *CHOICE.get_or_init(|| {
+            let text = std::env::var("MX_CUDA_PATH").unwrap_or_default();
+            let mut words = text.split(':');
+            let mut number = || words.next().and_then(|word| word.parse().ok());
+            match text.as_str() {
+                "fused" => Self::Fused,
+                "dense" => Self::Dense,
+                _ if text.starts_with("wide:") => {
+                    number();
+                    match (number(), number()) {
+                        (Some(tile), Some(splits)) => Self::Wide { tile, splits },
+                        _ => Self::Fastest,
+                    }
+                }
+                _ => Self::Fastest,
+            }
+        })
+    }
+}
+
 /// Which kernels compute the product.
 #[derive(Debug, Clone, Copy)]
 enum Path {
@@ -70,6 +115,8 @@ enum Path {
     Nothing,
     /// `linear.cu`: W is decoded on its way to the tensor cores.
     Fused(Tiling),
+    /// `wide.cu`: the same for many rows, on compute capability 9.0.
+    Wide(Wide),
     /// W is decoded to bfloat16 in memory, then cuBLASLt.
     Dense(Dense),
 }
@@ -96,8 +143,9 @@ impl LinearPlan {
     /// No way to compile, or a driver that refuses the result.
     pub fn prepare(gpu: &'static Gpu, problem: &LinearProblem) -> Result<(), CudaError> {
         Tiling::prepare(gpu, problem.weight.format)?;
+        Wide::prepare(gpu, problem)?;
         gpu.function(tiles::unit(problem.weight.format), "dequantise")?;
-        for name in ["fold", "largest"] {
+        for name in ["fold", "fold_tiles", "fold_tiles_bf16", "largest"] {
             gpu.function(FOLD, name)?;
         }
         for name in ["finish", "repair"] {
@@ -117,10 +165,26 @@ impl LinearPlan {
         x_type: FloatType,
         has_bias: bool,
     ) -> Result<Self, CudaError> {
+        Self::choosing(gpu, problem, m, x_type, has_bias, Choice::from_env())
+    }
+
+    /// The same by kernels of the caller's choice, for tests and measurements. Where the choice
+    /// does not apply, the next best is taken; [`Self::path`] tells.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn choosing(
+        gpu: &'static Gpu,
+        problem: &LinearProblem,
+        m: usize,
+        x_type: FloatType,
+        has_bias: bool,
+        choice: Choice,
+    ) -> Result<Self, CudaError> {
         check_problem(problem, m)?;
         let mut piece = m.min(MOST_ROWS);
         loop {
-            let plan = Self::with_piece(gpu, problem, (m, piece), x_type, has_bias)?;
+            let plan = Self::with_piece(gpu, problem, (m, piece), x_type, has_bias, choice)?;
             if plan.layout.total <= MOST_SCRATCH || piece <= 128 {
                 return Ok(plan);
             }
@@ -134,6 +198,7 @@ impl LinearPlan {
         (m, piece): (usize, usize),
         x_type: FloatType,
         has_bias: bool,
+        choice: Choice,
     ) -> Result<Self, CudaError> {
         let problem = *problem;
         let (layout, path) = (Layout::default(), Path::Nothing);
@@ -141,14 +206,27 @@ impl LinearPlan {
         if m == 0 {
             return Ok(plan);
         }
-        if let Some(dense) = plan.dense() {
+        let rows = plan.terms() * piece;
+        let division = match choice {
+            Choice::Wide { tile, splits } => Some((tile, splits)),
+            _ => None,
+        };
+        if !matches!(choice, Choice::Fused | Choice::Dense)
+            && let Some(wide) = Wide::new(gpu, &problem, rows, division)?
+        {
+            plan.path = Path::Wide(wide);
+            plan.lay_out();
+            return Ok(plan);
+        }
+        if choice != Choice::Fused
+            && let Some(dense) = plan.dense()
+        {
             plan.path = Path::Dense(dense);
             plan.lay_out();
             if plan.layout.total <= MOST_DENSE {
                 return Ok(plan);
             }
         }
-        let rows = plan.terms() * piece;
         plan.path = Path::Fused(Tiling::new(
             gpu,
             problem.weight.format,
@@ -162,7 +240,7 @@ impl LinearPlan {
     /// cuBLASLt's product, where there are rows enough for it and it can be had.
     fn dense(&self) -> Option<Dense> {
         let rows = self.terms() * self.m;
-        if rows < DENSE_ROWS || self.piece < self.m || forced_path() == Some("fused") {
+        if rows < DENSE_ROWS || self.piece < self.m {
             return None;
         }
         let out = if self.dense_partial() { FloatType::F32 } else { self.x_type };
@@ -217,6 +295,16 @@ impl LinearPlan {
         self.layout.total
     }
 
+    /// Which kernels compute the product, for tests and messages.
+    pub fn path(&self) -> String {
+        match &self.path {
+            Path::Nothing => "nothing".into(),
+            Path::Fused(tiling) => format!("fused_{}, {} splits", tiling.rows, tiling.splits),
+            Path::Wide(wide) => format!("wide_{}, {} splits", wide.tile, wide.splits),
+            Path::Dense(_) => "dense".into(),
+        }
+    }
+
     /// bfloat16 terms that hold a value of X exactly.
     fn terms(&self) -> usize {
         match (self.problem.activation, self.x_type) {
@@ -247,6 +335,7 @@ impl LinearPlan {
     fn parts_n(&self, rows: usize) -> usize {
         match self.path {
             Path::Fused(tiling) => tiling.splits * (self.padded(rows) / tiling.rows),
+            Path::Wide(wide) => wide.splits * (self.padded(rows) / wide.tile),
             _ => self.width().div_ceil(FOLD_K),
         }
     }
@@ -254,6 +343,7 @@ impl LinearPlan {
     fn splits(&self) -> usize {
         match self.path {
             Path::Fused(tiling) => tiling.splits,
+            Path::Wide(wide) => wide.splits,
             _ => 1,
         }
     }
@@ -313,6 +403,7 @@ impl LinearPlan {
                 match &self.path {
                     Path::Nothing => {}
                     Path::Fused(tiling) => self.product(tiling, stream, &piece, rows)?,
+                    Path::Wide(wide) => self.wide_product(wide, stream, &piece, rows)?,
                     Path::Dense(dense) => self.dense_product(dense, stream, &piece)?,
                 }
                 self.finish(stream, &piece, rows)?;
@@ -335,6 +426,11 @@ impl LinearPlan {
     unsafe fn fold(&self, stream: Stream, b: &LinearBuffers, rows: usize) -> Result<(), CudaError> {
         let terms = self.terms();
         let padded = self.padded(rows);
+        let layout = match self.path {
+            Path::Fused(_) => FoldLayout::Fragments,
+            Path::Wide(_) => FoldLayout::Tiles,
+            _ => FoldLayout::Rows,
+        };
         let fold = Fold {
             x: b.x,
             out: b.scratch,
@@ -352,12 +448,24 @@ impl LinearPlan {
             width: self.width() as i32,
             terms: terms as i32,
             order: order(self.problem.weight.format),
-            fragments: i32::from(matches!(self.path, Path::Fused(_))),
+            layout: layout as i32,
             shift: shift(self.problem.weight.format),
             parts: self.parts() as i32,
             quant: self.x_quant(),
             _pad: 0,
         };
+        let scaled = self.problem.activation.is_some_and(|x| x.scale == ScaleKind::E8M0);
+        if layout == FoldLayout::Tiles && scaled {
+            let shape = Launch::new((padded as u32 / 4, self.parts() as u32, 1), (128, 1, 1));
+            let pairs = self.x_type == FloatType::Bf16
+                && self.problem.k.is_multiple_of(8)
+                && b.x.is_multiple_of(16)
+                && self.problem.activation.is_some_and(|x| pairs_suffice(&x));
+            let name = if pairs { "fold_tiles_bf16" } else { "fold_tiles" };
+            let function = self.gpu.function(FOLD, name)?;
+            // SAFETY: rows and widths are the buffers'.
+            return unsafe { function.launch(&shape, stream, &mut Args::new().with(fold)) };
+        }
         let blocks = (rows + padded - terms * rows) as u32;
         let shape = Launch::new((blocks, self.parts() as u32, 1), (128, 1, 1));
         // SAFETY: rows and widths are the buffers'.
@@ -370,6 +478,7 @@ impl LinearPlan {
     fn padded(&self, rows: usize) -> usize {
         match self.path {
             Path::Fused(tiling) => (self.terms() * rows).next_multiple_of(tiling.rows),
+            Path::Wide(wide) => (self.terms() * rows).next_multiple_of(wide.tile),
             _ => self.terms() * rows,
         }
     }
@@ -418,6 +527,47 @@ impl LinearPlan {
         let shape = Launch::new(grid, (tiling.threads, 1, 1)).shared(tiling.shared).overlap(true);
         // SAFETY: shapes and strides are the buffers'.
         unsafe { tiling.function.launch(&shape, stream, &mut Args::new().with(linear)) }
+    }
+
+    unsafe fn wide_product(
+        &self,
+        wide: &Wide,
+        stream: Stream,
+        b: &LinearBuffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let weight = &self.problem.weight;
+        let padded = self.padded(rows);
+        let partial = self.partial();
+        let args = WideArgs {
+            codes: b.codes,
+            scales: if weight.scale == ScaleKind::E8M0 { b.scales } else { 0 },
+            x: b.scratch,
+            y: if partial { b.scratch + self.layout.partial as u64 } else { b.y },
+            bias: if self.has_bias && !partial { b.bias } else { 0 },
+            bad_n: b.scratch + self.layout.bad_n as u64,
+            any_bad: self.any_bad(b),
+            n: self.problem.n as i32,
+            row_bytes: weight.row_bytes(self.problem.k) as i32,
+            blocks: weight.blocks(self.problem.k) as i32,
+            steps: self.steps() as i32,
+            splits: wide.splits as i32,
+            rows: (self.terms() * rows) as i32,
+            padded: padded as i32,
+            tiles_m: (padded / wide.tile) as i32,
+            groups_n: wide.groups_n as i32,
+            partial: i32::from(partial),
+            kind: self.x_type as i32,
+            alpha: self.problem.alpha,
+            beta: self.problem.beta,
+            _pad: 0,
+        };
+        let shape = Launch::new((wide.blocks, 1, 1), (wide.threads, 1, 1))
+            .shared(wide.shared)
+            .cluster(wide.cluster)
+            .overlap(true);
+        // SAFETY: shapes and strides are the buffers'.
+        unsafe { wide.function.launch(&shape, stream, &mut Args::new().with(args)) }
     }
 
     /// W decoded to memory, then cuBLASLt.
@@ -544,10 +694,10 @@ pub(super) unsafe fn launch_finish(
     unsafe { gpu.function(FINISH, name)?.launch(&shape, stream, &mut args) }
 }
 
-/// What `MX_CUDA_PATH` asks for: `fused` keeps cuBLASLt out, for tests.
-fn forced_path() -> Option<&'static str> {
-    static FORCED: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
-    FORCED.get_or_init(|| std::env::var("MX_CUDA_PATH").ok()).as_deref()
+/// Whether bfloat16 arithmetic quantises bfloat16 values exactly.
+fn pairs_suffice(spec: &QuantSpec) -> bool {
+    spec.rounding == Rounding::Even
+        && !matches!(spec.format, ElementFormat::MxInt8 | ElementFormat::Bf16)
 }
 
 /// Whether the kernels that take codes straight from memory can have this weight.

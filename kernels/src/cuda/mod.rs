@@ -28,13 +28,14 @@ mod quantize;
 mod scores;
 mod tiles;
 pub mod units;
+mod wide;
 
 pub use act_matmul::{ActMatMulBuffers, ActMatMulPlan};
 pub use devices::{DeviceInfo, devices};
 pub use error::CudaError;
 pub use gpu::{Attributes, Gpu, Stream};
 pub use launch::{Args, Function, Launch};
-pub use linear::{LinearBuffers, LinearPlan};
+pub use linear::{Choice, LinearBuffers, LinearPlan};
 pub use quantize::{QUANTIZE_SCRATCH, QuantizeBuffers, quantize_rows};
 pub use scores::{ScoresBuffers, ScoresPlan};
 pub use units::{Arch, Unit};

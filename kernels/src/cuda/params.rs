@@ -91,7 +91,7 @@ pub(super) struct Fold {
     pub width: i32,
     pub terms: i32,
     pub order: i32,
-    pub fragments: i32,
+    pub layout: i32,
     pub shift: i32,
     pub parts: i32,
     pub quant: Quant,
@@ -140,6 +140,46 @@ pub(super) struct Linear {
     pub alpha: f32,
     pub beta: f32,
     pub batches: Batches,
+}
+
+/// `Wide` of `wide.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, NoUninit)]
+pub(super) struct WideArgs {
+    pub codes: DevicePtr,
+    pub scales: DevicePtr,
+    pub x: DevicePtr,
+    pub y: DevicePtr,
+    pub bias: DevicePtr,
+    pub bad_n: DevicePtr,
+    pub any_bad: DevicePtr,
+    pub n: i32,
+    pub row_bytes: i32,
+    pub blocks: i32,
+    pub steps: i32,
+    pub splits: i32,
+    pub rows: i32,
+    pub padded: i32,
+    pub tiles_m: i32,
+    pub groups_n: i32,
+    pub partial: i32,
+    pub kind: i32,
+    pub alpha: f32,
+    pub beta: f32,
+    pub _pad: i32,
+}
+
+/// Layouts of `fold`'s output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FoldLayout {
+    /// Row-major.
+    Rows = 0,
+    /// What `linear.cu` reads.
+    Fragments = 1,
+    /// Row-major, NaN where nothing fits.
+    RowsNan = 2,
+    /// What `wide.cu` reads.
+    Tiles = 3,
 }
 
 /// `Dequantise` of `linear.cu`.

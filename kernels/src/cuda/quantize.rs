@@ -4,7 +4,7 @@
 use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream,
     linear::{FOLD, LARGEST_BLOCKS},
-    params::{Fold, Quant},
+    params::{Fold, FoldLayout, Quant},
 };
 use crate::{Error, QuantSpec, ScaleKind};
 
@@ -70,7 +70,7 @@ pub unsafe fn quantize_rows(
         width: 0,
         terms: 0,
         order: 0,
-        fragments: 0,
+        layout: FoldLayout::Rows as i32,
         shift: 0,
         parts: 0,
         quant: Quant::of(spec),

@@ -130,6 +130,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "linear.cu" => "linear",
     "finish.cu" => "finish",
     "scores.cu" => "scores",
+    "wide.cu" => "wide",
 ];
 
 /// Headers as sources include them.
@@ -138,12 +139,17 @@ pub(super) const HEADERS: &[(&str, &str)] = embedded![
     "formats.cuh" => "formats.cuh",
     "weights.cuh" => "weights.cuh",
     "types.cuh" => "types.cuh",
+    "hopper.cuh" => "hopper.cuh",
 ];
 
-/// Every unit that some plan loads: what continuous integration and ahead-of-time builds compile.
-pub fn all() -> Vec<Unit> {
+/// Every unit that some plan loads on this architecture: what continuous integration and
+/// ahead-of-time builds compile.
+pub fn all(arch: Arch) -> Vec<Unit> {
     let mut all = vec![super::linear::FOLD, super::linear::FINISH, super::scores::UNIT];
     all.extend(super::tiles::units());
+    if arch == Arch::of_device(9, 0) {
+        all.extend(super::wide::units());
+    }
     all
 }
 
@@ -175,10 +181,10 @@ mod tests {
     fn every_unit_has_a_source_and_its_own_key() {
         let mut keys = std::collections::HashSet::new();
         let mut stems = std::collections::HashSet::new();
-        for unit in all() {
-            assert!(unit.source().is_some(), "{unit:?}");
-            assert!(stems.insert(unit.stem()), "{unit:?} twice");
-            for arch in Arch::TESTED {
+        for arch in Arch::TESTED {
+            for unit in all(arch) {
+                assert!(unit.source().is_some(), "{unit:?}");
+                assert!(stems.insert((arch, unit.stem())), "{unit:?} twice");
                 assert!(keys.insert(unit.key(arch)), "{unit:?} {arch}");
             }
         }

@@ -1,12 +1,14 @@
 //! `LinearPlan` against the exact result and the reference.
 #![allow(unsafe_code)]
 
+use std::{cell::RefCell, collections::BTreeMap};
+
 use bytemuck::Pod;
 use half::{bf16, f16};
 use mx_kernels::{
     ElementFormat, Float, FloatMut, LinearProblem, PackedWeight, QuantSpec, Rounding, ScaleKind,
     ScaleRule,
-    cuda::{FloatType, Gpu, LinearBuffers, LinearPlan},
+    cuda::{Choice, FloatType, Gpu, LinearBuffers, LinearPlan},
     dequantize_rows, fake_quantize_rows, quantize_rows, reference,
 };
 
@@ -110,7 +112,34 @@ elements!(
     bf16, Bf16, 1.0 / 256.0, bf16::from_f32, bf16::to_f32
 );
 
-/// Y of one product; the scratch is poisoned.
+/// Kernels that take turns in [`run`]; where one does not apply, the plan takes another.
+const CHOICES: [Choice; 10] = [
+    Choice::Fastest,
+    Choice::Wide { tile: 64, splits: 1 },
+    Choice::Fused,
+    Choice::Wide { tile: 256, splits: 1 },
+    Choice::Fastest,
+    Choice::Wide { tile: 128, splits: 3 },
+    Choice::Dense,
+    Choice::Wide { tile: 64, splits: 4 },
+    Choice::Wide { tile: 128, splits: 1 },
+    Choice::Wide { tile: 256, splits: 2 },
+];
+
+thread_local! {
+    /// Products of this test so far, by the kernels that took them.
+    static TAKEN: RefCell<BTreeMap<String, usize>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// Prints what a test exercised.
+fn print_taken() {
+    TAKEN.with_borrow(|taken| {
+        let list: Vec<_> = taken.iter().map(|(path, count)| format!("{path}: {count}")).collect();
+        println!("products by kernel: {}", list.join("; "));
+    });
+}
+
+/// Y of one product; the scratch is poisoned. Each call takes another kernel.
 pub(super) fn run<T: Element>(
     gpu: &'static Gpu,
     stream: &OwnStream,
@@ -119,8 +148,25 @@ pub(super) fn run<T: Element>(
     x: &[T],
     bias: Option<&[T]>,
 ) -> Vec<T> {
+    let calls: usize = TAKEN.with_borrow(|taken| taken.values().sum());
+    run_by(gpu, stream, problem, w, x, bias, CHOICES[calls % CHOICES.len()])
+}
+
+/// [`run`] by these kernels.
+#[allow(clippy::too_many_arguments)]
+fn run_by<T: Element>(
+    gpu: &'static Gpu,
+    stream: &OwnStream,
+    problem: &LinearProblem,
+    w: &Weight,
+    x: &[T],
+    bias: Option<&[T]>,
+    choice: Choice,
+) -> Vec<T> {
     let m = x.len() / problem.k;
-    let plan = LinearPlan::new(gpu, problem, m, T::TYPE, bias.is_some()).unwrap();
+    let plan = LinearPlan::choosing(gpu, problem, m, T::TYPE, bias.is_some(), choice).unwrap();
+    let kernel = plan.path().split(',').next().unwrap_or_default().to_owned();
+    TAKEN.with_borrow_mut(|taken| *taken.entry(kernel).or_default() += 1);
     let (x, bias) = (Buffer::of(x), bias.map(Buffer::of));
     let y = Buffer::poisoned(m * problem.n * size_of::<T>());
     let scratch = Buffer::poisoned(plan.scratch_bytes());
@@ -146,7 +192,10 @@ pub(super) fn run<T: Element>(
         pairs.filter(|(_, (a, b))| bytemuck::bytes_of(*a) != bytemuck::bytes_of(*b)).collect();
     if let Some((i, (a, b))) = different.first() {
         let (count, a, b) = (different.len(), a.to_f64(), b.to_f64());
-        panic!("{problem:?} m={m}: {count} results differ the second time, [{i}] {a:e} then {b:e}");
+        let path = plan.path();
+        panic!(
+            "{problem:?} m={m} {path}: {count} results differ the second time, [{i}] {a:e} then {b:e}"
+        );
     }
     first
 }
@@ -251,6 +300,7 @@ fn shapes() {
         table.push(format!("{format}: {count} products, worst {most:.3} of 32 units"));
     }
     table.iter().for_each(|line| println!("{line}"));
+    print_taken();
 }
 
 /// Sums of one sign and of equal terms, where rounding errors add up.
@@ -283,6 +333,7 @@ fn systematic_data() {
         }
     }
     println!("worst {most:.3} of the bound");
+    print_taken();
 }
 
 fn reference_of(problem: &LinearProblem, w: &Weight, x: &[f32]) -> Vec<f32> {
@@ -480,7 +531,7 @@ fn graphs_and_streams() {
             graph.launch(&stream);
             stream.synchronize();
             let replayed = y.read::<f32>();
-            let plain = run(gpu, &other, &problem, &w, &values, None);
+            let plain = run_by(gpu, &other, &problem, &w, &values, None, Choice::Fastest);
             assert_eq!(replayed, plain, "{format} m={m}");
         }
     }

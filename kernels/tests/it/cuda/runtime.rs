@@ -22,7 +22,7 @@ fn a_device_is_set_up_once() {
 #[test]
 fn every_unit_loads() {
     let Some(gpu) = gpu() else { return };
-    for unit in units::all() {
+    for unit in units::all(gpu.arch()) {
         // The module loads; the kernel is then not found in it, and the error names both.
         let error = gpu.function(unit, "no_such_kernel").unwrap_err().to_string();
         assert!(error.contains("no_such_kernel") && error.contains("NOT_FOUND"), "{error}");
