@@ -3,12 +3,14 @@
 //! Three kernels, one after the other: x is quantised and folded to bfloat16 (`fold.cu`), the
 //! product runs on tensor cores with the weight decoded on its way to registers (`linear.cu`), and
 //! partial sums are added, scaled and written (`finish.cu`). Values that no normal bfloat16 holds
-//! mark their row or column, whose sums the last kernel takes again in fp64.
+//! mark their row or column, whose sums the last kernel takes again in fp64. Products of E4M3 under
+//! tensor scales go to fp8 tensor cores instead where there are any (`fp8.rs`).
 #![allow(unsafe_code)]
 
 use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream, Unit,
     blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
+    fp8::{self, Fp8},
     params::{Batches, Dequantise, Finish, Fold, Linear, Operand, Quant},
     tiles::{self, FRAGMENT_ROWS, STEP, Tiling},
 };
@@ -64,7 +66,7 @@ pub struct LinearPlan {
 }
 
 /// Which kernels compute the product.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Path {
     /// No rows.
     Nothing,
@@ -72,6 +74,8 @@ enum Path {
     Fused(Tiling),
     /// W is decoded to bfloat16 in memory, then cuBLASLt.
     Dense(Dense),
+    /// cuBLASLt on the codes of both operands.
+    Fp8(Box<Fp8>),
 }
 
 /// Where the parts of the scratch memory begin.
@@ -103,7 +107,7 @@ impl LinearPlan {
         for name in ["finish", "repair"] {
             gpu.function(FINISH, name)?;
         }
-        Ok(())
+        fp8::prepare(gpu, problem)
     }
 
     /// A plan for `m` rows of `x_type`.
@@ -139,6 +143,11 @@ impl LinearPlan {
         let (layout, path) = (Layout::default(), Path::Nothing);
         let mut plan = Self { gpu, problem, m, x_type, has_bias, piece, layout, path };
         if m == 0 {
+            return Ok(plan);
+        }
+        if let Some(fp8) = Fp8::new(gpu, &problem, (m, piece), x_type, has_bias) {
+            plan.path = Path::Fp8(Box::new(fp8));
+            plan.lay_out();
             return Ok(plan);
         }
         if let Some(dense) = plan.dense() {
@@ -197,15 +206,16 @@ impl LinearPlan {
             start
         };
         let rows = self.terms() * self.piece;
-        part(self.padded(self.piece) * self.width() * 2);
+        let fp8 = matches!(self.path, Path::Fp8(_));
+        part(self.padded(self.piece) * self.width() * if fp8 { 1 } else { 2 });
         let dense = matches!(self.path, Path::Dense(_));
         let bad_m = part(self.piece * self.parts());
         let bad_n = part(self.parts_n(self.piece) * self.problem.n);
         let amax = part(LARGEST_BLOCKS * 4);
-        let scale = part(4);
+        let scale = part(fp8::SCALES_BYTES);
         let any_bad = part(4);
         let weight = part(if dense { self.problem.n * self.width() * 2 } else { 0 });
-        let workspace = part(if dense { blas::WORKSPACE } else { 0 });
+        let workspace = part(if dense || fp8 { blas::WORKSPACE } else { 0 });
         let partial =
             part(if self.partial() { self.splits() * rows * self.problem.n * 4 } else { 0 });
         self.layout =
@@ -215,6 +225,18 @@ impl LinearPlan {
     /// Bytes of scratch memory that [`Self::run`] needs.
     pub fn scratch_bytes(&self) -> usize {
         self.layout.total
+    }
+
+    /// Which kernels compute the product: `fp8 cublaslt` (fp8 tensor cores), `dense` (W decoded to
+    /// memory, then cuBLASLt), `fused` (W decoded on its way to tensor cores) or, for no rows,
+    /// `nothing`.
+    pub fn path_name(&self) -> &'static str {
+        match self.path {
+            Path::Nothing => "nothing",
+            Path::Fused(_) => "fused",
+            Path::Dense(_) => "dense",
+            Path::Fp8(_) => "fp8 cublaslt",
+        }
     }
 
     /// bfloat16 terms that hold a value of X exactly.
@@ -230,22 +252,28 @@ impl LinearPlan {
         self.problem.k.div_ceil(STEP)
     }
 
-    /// k of the folded X.
+    /// k of the folded X, or of its codes.
     fn width(&self) -> usize {
-        match self.path {
+        match &self.path {
+            Path::Fp8(fp8) => fp8.row_bytes(),
             Path::Dense(_) => self.problem.k.next_multiple_of(8),
             _ => self.steps() * STEP,
         }
     }
 
-    /// Blocks of `fold` that share a row.
+    /// Blocks that each say of every row whether they saw something that does not fit.
     fn parts(&self) -> usize {
-        self.width().div_ceil(FOLD_K)
+        match self.path {
+            Path::Fp8(_) => 1,
+            _ => self.width().div_ceil(FOLD_K),
+        }
     }
 
     /// Blocks that each say of every column whether they saw something that does not fit.
     fn parts_n(&self, rows: usize) -> usize {
         match self.path {
+            // NaN of W comes out of the product.
+            Path::Fp8(_) => 0,
             Path::Fused(tiling) => tiling.splits * (self.padded(rows) / tiling.rows),
             _ => self.width().div_ceil(FOLD_K),
         }
@@ -260,7 +288,8 @@ impl LinearPlan {
 
     /// Whether the product kernel leaves partial sums rather than Y.
     fn partial(&self) -> bool {
-        match self.path {
+        match &self.path {
+            Path::Fp8(fp8) => fp8.partial(),
             Path::Dense(_) => self.dense_partial(),
             _ => self.splits() > 1 || self.terms() > 1 || self.tensor_scale(),
         }
@@ -305,20 +334,54 @@ impl LinearPlan {
                     y: buffers.y + (first * self.problem.n * size) as u64,
                     ..*buffers
                 };
-                let any_bad = self.any_bad(&piece);
-                if any_bad != 0 {
-                    self.gpu.clear(stream, any_bad, 1)?;
-                }
-                self.fold(stream, &piece, rows)?;
-                match &self.path {
-                    Path::Nothing => {}
-                    Path::Fused(tiling) => self.product(tiling, stream, &piece, rows)?,
-                    Path::Dense(dense) => self.dense_product(dense, stream, &piece)?,
+                if let Path::Fp8(fp8) = &self.path {
+                    fp8.run(stream, rows, &self.fp8_buffers(&piece))?;
+                } else {
+                    self.bf16_product(stream, &piece, rows)?;
                 }
                 self.finish(stream, &piece, rows)?;
             }
         }
         Ok(())
+    }
+
+    /// X folded to bfloat16, then the product.
+    unsafe fn bf16_product(
+        &self,
+        stream: Stream,
+        b: &LinearBuffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let any_bad = self.any_bad(b);
+        // SAFETY: as the caller of `run` promises.
+        unsafe {
+            if any_bad != 0 {
+                self.gpu.clear(stream, any_bad, 1)?;
+            }
+            self.fold(stream, b, rows)?;
+            match &self.path {
+                Path::Nothing | Path::Fp8(_) => Ok(()),
+                Path::Fused(tiling) => self.product(tiling, stream, b, rows),
+                Path::Dense(dense) => self.dense_product(dense, stream, b),
+            }
+        }
+    }
+
+    fn fp8_buffers(&self, b: &LinearBuffers) -> fp8::Buffers {
+        let at = |offset: usize| b.scratch + offset as u64;
+        fp8::Buffers {
+            x: b.x,
+            amax: at(self.layout.amax),
+            x_codes: b.scratch,
+            scales: at(self.layout.scale),
+            bad: at(self.layout.bad_m),
+            any_bad: self.any_bad(b),
+            w_codes: b.codes,
+            w_scale: b.scales,
+            bias: b.bias,
+            out: if self.partial() { at(self.layout.partial) } else { b.y },
+            workspace: at(self.layout.workspace),
+        }
     }
 
     unsafe fn largest(&self, stream: Stream, b: &LinearBuffers) -> Result<(), CudaError> {
@@ -545,7 +608,7 @@ pub(super) unsafe fn launch_finish(
 }
 
 /// What `MX_CUDA_PATH` asks for: `fused` keeps cuBLASLt out, for tests.
-fn forced_path() -> Option<&'static str> {
+pub(super) fn forced_path() -> Option<&'static str> {
     static FORCED: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
     FORCED.get_or_init(|| std::env::var("MX_CUDA_PATH").ok()).as_deref()
 }

@@ -20,6 +20,7 @@ pub mod compile;
 mod devices;
 mod driver;
 mod error;
+mod fp8;
 mod gpu;
 mod launch;
 mod linear;
