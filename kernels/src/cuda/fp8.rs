@@ -32,6 +32,9 @@ use super::{
 };
 use crate::{ElementFormat, LinearProblem, QuantSpec, ScaleKind};
 
+/// [`LinearPlan::path_name`](super::LinearPlan::path_name) of a product on fp8 tensor cores.
+pub const PATH: &str = "fp8 cublaslt";
+
 pub(super) const UNIT: Unit = Unit::plain("fp8");
 
 /// Lowest compute capability with fp8 tensor cores.

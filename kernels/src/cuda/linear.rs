@@ -227,7 +227,7 @@ impl LinearPlan {
         self.layout.total
     }
 
-    /// Which kernels compute the product: `fp8 cublaslt` (fp8 tensor cores), `dense` (W decoded to
+    /// Which kernels compute the product: [`FP8_PATH`](super::FP8_PATH), `dense` (W decoded to
     /// memory, then cuBLASLt), `fused` (W decoded on its way to tensor cores) or, for no rows,
     /// `nothing`.
     pub fn path_name(&self) -> &'static str {
@@ -235,7 +235,7 @@ impl LinearPlan {
             Path::Nothing => "nothing",
             Path::Fused(_) => "fused",
             Path::Dense(_) => "dense",
-            Path::Fp8(_) => "fp8 cublaslt",
+            Path::Fp8(_) => fp8::PATH,
         }
     }
 

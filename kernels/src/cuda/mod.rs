@@ -33,6 +33,7 @@ pub mod units;
 pub use act_matmul::{ActMatMulBuffers, ActMatMulPlan};
 pub use devices::{DeviceInfo, devices};
 pub use error::CudaError;
+pub use fp8::PATH as FP8_PATH;
 pub use gpu::{Attributes, Gpu, Stream};
 pub use launch::{Args, Function, Launch};
 pub use linear::{LinearBuffers, LinearPlan};

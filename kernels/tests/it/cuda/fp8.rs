@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use mx_kernels::{
     ElementFormat, Float, FloatMut, LinearProblem, QuantSpec, Rounding, ScaleKind, ScaleRule,
-    cuda::{FloatType, Gpu, LinearBuffers, LinearPlan, blas},
+    cuda::{FP8_PATH, FloatType, Gpu, LinearBuffers, LinearPlan, blas},
     fake_quantize_rows, reference,
 };
 
@@ -14,7 +14,6 @@ use super::{
 };
 use crate::common::{Random, required};
 
-const PATH: &str = "fp8 cublaslt";
 /// 2^-23, the unit in which errors are measured, times this: bounds of `cuda/fp8.rs`.
 const ZERO_MEAN: f64 = 16384.0;
 const ONE_SIGN: f64 = 131072.0;
@@ -26,7 +25,7 @@ pub(super) fn zero_mean_bound<T: Element>(
     m: usize,
     has_bias: bool,
 ) -> f64 {
-    if path(gpu, problem, m, T::TYPE, has_bias) == PATH { ZERO_MEAN } else { 32.0 }
+    if path(gpu, problem, m, T::TYPE, has_bias) == FP8_PATH { ZERO_MEAN } else { 32.0 }
 }
 
 fn path(
@@ -79,7 +78,7 @@ fn run_fp8<T: Element>(
     bias: Option<&[T]>,
 ) -> Vec<T> {
     let m = x.len() / problem.k;
-    assert_eq!(path(gpu, problem, m, T::TYPE, bias.is_some()), PATH, "{problem:?} m={m}");
+    assert_eq!(path(gpu, problem, m, T::TYPE, bias.is_some()), FP8_PATH, "{problem:?} m={m}");
     run(gpu, stream, problem, w, x, bias)
 }
 
@@ -107,7 +106,7 @@ fn paths() {
         LinearPlan::prepare(gpu, &problem).unwrap();
         for m in [1, 16, 700] {
             let path = path(gpu, &problem, m, FloatType::F32, true);
-            assert_eq!(path == PATH, expected, "{weight:?} {activation:?} {m}x{n}: {path}");
+            assert_eq!(path == FP8_PATH, expected, "{weight:?} {activation:?} {m}x{n}: {path}");
         }
     }
     let nothing = LinearProblem {
@@ -417,7 +416,7 @@ fn graphs() {
         let problem = w.problem(Some(e4m3()));
         LinearPlan::prepare(gpu, &problem).unwrap();
         let plan = LinearPlan::new(gpu, &problem, m, FloatType::F32, biased).unwrap();
-        assert_eq!(plan.path_name(), PATH);
+        assert_eq!(plan.path_name(), FP8_PATH);
         let (x, bias) = (Buffer::of(&random.normals(m * k)), random.normals(n));
         let y = Buffer::poisoned(m * n * 4);
         let (scratch, device_bias) = (Buffer::poisoned(plan.scratch_bytes()), Buffer::of(&bias));
