@@ -42,7 +42,7 @@ DEVICE uint2 codes8(const Quant& q, float scale, const float (&v)[8]) {
 // Block (1024 k, rows in turn).
 extern "C" __global__ void __launch_bounds__(128) fp8_codes(const __grid_constant__ Fp8 f) {
     wait_for_previous();
-    launch_dependents();
+    // What follows is a kernel of cuBLASLt's, which starts when this one has ended.
     u32 amax = 0;
     for (int i = threadIdx.x % 32; i < f.amax_count; i += 32) amax = max(amax, f.amax[i]);
     float scale = tensor_scale(f.q, __reduce_max_sync(0xffffffffu, amax));

@@ -5,7 +5,10 @@ use std::{
     collections::HashMap,
     ffi::c_void,
     panic::catch_unwind,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use cudarc::cublaslt::{result, sys};
@@ -110,11 +113,20 @@ fn check(call: &'static str, code: sys::cublasStatus_t) -> Result<(), CudaError>
     code.result().map_err(|e| CudaError::Call { call, reason: format!("{:?}", e.0) })
 }
 
-/// Whether cuBLASLt can be loaded.
+/// Whether cuBLASLt can be loaded. A library that is there is looked for once, under a dozen names; one
+/// that is not may still come.
+///
+/// # Errors
+/// It is not found.
 pub fn available() -> Result<(), CudaError> {
+    static PRESENT: AtomicBool = AtomicBool::new(false);
+    if PRESENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     // SAFETY: loading a library of NVIDIA's runs its initialisers, as every CUDA program does.
     let present = catch_unwind(|| unsafe { sys::is_culib_present() }).unwrap_or(false);
     if present {
+        PRESENT.store(true, Ordering::Relaxed);
         return Ok(());
     }
     Err(CudaError::Library {

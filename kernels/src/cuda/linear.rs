@@ -51,7 +51,8 @@ pub struct LinearBuffers {
     pub scratch: DevicePtr,
 }
 
-/// How a product of given size is computed on a device.
+/// How a product of given size is computed on a device. Sums have the bound of the CPU's, but on
+/// [fp8 tensor cores](super::FP8_PATH).
 #[derive(Debug, Clone)]
 pub struct LinearPlan {
     gpu: &'static Gpu,
