@@ -2,7 +2,7 @@
 //!
 //! ONNX Runtime makes a session's kernels in the thread that creates the session, so counts are kept
 //! by thread: [`reset`], create a session, [`made`]. A program that wants every node on the GPU can
-//! so tell, without a profile, that one fell back to the CPU.
+//! so tell, without a profile, that one fell back to the CPU, and what became of fp8 weights.
 
 use std::cell::Cell;
 
@@ -13,10 +13,12 @@ pub struct Census {
     pub cpu: usize,
     /// On the CUDA provider.
     pub cuda: usize,
+    /// Of those, products that run on fp8 tensor cores.
+    pub fp8: usize,
 }
 
 thread_local! {
-    static MADE: Cell<Census> = const { Cell::new(Census { cpu: 0, cuda: 0 }) };
+    static MADE: Cell<Census> = const { Cell::new(Census { cpu: 0, cuda: 0, fp8: 0 }) };
 }
 
 /// Starts counting anew in this thread.
@@ -39,6 +41,11 @@ pub(crate) fn cuda() {
     MADE.set(Census { cuda: MADE.get().cuda + 1, ..MADE.get() });
 }
 
+/// Counts a kernel, counted as one of the CUDA provider already, that uses fp8 tensor cores.
+pub(crate) fn fp8() {
+    MADE.set(Census { fp8: MADE.get().fp8 + 1, ..MADE.get() });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,8 +56,9 @@ mod tests {
         cpu();
         cuda();
         cuda();
+        fp8();
         std::thread::spawn(|| assert_eq!(made(), Census::default())).join().unwrap();
-        assert_eq!(made(), Census { cpu: 1, cuda: 2 });
+        assert_eq!(made(), Census { cpu: 1, cuda: 2, fp8: 1 });
         reset();
         assert_eq!(made(), Census::default());
     }

@@ -47,6 +47,34 @@ DEVICE float load_float(const void* p, int type, long long i) {
     u16 v = static_cast<const u16*>(p)[i];
     return type == F16 ? f16_float(v) : bf16_float(v);
 }
+// Eight neighbours from value i on; zeros from the `count`th on. `vector`: their address is a multiple
+// of 16.
+DEVICE void load8(const void* p, int type, long long i, long long count, bool vector, float (&v)[8]) {
+    if (vector && count >= 8) {
+        if (type == F32) {
+            const float4* q = reinterpret_cast<const float4*>(static_cast<const float*>(p) + i);
+            float4 a = q[0], b = q[1];
+            v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+            v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+        } else {
+            uint4 a = *reinterpret_cast<const uint4*>(static_cast<const u16*>(p) + i);
+            u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (type == BF16) {
+                    v[2 * j] = bits_float(w[j] << 16);
+                    v[2 * j + 1] = bits_float(w[j] & 0xffff0000u);
+                } else {
+                    v[2 * j] = f16_float(u16(w[j]));
+                    v[2 * j + 1] = f16_float(u16(w[j] >> 16));
+                }
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = j < count ? load_float(p, type, i + j) : 0.0f;
+}
 DEVICE void store_float(void* p, int type, long long i, float v) {
     if (type == F32)
         static_cast<float*>(p)[i] = v;

@@ -102,42 +102,10 @@ DEVICE void put(const Fold& f, uint4* out, int r, int k, const float (&v)[8]) {
         out[((long long)r * f.width + k) / 8] = u;
 }
 
-DEVICE void load8(const Fold& f, long long at, int k, bool vector, float (&v)[8]) {
-    if (vector && k + 8 <= f.k) {
-        if (f.type == F32) {
-            const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(f.x) + at + k);
-            float4 a = p[0], b = p[1];
-            v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-            v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-        } else {
-            uint4 a = *reinterpret_cast<const uint4*>(static_cast<const u16*>(f.x) + at + k);
-            u32 w[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (f.type == BF16) {
-                    v[2 * i] = bits_float(w[i] << 16);
-                    v[2 * i + 1] = bits_float(w[i] & 0xffff0000u);
-                } else {
-                    v[2 * i] = f16_float(u16(w[i]));
-                    v[2 * i + 1] = f16_float(u16(w[i] >> 16));
-                }
-            }
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = k + i < f.k ? load_float(f.x, f.type, at + k + i) : 0.0f;
-}
-
 // Whether v is neither zero nor a normal bfloat16.
 DEVICE bool outside(float v) {
     u32 bits = float_bits(v) & 0x7fffffffu;
     return bits != 0 && bits - 0x00800000u >= 0x7f800000u - 0x00800000u;
-}
-
-DEVICE float tensor_scale(const Quant& q, u32 amax) {
-    float a = bits_float(amax);
-    return amax == 0 ? 1.0f : fmaxf(divide(a, q.largest), 1.1754943508222875e-38f);
 }
 
 // Quantises eight neighbours of one block, spread over q.block / 8 lanes. Returns whether the row
@@ -199,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ F
     long long at = blockIdx.z * f.x_batch + (long long)row * f.k;
     int unit = f.type == F32 ? 4 : 8;
     bool vector = f.k % unit == 0 && f.x_batch % unit == 0 && reinterpret_cast<u64>(f.x) % 16 == 0;
-    load8(f, at, k, vector, v);
+    load8(f.x, f.type, at + k, f.k - k, vector, v);
     bool bad = false;
     if (f.q.kind == AS_IS) {
         float up = exp2_exact(f.shift), rest[8];
@@ -345,9 +313,15 @@ extern "C" __global__ void __launch_bounds__(256)
     wait_for_previous();
     launch_dependents();
     u32 amax = 0;
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
-        u32 bits = float_bits(load_float(x, type, i)) & 0x7fffffffu;
-        if (bits < INFINITY_BITS) amax = max(amax, bits);
+    bool vector = reinterpret_cast<u64>(x) % 16 == 0;
+    for (long long i = (blockIdx.x * 256ll + threadIdx.x) * 8; i < count; i += gridDim.x * 2048ll) {
+        float v[8];
+        load8(x, type, i, count - i, vector, v);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            u32 bits = float_bits(v[j]) & 0x7fffffffu;
+            if (bits < INFINITY_BITS) amax = max(amax, bits);
+        }
     }
     amax = __reduce_max_sync(0xffffffffu, amax);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;

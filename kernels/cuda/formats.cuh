@@ -121,3 +121,9 @@ DEVICE double exp2_double(int e) { return __longlong_as_double((long long)(e + 1
 
 // float32 / float32 as the specification divides: correctly rounded.
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+// The scale of a whole tensor whose largest finite magnitude has these bits.
+DEVICE float tensor_scale(const Quant& q, u32 amax) {
+    float a = bits_float(amax);
+    return amax == 0 ? 1.0f : fmaxf(divide(a, q.largest), 1.1754943508222875e-38f);
+}

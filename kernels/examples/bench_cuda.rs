@@ -1,7 +1,9 @@
 //! Times the whole operator against cuBLASLt's bfloat16 product of the same shape, in one run.
 //!
 //! `cargo run --release -p mx-kernels --example bench_cuda -- [M,M,...] [--formats F,F] [--shapes NxK,...] [--fused] [--wide TILE:SPLITS,...]`
-//! `--fused` and `--wide` add contenders that take those kernels. Each call is a CUDA graph; every repetition uses another copy of the weight, together larger than
+//! A format is that of MX weights and activations, or `nvfp8`: E4M3 under one scale a tensor.
+//! `--fused` and `--wide` add contenders that take those kernels.
+//! Each call is a CUDA graph; every repetition uses another copy of the weight, together larger than
 //! the second-level cache; competitors alternate, medians are printed.
 #![allow(unsafe_code, clippy::print_stdout)]
 
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use cudarc::driver::sys;
 use mx_kernels::{
-    ElementFormat, LinearProblem, QuantSpec,
+    ElementFormat, LinearProblem, QuantSpec, ScaleKind,
     cuda::{
         Choice, FloatType, Gpu, LinearBuffers, LinearPlan, Stream,
         blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
@@ -101,16 +103,40 @@ fn median(mut v: Vec<f64>) -> f64 {
     v[v.len() / 2]
 }
 
+/// What quantises both operands, by its name on the command line.
+fn contender(name: &str) -> (String, QuantSpec) {
+    let format = if name == "nvfp8" { ElementFormat::Fp8E4M3 } else { name.parse().unwrap() };
+    let mut spec = QuantSpec::mx(format).unwrap();
+    if name == "nvfp8" {
+        spec.scale = ScaleKind::Tensor;
+    }
+    (name.to_owned(), spec)
+}
+
+/// Random codes, finite in every format, and scales about 1.
+fn weight(spec: &QuantSpec, n: usize, k: usize) -> (Vec<u8>, Vec<u8>) {
+    let mask = match spec.format {
+        ElementFormat::Fp8E4M3 => 0xf7,
+        ElementFormat::Fp8E5M2 => 0xbf,
+        _ => 0xff,
+    };
+    let scales = match spec.scale {
+        ScaleKind::Tensor => 0.01_f32.to_le_bytes().to_vec(),
+        _ => random(spec.scales_len(n, k), 1, 126),
+    };
+    (random(spec.codes_len(n, k), mask, 0), scales)
+}
+
 fn main() {
     let mut rows = vec![1, 16, 64, 256, 2048, 4096];
-    let mut formats: Vec<ElementFormat> = ElementFormat::ALL[..5].to_vec();
+    let mut formats: Vec<_> = ElementFormat::ALL[..5].iter().map(|f| contender(f.name())).collect();
     let mut shapes = vec![(14336, 4096), (4096, 14336)];
     let mut choices = vec![Choice::Fastest];
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--formats" => {
-                formats = args.next().unwrap().split(',').map(|f| f.parse().unwrap()).collect()
+                formats = args.next().unwrap().split(',').map(contender).collect();
             }
             "--shapes" => {
                 let pair = |s: &str| {
@@ -149,7 +175,7 @@ fn main() {
 fn row(
     gpu: &'static Gpu,
     stream: sys::CUstream,
-    formats: &[ElementFormat],
+    formats: &[(String, QuantSpec)],
     choices: &[Choice],
     (m, n, k): (usize, usize, usize),
 ) {
@@ -184,18 +210,12 @@ fn row(
         }
     });
     contenders.push(("bf16".to_owned(), graph, weights.len(), Vec::new()));
-    for &format in formats {
-        let spec = QuantSpec::mx(format).unwrap();
+    for (name, spec) in formats {
+        let spec = *spec;
         let problem =
             LinearProblem { n, k, weight: spec, activation: Some(spec), alpha: 1.0, beta: 1.0 };
         LinearPlan::prepare(gpu, &problem).unwrap();
-        let mask = match format {
-            ElementFormat::Fp8E4M3 => 0xf7,
-            ElementFormat::Fp8E5M2 => 0xbf,
-            _ => 0xff,
-        };
-        let (codes, scales) =
-            (random(spec.codes_len(n, k), mask, 0), random(spec.scales_len(n, k), 1, 126));
+        let (codes, scales) = weight(&spec, n, k);
         let weights: Vec<(u64, u64)> =
             (0..copies(codes.len())).map(|_| (upload(&codes), upload(&scales))).collect();
         memory.extend(weights.iter().flat_map(|(a, b)| [*a, *b]));
@@ -212,8 +232,8 @@ fn row(
                 }
             });
             let name = match choices.len() {
-                1 => format.name().to_owned(),
-                _ => format!("{} [{}]", format.name(), plan.path()),
+                1 if name != "nvfp8" => name.clone(),
+                _ => format!("{name} [{}]", plan.path()),
             };
             contenders.push((name, graph, weights.len(), Vec::new()));
         }

@@ -191,8 +191,12 @@ fn free_enough(gpus: Vec<Gpu>, min_free_ratio: f64) -> Chosen {
     Chosen::gpus(taken, note)
 }
 
-/// Why real NV-FP8 does not run on `gpu` (`None`: the CPU), or `None` where it does.
-pub fn nvfp8_unavailable(gpu: Option<&Gpu>) -> Option<String> {
+/// Why real NV-FP8 does not run on `gpu` (`None`: the CPU), or `None` where it does. `cublaslt` says
+/// whether that library can be loaded; it is asked only where a GPU could make use of it.
+pub fn nvfp8_unavailable(
+    gpu: Option<&Gpu>,
+    cublaslt: &dyn Fn() -> std::result::Result<(), String>,
+) -> Option<String> {
     let needs = "real NV-FP8 (fp8 tensor cores with tensor scales) needs CUDA";
     match gpu {
         None => Some(format!("{needs}; this run is on cpu")),
@@ -203,7 +207,7 @@ pub fn nvfp8_unavailable(gpu: Option<&Gpu>) -> Option<String> {
                 gpu.name, gpu.ordinal
             ))
         }
-        Some(_) => None,
+        Some(_) => cublaslt().err().map(|missing| format!("{needs} and cuBLASLt: {missing}")),
     }
 }
 
@@ -305,12 +309,16 @@ mod tests {
 
     #[test]
     fn real_fp8_needs_the_tensor_cores() {
-        assert!(nvfp8_unavailable(None).unwrap().contains("CUDA"));
+        let there = || Ok(());
+        let unasked = || panic!("the library does not matter here");
+        assert!(nvfp8_unavailable(None, &unasked).unwrap().contains("CUDA"));
         let old = Gpu { compute_capability: (8, 6), ..gpu(0, None) };
-        assert!(nvfp8_unavailable(Some(&old)).unwrap().contains("has 8.6"));
+        assert!(nvfp8_unavailable(Some(&old), &unasked).unwrap().contains("has 8.6"));
         for capability in [(8, 9), (9, 0), (12, 0)] {
             let new = Gpu { compute_capability: capability, ..gpu(0, None) };
-            assert_eq!(nvfp8_unavailable(Some(&new)), None);
+            assert_eq!(nvfp8_unavailable(Some(&new), &there), None);
+            let reason = nvfp8_unavailable(Some(&new), &|| Err("libcublasLt: not found".into()));
+            assert!(reason.unwrap().contains("cuBLASLt: libcublasLt: not found"));
         }
     }
 }

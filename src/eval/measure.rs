@@ -6,6 +6,7 @@ use super::error::{Error, Result};
 use super::gpus::MemoryProbe;
 use super::instrument;
 use super::job::{Job, Task};
+use super::loading::Loaded;
 use super::metrics::Metrics;
 use super::observer::Observer;
 use super::process::{PeakDeviceMemory, PeakMemory, sha256_text};
@@ -24,7 +25,7 @@ use crate::rewrite::{Activation, BaseDtype, RewriteOptions, convert_file, rewrit
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// One stage that is to be measured.
@@ -171,9 +172,10 @@ impl Bench<'_> {
     }
 
     fn nvfp8_unavailable(&self) -> Option<String> {
+        let cublaslt = || mx_kernels::cuda::blas::available().map_err(|e| e.to_string());
         match &self.chosen.gpus[..] {
-            [] => devices::nvfp8_unavailable(None),
-            gpus => gpus.iter().find_map(|gpu| devices::nvfp8_unavailable(Some(gpu))),
+            [] => devices::nvfp8_unavailable(None, &cublaslt),
+            gpus => gpus.iter().find_map(|gpu| devices::nvfp8_unavailable(Some(gpu), &cublaslt)),
         }
     }
 
@@ -238,15 +240,19 @@ impl Bench<'_> {
             warn: &|text| self.observer.warn(&format!("{}: {text}", task.name())),
             interrupted: &|| self.stopped(),
         };
-        let loaded = AtomicU64::new(0);
+        let loaded = Loaded::default();
         let open = |device| self.open(path, &task.name(), device, &loaded);
         let scored = score::score(&work, team, &open)?;
         record.peak_memory_bytes = match device_peak {
             Some((watch, before)) => watch.bytes().map(|bytes| bytes.saturating_sub(before)),
             None => peak.bytes(),
         };
-        self.tell(&scored, loaded.into_inner(), details);
-        Ok(conclude(&scored, record))
+        self.tell(&scored, &loaded, details);
+        let (status, remark) = conclude(&scored, record);
+        let fp8 = matches!(task, Task::Sweep(Stage::NvFp8)) && status == Status::Ok;
+        let without = fp8.then(|| loaded.without_fp8(record.sites_replaced.unwrap_or(0)));
+        let remarks: Vec<String> = remark.into_iter().chain(without.flatten()).collect();
+        Ok((status, (!remarks.is_empty()).then(|| remarks.join("; "))))
     }
 
     /// Watches the memory of the team's GPUs; with it, what was in use before the run.
@@ -263,13 +269,13 @@ impl Bench<'_> {
         watch.map(|watch| (watch, before))
     }
 
-    /// Loads the graph on a device; adds the device memory that it takes to `loaded`.
+    /// Loads the graph on a device; notes in `loaded` what that showed.
     fn open(
         &self,
         path: &Path,
         stage: &str,
         device: Device,
-        loaded: &AtomicU64,
+        loaded: &Loaded,
     ) -> Result<Box<dyn Score>> {
         if let Device::Cuda(ordinal) = device {
             // The context exists before memory is looked at. Without it the session fails, and says why.
@@ -282,17 +288,18 @@ impl Bench<'_> {
             SessionOptions { device, threads: self.options.threads, debug: self.options.debug };
         let scorer = Scorer::open(self.runtime, path, stage, &options)?;
         if let Some((before, after)) = before.zip(used()) {
-            loaded.fetch_add(after.saturating_sub(before), Ordering::SeqCst);
+            loaded.add_bytes(after.saturating_sub(before));
         }
+        loaded.note(scorer.census());
         Ok(Box::new(scorer))
     }
 
-    fn tell(&self, scored: &Scored, loaded: u64, details: &mut Map<String, Value>) {
+    fn tell(&self, scored: &Scored, loaded: &Loaded, details: &mut Map<String, Value>) {
         details.insert("load_seconds".into(), json!(scored.load_seconds));
         details.insert("outside_run_seconds".into(), json!(scored.outside_run_seconds));
         details.insert("outside_run_share".into(), json!(scored.outside_run_share()));
         if self.chosen.on_gpu() {
-            details.insert("loaded_device_bytes".into(), json!(loaded));
+            loaded.tell(details);
         }
         if let Some(rows) = scored.halved_to {
             details.insert("batch_halved_to".into(), json!(rows));

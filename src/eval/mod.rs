@@ -15,6 +15,7 @@ pub mod gpus;
 mod identity;
 pub mod instrument;
 pub mod job;
+mod loading;
 mod measure;
 pub mod metrics;
 mod observer;

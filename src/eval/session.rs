@@ -21,6 +21,7 @@ pub struct Scorer {
     session: ort::session::Session,
     inspection: Inspection,
     shown: String,
+    census: census::Census,
     /// Time inside ONNX Runtime's runs.
     running: Duration,
 }
@@ -60,8 +61,15 @@ impl Scorer {
         let session = builder(runtime, folder, options)
             .and_then(|mut builder| builder.commit_from_memory(&bytes))
             .map_err(Error::ort(format!("loading {shown} on {}", options.device)))?;
-        check_census(options.device, census::made(), shown)?;
-        Ok(Self { session, inspection, shown: shown.to_owned(), running: Duration::ZERO })
+        let census = census::made();
+        check_census(options.device, census, shown)?;
+        let (shown, running) = (shown.to_owned(), Duration::ZERO);
+        Ok(Self { session, inspection, shown, census, running })
+    }
+
+    /// Kernels that the session's nodes of domain `mx` got.
+    pub fn census(&self) -> census::Census {
+        self.census
     }
 
     /// What the graph looks like.
@@ -248,10 +256,10 @@ mod tests {
 
     #[test]
     fn a_node_that_fell_back_to_the_cpu_is_refused_on_a_gpu() {
-        let made = census::Census { cpu: 2, cuda: 3 };
+        let made = census::Census { cpu: 2, cuda: 3, fp8: 1 };
         assert!(check_census(Device::Cpu, made, "m").is_ok());
         let error = check_census(Device::Cuda(0), made, "m").unwrap_err().to_string();
         assert!(error.contains("2 of its 5 nodes") && error.contains("cuda:0"), "{error}");
-        assert!(check_census(Device::Cuda(0), census::Census { cpu: 0, cuda: 3 }, "m").is_ok());
+        assert!(check_census(Device::Cuda(0), census::Census { cpu: 0, ..made }, "m").is_ok());
     }
 }

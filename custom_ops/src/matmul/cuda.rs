@@ -4,12 +4,13 @@
 
 use mx_kernels::{
     LinearProblem,
-    cuda::{Gpu, LinearBuffers, LinearPlan},
+    cuda::{FP8_PATH, Gpu, LinearBuffers, LinearPlan},
 };
 use ort::operator::ComputeContext;
 
 use super::{MatMulKernel, checked, output_dims};
 use crate::{
+    census,
     contract::{ScalesShape, input},
     guard::OpError,
     host,
@@ -17,14 +18,18 @@ use crate::{
     types::XType,
 };
 
-/// Compiles or loads the kernels, so that a machine that cannot says so when the session is created.
+/// Compiles or loads every kernel, so that a machine that cannot says so when the session is created,
+/// and that none is left to load while a graph is captured.
 pub(super) fn prepare(
     gpu: &'static Gpu,
     problem: &LinearProblem,
     x: XType,
     has_bias: bool,
 ) -> Result<(), OpError> {
-    LinearPlan::new(gpu, problem, 1, x.float_type(), has_bias)?;
+    LinearPlan::prepare(gpu, problem)?;
+    if LinearPlan::new(gpu, problem, 1, x.float_type(), has_bias)?.path_name() == FP8_PATH {
+        census::fp8();
+    }
     Ok(())
 }
 

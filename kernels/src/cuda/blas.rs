@@ -5,7 +5,10 @@ use std::{
     collections::HashMap,
     ffi::c_void,
     panic::catch_unwind,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use cudarc::cublaslt::{result, sys};
@@ -15,6 +18,11 @@ use super::{CudaError, DevicePtr, FloatType, Gpu, Stream};
 // `cublasOperation_t`, which cudarc has in another module.
 const AS_STORED: u32 = 0;
 const TRANSPOSED: u32 = 1;
+/// 0: fp8 tensor cores keep few bits of a running sum, and cuBLASLt adds it to float32 now and then.
+const FAST_ACCUMULATION: i8 = 0;
+/// Alignment that operands of an fp8 product have at least, in bytes; without being told, cuBLASLt
+/// relies on 256, which slices of a tensor lack.
+const FP8_ALIGNMENT: u32 = 16;
 
 /// Scratch memory that cuBLASLt may use, in bytes.
 pub const WORKSPACE: usize = 32 << 20;
@@ -105,11 +113,20 @@ fn check(call: &'static str, code: sys::cublasStatus_t) -> Result<(), CudaError>
     code.result().map_err(|e| CudaError::Call { call, reason: format!("{:?}", e.0) })
 }
 
-/// Whether cuBLASLt can be loaded.
+/// Whether cuBLASLt can be loaded. A library that is there is looked for once, under a dozen names; one
+/// that is not may still come.
+///
+/// # Errors
+/// It is not found.
 pub fn available() -> Result<(), CudaError> {
+    static PRESENT: AtomicBool = AtomicBool::new(false);
+    if PRESENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     // SAFETY: loading a library of NVIDIA's runs its initialisers, as every CUDA program does.
     let present = catch_unwind(|| unsafe { sys::is_culib_present() }).unwrap_or(false);
     if present {
+        PRESENT.store(true, Ordering::Relaxed);
         return Ok(());
     }
     Err(CudaError::Library {
@@ -118,6 +135,35 @@ pub fn available() -> Result<(), CudaError> {
                  package nvidia-cublas) on LD_LIBRARY_PATH"
             .into(),
     })
+}
+
+impl Known {
+    /// The device's handle, made when it is first asked for.
+    fn handle(&mut self, gpu: &'static Gpu) -> Result<Handle, CudaError> {
+        if let Some(handle) = self.handles.get(&gpu.ordinal()) {
+            return Ok(*handle);
+        }
+        let made = gpu.with_current(|| {
+            catch_unwind(result::create_handle)
+                .unwrap_or(Err(result::CublasError(
+                    sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+                )))
+                .map_err(|e| CudaError::Call {
+                    call: "cublasLtCreate",
+                    reason: format!("{:?}", e.0),
+                })
+        })?;
+        Ok(*self.handles.entry(gpu.ordinal()).or_insert(Handle(made)))
+    }
+}
+
+/// Sets cuBLASLt up for a device, which must not happen while a stream is being captured.
+///
+/// # Errors
+/// No cuBLASLt, or one that refuses the device.
+pub fn prepare(gpu: &'static Gpu) -> Result<(), CudaError> {
+    available()?;
+    known().get_or_insert_default().handle(gpu).map(drop)
 }
 
 impl Dense {
@@ -129,22 +175,7 @@ impl Dense {
         available()?;
         let mut known = known();
         let known = known.get_or_insert_default();
-        let handle = match known.handles.get(&gpu.ordinal()) {
-            Some(handle) => *handle,
-            None => {
-                let made = gpu.with_current(|| {
-                    catch_unwind(result::create_handle)
-                        .unwrap_or(Err(result::CublasError(
-                            sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
-                        )))
-                        .map_err(|e| CudaError::Call {
-                            call: "cublasLtCreate",
-                            reason: format!("{:?}", e.0),
-                        })
-                })?;
-                *known.handles.entry(gpu.ordinal()).or_insert(Handle(made))
-            }
-        };
+        let handle = known.handle(gpu)?;
         let algorithm = match known.algorithms.get(&(gpu.ordinal(), problem)) {
             Some(algorithm) => *algorithm,
             None => {
@@ -185,15 +216,7 @@ impl Dense {
                     )?;
                 }
                 if b.scales != [0; 2] {
-                    // cuBLASLt is column-major: its first factor is w.
-                    described.set(
-                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
-                        &b.scales[1],
-                    )?;
-                    described.set(
-                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,
-                        &b.scales[0],
-                    )?;
+                    described.set_scales(b.scales)?;
                 }
                 check(
                     "cublasLtMatmul",
@@ -273,8 +296,22 @@ impl Described {
                 )?;
                 described.set(A::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &out)?;
             }
+            if p.factor == Factor::Fp8E4M3 {
+                described.set(A::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &FAST_ACCUMULATION)?;
+            }
         }
         Ok(described)
+    }
+
+    /// Addresses of the float32 factors of x and of w. cuBLASLt is column-major: its first factor is
+    /// w.
+    fn set_scales(&self, [x, w]: [DevicePtr; 2]) -> Result<(), CudaError> {
+        use sys::cublasLtMatmulDescAttributes_t as A;
+        // SAFETY: the attributes are pointers.
+        unsafe {
+            self.set(A::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &w)?;
+            self.set(A::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)
+        }
     }
 
     /// # Safety
@@ -326,26 +363,14 @@ fn search(
         call: "cublasLtMatmulPreference",
         reason: format!("{:?}", e.0),
     };
+    if problem.factor == Factor::Fp8E4M3 {
+        // Which algorithms there are may follow from whether there are scales; nothing is read.
+        described.set_scales([u64::from(FP8_ALIGNMENT); 2])?;
+    }
     let preference = result::create_matmul_pref().map_err(failed)?;
-    let workspace = WORKSPACE;
     // SAFETY: all descriptors are alive; the preference is destroyed once.
     unsafe {
-        let set = result::set_matmul_pref_attribute(
-            preference,
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-            (&raw const workspace).cast(),
-            size_of::<usize>(),
-        );
-        let schemes: u32 = if problem.split { u32::MAX } else { 0 };
-        let set = set.and_then(|()| {
-            result::set_matmul_pref_attribute(
-                preference,
-                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                (&raw const schemes).cast(),
-                size_of::<u32>(),
-            )
-        });
-        let found = set.ok().map(|()| {
+        let found = prefer(preference, problem).ok().map(|()| {
             result::get_matmul_algo_heuristic(
                 handle.0,
                 described.operation,
@@ -359,4 +384,44 @@ fn search(
         let _ = result::destroy_matmul_pref(preference);
         Ok(found.and_then(Result::ok).map(|found| found.algo))
     }
+}
+
+/// What an algorithm for `problem` may use and rely on.
+///
+/// # Safety
+/// `preference` is alive.
+unsafe fn prefer(
+    preference: sys::cublasLtMatmulPreference_t,
+    problem: &DenseProblem,
+) -> Result<(), result::CublasError> {
+    use sys::cublasLtMatmulPreferenceAttributes_t as A;
+    let schemes: u32 = if problem.split { u32::MAX } else { 0 };
+    let (workspace, alignment) = (WORKSPACE, FP8_ALIGNMENT);
+    let aligned = [
+        A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+        A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+    ];
+    // SAFETY: the values have the attributes' types and are copied.
+    unsafe {
+        let set = |attribute, value: *const c_void, size| {
+            result::set_matmul_pref_attribute(preference, attribute, value, size)
+        };
+        let number = |attribute, value: &u32| {
+            set(attribute, std::ptr::from_ref(value).cast(), size_of::<u32>())
+        };
+        set(
+            A::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            (&raw const workspace).cast(),
+            size_of::<usize>(),
+        )?;
+        number(A::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes)?;
+        if problem.factor == Factor::Fp8E4M3 {
+            for attribute in aligned {
+                number(attribute, &alignment)?;
+            }
+        }
+    }
+    Ok(())
 }

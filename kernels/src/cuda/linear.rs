@@ -2,14 +2,17 @@
 //!
 //! Three kernels, one after the other: x is quantised and folded to bfloat16 (`fold.cu`), the
 //! product runs on tensor cores with the weight decoded on its way to registers (`linear.cu`), and
-//! partial sums are added, scaled and written (`finish.cu`). On compute capability 9.0, products of more than
-//! a few rows run in `wide.cu`; elsewhere many rows go through cuBLASLt, with W decoded to memory. Values that no normal bfloat16 holds
-//! mark their row or column, whose sums the last kernel takes again in fp64.
+//! partial sums are added, scaled and written (`finish.cu`). Values that no normal bfloat16 holds
+//! mark their row or column, whose sums the last kernel takes again in fp64. On compute capability
+//! 9.0 more than a few rows run in `wide.cu`; elsewhere many rows go through cuBLASLt, with W decoded
+//! to memory. Products of E4M3 under tensor scales go to fp8 tensor cores instead where there are any
+//! (`fp8.rs`).
 #![allow(unsafe_code)]
 
 use super::{
     Args, CudaError, DevicePtr, FloatType, Gpu, Launch, Stream, Unit,
     blas::{self, Dense, DenseBuffers, DenseProblem, Factor},
+    fp8::{self, Fp8},
     params::{Batches, Dequantise, Finish, Fold, FoldLayout, Linear, Operand, Quant, WideArgs},
     tiles::{self, FRAGMENT_ROWS, STEP, Tiling},
     wide::Wide,
@@ -51,7 +54,8 @@ pub struct LinearBuffers {
     pub scratch: DevicePtr,
 }
 
-/// How a product of given size is computed on a device.
+/// How a product of given size is computed on a device. Sums have the bound of the CPU's, but on
+/// [fp8 tensor cores](super::FP8_PATH).
 #[derive(Debug, Clone)]
 pub struct LinearPlan {
     gpu: &'static Gpu,
@@ -109,7 +113,7 @@ impl Choice {
 }
 
 /// Which kernels compute the product.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Path {
     /// No rows.
     Nothing,
@@ -119,6 +123,8 @@ enum Path {
     Wide(Wide),
     /// W is decoded to bfloat16 in memory, then cuBLASLt.
     Dense(Dense),
+    /// cuBLASLt on the codes of both operands.
+    Fp8(Box<Fp8>),
 }
 
 /// Where the parts of the scratch memory begin.
@@ -151,7 +157,7 @@ impl LinearPlan {
         for name in ["finish", "repair"] {
             gpu.function(FINISH, name)?;
         }
-        Ok(())
+        fp8::prepare(gpu, problem)
     }
 
     /// A plan for `m` rows of `x_type`.
@@ -204,6 +210,13 @@ impl LinearPlan {
         let (layout, path) = (Layout::default(), Path::Nothing);
         let mut plan = Self { gpu, problem, m, x_type, has_bias, piece, layout, path };
         if m == 0 {
+            return Ok(plan);
+        }
+        if choice != Choice::Fused
+            && let Some(fp8) = Fp8::new(gpu, &problem, (m, piece), x_type, has_bias)
+        {
+            plan.path = Path::Fp8(Box::new(fp8));
+            plan.lay_out();
             return Ok(plan);
         }
         let rows = plan.terms() * piece;
@@ -275,15 +288,16 @@ impl LinearPlan {
             start
         };
         let rows = self.terms() * self.piece;
-        part(self.padded(self.piece) * self.width() * 2);
+        let fp8 = matches!(self.path, Path::Fp8(_));
+        part(self.padded(self.piece) * self.width() * if fp8 { 1 } else { 2 });
         let dense = matches!(self.path, Path::Dense(_));
         let bad_m = part(self.piece * self.parts());
         let bad_n = part(self.parts_n(self.piece) * self.problem.n);
         let amax = part(LARGEST_BLOCKS * 4);
-        let scale = part(4);
+        let scale = part(fp8::SCALES_BYTES);
         let any_bad = part(4);
         let weight = part(if dense { self.problem.n * self.width() * 2 } else { 0 });
-        let workspace = part(if dense { blas::WORKSPACE } else { 0 });
+        let workspace = part(if dense || fp8 { blas::WORKSPACE } else { 0 });
         let partial =
             part(if self.partial() { self.splits() * rows * self.problem.n * 4 } else { 0 });
         self.layout =
@@ -295,13 +309,25 @@ impl LinearPlan {
         self.layout.total
     }
 
-    /// Which kernels compute the product, for tests and messages.
+    /// [`Self::path_name`] with the tile and the shares of k, for tests and measurements.
     pub fn path(&self) -> String {
         match &self.path {
-            Path::Nothing => "nothing".into(),
             Path::Fused(tiling) => format!("fused_{}, {} splits", tiling.rows, tiling.splits),
             Path::Wide(wide) => format!("wide_{}, {} splits", wide.tile, wide.splits),
-            Path::Dense(_) => "dense".into(),
+            _ => self.path_name().into(),
+        }
+    }
+
+    /// Which kernels compute the product: [`FP8_PATH`](super::FP8_PATH), `dense` (W decoded to
+    /// memory, then cuBLASLt), `fused` or `wide` (W decoded on its way to tensor cores) or, for no
+    /// rows, `nothing`.
+    pub fn path_name(&self) -> &'static str {
+        match self.path {
+            Path::Nothing => "nothing",
+            Path::Fused(_) => "fused",
+            Path::Wide(_) => "wide",
+            Path::Dense(_) => "dense",
+            Path::Fp8(_) => fp8::PATH,
         }
     }
 
@@ -318,22 +344,28 @@ impl LinearPlan {
         self.problem.k.div_ceil(STEP)
     }
 
-    /// k of the folded X.
+    /// k of the folded X, or of its codes.
     fn width(&self) -> usize {
-        match self.path {
+        match &self.path {
+            Path::Fp8(fp8) => fp8.row_bytes(),
             Path::Dense(_) => self.problem.k.next_multiple_of(8),
             _ => self.steps() * STEP,
         }
     }
 
-    /// Blocks of `fold` that share a row.
+    /// Blocks that each say of every row whether they saw something that does not fit.
     fn parts(&self) -> usize {
-        self.width().div_ceil(FOLD_K)
+        match self.path {
+            Path::Fp8(_) => 1,
+            _ => self.width().div_ceil(FOLD_K),
+        }
     }
 
     /// Blocks that each say of every column whether they saw something that does not fit.
     fn parts_n(&self, rows: usize) -> usize {
         match self.path {
+            // NaN of W comes out of the product.
+            Path::Fp8(_) => 0,
             Path::Fused(tiling) => tiling.splits * (self.padded(rows) / tiling.rows),
             Path::Wide(wide) => wide.splits * (self.padded(rows) / wide.tile),
             _ => self.width().div_ceil(FOLD_K),
@@ -350,7 +382,8 @@ impl LinearPlan {
 
     /// Whether the product kernel leaves partial sums rather than Y.
     fn partial(&self) -> bool {
-        match self.path {
+        match &self.path {
+            Path::Fp8(fp8) => fp8.partial(),
             Path::Dense(_) => self.dense_partial(),
             _ => self.splits() > 1 || self.terms() > 1 || self.tensor_scale(),
         }
@@ -395,21 +428,55 @@ impl LinearPlan {
                     y: buffers.y + (first * self.problem.n * size) as u64,
                     ..*buffers
                 };
-                let any_bad = self.any_bad(&piece);
-                if any_bad != 0 {
-                    self.gpu.clear(stream, any_bad, 1)?;
-                }
-                self.fold(stream, &piece, rows)?;
-                match &self.path {
-                    Path::Nothing => {}
-                    Path::Fused(tiling) => self.product(tiling, stream, &piece, rows)?,
-                    Path::Wide(wide) => self.wide_product(wide, stream, &piece, rows)?,
-                    Path::Dense(dense) => self.dense_product(dense, stream, &piece)?,
+                if let Path::Fp8(fp8) = &self.path {
+                    fp8.run(stream, rows, &self.fp8_buffers(&piece))?;
+                } else {
+                    self.bf16_product(stream, &piece, rows)?;
                 }
                 self.finish(stream, &piece, rows)?;
             }
         }
         Ok(())
+    }
+
+    /// X folded to bfloat16, then the product.
+    unsafe fn bf16_product(
+        &self,
+        stream: Stream,
+        b: &LinearBuffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let any_bad = self.any_bad(b);
+        // SAFETY: as the caller of `run` promises.
+        unsafe {
+            if any_bad != 0 {
+                self.gpu.clear(stream, any_bad, 1)?;
+            }
+            self.fold(stream, b, rows)?;
+            match &self.path {
+                Path::Nothing | Path::Fp8(_) => Ok(()),
+                Path::Fused(tiling) => self.product(tiling, stream, b, rows),
+                Path::Wide(wide) => self.wide_product(wide, stream, b, rows),
+                Path::Dense(dense) => self.dense_product(dense, stream, b),
+            }
+        }
+    }
+
+    fn fp8_buffers(&self, b: &LinearBuffers) -> fp8::Buffers {
+        let at = |offset: usize| b.scratch + offset as u64;
+        fp8::Buffers {
+            x: b.x,
+            amax: at(self.layout.amax),
+            x_codes: b.scratch,
+            scales: at(self.layout.scale),
+            bad: at(self.layout.bad_m),
+            any_bad: self.any_bad(b),
+            w_codes: b.codes,
+            w_scale: b.scales,
+            bias: b.bias,
+            out: if self.partial() { at(self.layout.partial) } else { b.y },
+            workspace: at(self.layout.workspace),
+        }
     }
 
     unsafe fn largest(&self, stream: Stream, b: &LinearBuffers) -> Result<(), CudaError> {

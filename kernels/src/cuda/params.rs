@@ -199,6 +199,26 @@ pub(super) struct Dequantise {
     pub width: i32,
 }
 
+/// `Fp8` of `fp8.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, NoUninit)]
+pub(super) struct Fp8Codes {
+    pub x: DevicePtr,
+    pub codes: DevicePtr,
+    pub amax: DevicePtr,
+    pub scale_w: DevicePtr,
+    pub scales: DevicePtr,
+    pub bad: DevicePtr,
+    pub any_bad: DevicePtr,
+    pub amax_count: i32,
+    pub m: i32,
+    pub k: i32,
+    pub pitch: i32,
+    pub kind: i32,
+    pub alpha: f32,
+    pub quant: Quant,
+}
+
 /// `Batches` of `finish.cu`: extents of Y's leading dimensions and, for each, how far A's and B's
 /// matrix index moves (0 where the operand is broadcast).
 #[repr(C)]

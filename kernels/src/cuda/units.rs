@@ -127,6 +127,7 @@ macro_rules! embedded {
 /// Sources by unit name.
 const SOURCES: &[(&str, &str)] = embedded![
     "fold.cu" => "fold",
+    "fp8.cu" => "fp8",
     "linear.cu" => "linear",
     "finish.cu" => "finish",
     "scores.cu" => "scores",
@@ -145,7 +146,8 @@ pub(super) const HEADERS: &[(&str, &str)] = embedded![
 /// Every unit that some plan loads on this architecture: what continuous integration and
 /// ahead-of-time builds compile.
 pub fn all(arch: Arch) -> Vec<Unit> {
-    let mut all = vec![super::linear::FOLD, super::linear::FINISH, super::scores::UNIT];
+    let mut all =
+        vec![super::linear::FOLD, super::linear::FINISH, super::fp8::UNIT, super::scores::UNIT];
     all.extend(super::tiles::units());
     if arch == Arch::of_device(9, 0) {
         all.extend(super::wide::units());

@@ -2,6 +2,7 @@
 
 mod act_matmul;
 pub mod common;
+mod fp8;
 mod linear;
 mod quantize;
 mod runtime;
