@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(128) fold_tiles(const __grid_consta
     for (int r = 0; r < 4; r++) {
 #pragma unroll
         for (int i = 0; i < 8; i++) v[r][i] = 0;
-        if (first + r < f.m) load8(f, (long long)(first + r) * f.k, k, vector, v[r]);
+        if (first + r < f.m) load8(f.x, f.type, (long long)(first + r) * f.k + k, f.k - k, vector, v[r]);
     }
     u32 bad = 0;
 #pragma unroll

@@ -10,7 +10,7 @@ use mx_kernels::{
 
 use super::{
     common::{Buffer, OwnStream, gpu, quick},
-    linear::{Element, Weight, run, run_by, worst},
+    linear::{Element, Weight, run_by, worst},
 };
 use crate::common::{Random, required};
 
