@@ -30,7 +30,7 @@ pub struct ActMatMulBuffers {
     pub a: DevicePtr,
     /// B's matrices.
     pub b: DevicePtr,
-    /// The products.
+    /// The products, aligned to 16 bytes.
     pub y: DevicePtr,
     /// At least [`ActMatMulPlan::scratch_bytes`] bytes, aligned to 256.
     pub scratch: DevicePtr,
@@ -188,6 +188,9 @@ impl ActMatMulPlan {
     /// # Errors
     /// A launch that CUDA refuses.
     pub unsafe fn run(&self, stream: Stream, buffers: &ActMatMulBuffers) -> Result<(), CudaError> {
+        if !buffers.y.is_multiple_of(16) {
+            return Err(CudaError::Unsupported("y is not aligned to 16 bytes".into()));
+        }
         let size = self.element.bytes();
         let at = |base: DevicePtr, elements: usize| base + (elements * size) as u64;
         let mut folded = None;

