@@ -38,11 +38,6 @@ const int CONSUMER_REGISTERS = 240, COPY_REGISTERS = 24;
 const int PIECE = 32;                // rows of X that leave through shared memory at a time
 const int PITCH = 64 + 4;            // floats from row to row there; no two lanes meet in a bank
 
-template <int VALUE>
-struct Constant {
-    static const int value = VALUE;
-};
-
 template <int TILE, int CLUSTER>
 struct Layout {
     static const int STAGE = TILE * 128;
@@ -274,17 +269,14 @@ DEVICE void consume(const Wide& p, u32 base, float* scratch, int rank, int clust
                 multipliers[i] = multiplier(scales[i], codes[i], bad[i]);
             }
         };
-        // One chunk's products; the next chunk's factors are decoded while they run.
-        auto half = [&](auto which, int d) {
-            const int HALF = decltype(which)::value, NEXT = HALF == 1 ? (d + 1) % DEPTH : d;
+        // One chunk's products. The next chunk's factors are decoded while they run.
+        auto run = [&](const u32 (&factors)[4][4]) {
             barrier_wait(base + L::BARRIERS + stage * 8, parity);
-            multiply<TILE>(acc, a[HALF], tile_descriptor(base + stage * L::STAGE));
+            multiply<TILE>(acc, factors, tile_descriptor(base + stage * L::STAGE));
             wgmma_wait<1>();
             if (previous >= 0) release(previous);
             previous = stage;
             if (++stage == L::STAGES) stage = 0, parity ^= 1;
-            if (HALF == 1) take(w[NEXT], scale[NEXT]);
-            decode<1 - HALF>(w[NEXT], multipliers, a[1 - HALF]);
         };
         take(w[0], scale[0]);
         decode<0>(w[0], multipliers, a[0]);
@@ -294,10 +286,14 @@ DEVICE void consume(const Wide& p, u32 base, float* scratch, int rank, int clust
         do {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
-                half(Constant<0>(), d);
-                half(Constant<1>(), d);
-                // Not sooner, though codes d were used up before: the second half waits for the codes of
-                // the next step, and would wait for these as well, since loads are counted together.
+                const int NEXT = (d + 1) % DEPTH;
+                run(a[0]);
+                decode<1>(w[d], multipliers, a[1]);
+                run(a[1]);
+                take(w[NEXT], scale[NEXT]);
+                decode<0>(w[NEXT], multipliers, a[0]);
+                // Not sooner, though codes d were used up before: take() waits for the codes of the next
+                // step, and would wait for these as well, since loads are counted together.
                 fetch(from, scale_from, p.scales, first + d + DEPTH, work.end, p.blocks, t, w[d], scale[d]);
             }
             first += DEPTH;
