@@ -22,7 +22,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
-from gpu_eval import FAILURES, FIGURES, ROOT, XENT, Runs, check
+from gpu_eval import FAILURES, FIGURES, ROOT, XENT, Runs, check, details, standard_error
 
 MX = ["mx-fp8_e4m3", "mx-fp8_e5m2", "mx-fp6_e3m2", "mx-fp6_e2m3", "mx-fp4_e2m1"]
 STAGES = ["baseline", "bf16", "bfp16", "nvfp8-emu-e4m3", "nvfp8-emu-e5m2", *MX, "int8", "nvfp8"]
@@ -72,10 +72,6 @@ class Bench:
         return records, seconds, run
 
 
-def details(run, record):
-    return run["stages"].get(f"{record['model']} {record['stage']}", {})
-
-
 # -------------------------------------------------------------------------------------------- smollm2
 
 
@@ -83,17 +79,6 @@ def read_run(folder):
     """Records by stage and run.json of a folder that mxeval wrote."""
     lines = (folder / "results.jsonl").read_text().splitlines()
     return {record["stage"]: record for record in map(json.loads, lines)}, json.loads((folder / "run.json").read_text())
-
-
-def standard_error(one, other):
-    """Of the difference of two mean losses over the same documents, where both runs kept them."""
-    if not (one and other) or one["tokens"] != other["tokens"]:
-        return None
-    pairs = [(a - b, tokens) for a, b, tokens in zip(one["nll"], other["nll"], one["tokens"]) if tokens]
-    whole = sum(tokens for _, tokens in pairs)
-    mean = sum(difference for difference, _ in pairs) / whole
-    squares = sum((difference - tokens * mean) ** 2 for difference, tokens in pairs)
-    return (squares * len(pairs) / max(len(pairs) - 1, 1)) ** 0.5 / whole
 
 
 def smollm2(args):
