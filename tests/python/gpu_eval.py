@@ -123,7 +123,7 @@ def speed(records, run):
     for stage, record in records.items():
         details = run["stages"].get(f"{record['model']} {stage}", {})
         if record["seconds"]:
-            share = details["outside_run_seconds"] / record["seconds"]
+            share = more["outside_run_seconds"] / record["seconds"]
             print(
                 f"     {stage:16} {record['tokens_per_second']:9.0f} tok/s, outside the run {share:6.1%}, "
                 f"load {more['load_seconds']:.2f} s, rewrite {more['rewrite_seconds']:.2f} s, "
