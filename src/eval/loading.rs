@@ -41,8 +41,8 @@ impl Loaded {
         let fp8 = lock(&self.census).map_or(0, |census| census.fp8 as u64);
         (fp8 < sites).then(|| {
             format!(
-                "{} of {sites} layers did not run on fp8 tensor cores (cuBLASLt takes multiples of 16 \
-                 output features)",
+                "{} of {sites} layers do not run on fp8 tensor cores (cuBLASLt takes multiples of 16 \
+                 output features, and has to have an algorithm for the shape)",
                 sites - fp8
             )
         })

@@ -27,7 +27,9 @@ pub(super) fn prepare(
     has_bias: bool,
 ) -> Result<(), OpError> {
     LinearPlan::prepare(gpu, problem)?;
-    if LinearPlan::new(gpu, problem, 1, x.float_type(), has_bias)?.path_name() == FP8_PATH {
+    // How many rows will come is not known; a few long products have no algorithm in cuBLASLt.
+    const ROWS: usize = 512;
+    if LinearPlan::new(gpu, problem, ROWS, x.float_type(), has_bias)?.path_name() == FP8_PATH {
         census::fp8();
     }
     Ok(())

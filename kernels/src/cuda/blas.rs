@@ -20,9 +20,9 @@ const AS_STORED: u32 = 0;
 const TRANSPOSED: u32 = 1;
 /// 0: fp8 tensor cores keep few bits of a running sum, and cuBLASLt adds it to float32 now and then.
 const FAST_ACCUMULATION: i8 = 0;
-/// Alignment that operands of an fp8 product have at least, in bytes; without being told, cuBLASLt
-/// relies on 256, which slices of a tensor lack.
-const FP8_ALIGNMENT: u32 = 16;
+/// Alignment that operands of a plan have at least, in bytes; without being told, cuBLASLt relies on
+/// 256, which slices of a tensor lack.
+const ALIGNMENT: u32 = 16;
 
 /// Scratch memory that cuBLASLt may use, in bytes.
 pub const WORKSPACE: usize = 32 << 20;
@@ -365,7 +365,7 @@ fn search(
     };
     if problem.factor == Factor::Fp8E4M3 {
         // Which algorithms there are may follow from whether there are scales; nothing is read.
-        described.set_scales([u64::from(FP8_ALIGNMENT); 2])?;
+        described.set_scales([u64::from(ALIGNMENT); 2])?;
     }
     let preference = result::create_matmul_pref().map_err(failed)?;
     // SAFETY: all descriptors are alive; the preference is destroyed once.
@@ -396,7 +396,7 @@ unsafe fn prefer(
 ) -> Result<(), result::CublasError> {
     use sys::cublasLtMatmulPreferenceAttributes_t as A;
     let schemes: u32 = if problem.split { u32::MAX } else { 0 };
-    let (workspace, alignment) = (WORKSPACE, FP8_ALIGNMENT);
+    let (workspace, alignment) = (WORKSPACE, ALIGNMENT);
     let aligned = [
         A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
         A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -417,7 +417,8 @@ unsafe fn prefer(
             size_of::<usize>(),
         )?;
         number(A::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes)?;
-        if problem.factor == Factor::Fp8E4M3 {
+        // What plans promise of their buffers. Products that may divide k are no plan's.
+        if !problem.split {
             for attribute in aligned {
                 number(attribute, &alignment)?;
             }

@@ -109,7 +109,7 @@ impl LinearPlan {
     /// No way to compile, or a driver that refuses the result.
     pub fn prepare(gpu: &'static Gpu, problem: &LinearProblem) -> Result<(), CudaError> {
         Tiling::prepare(gpu, problem.weight.format)?;
-        Wide::prepare(gpu, problem)?;
+        Wide::prepare(gpu, problem);
         gpu.function(tiles::unit(problem.weight.format), "dequantise")?;
         for name in ["fold", "fold_tiles", "fold_tiles_bf16", "largest"] {
             gpu.function(FOLD, name)?;
@@ -379,10 +379,14 @@ impl LinearPlan {
         if self.m == 0 {
             return Ok(());
         }
-        let aligned = [(buffers.codes, 16), (buffers.scales, 4), (buffers.y, 16)];
+        // cuBLASLt takes a bias as it lies; our own kernels take it element by element.
+        let bias =
+            if matches!(self.path, Path::Dense(_) | Path::Fp8(_)) { buffers.bias } else { 0 };
+        let aligned = [(buffers.codes, 16), (buffers.scales, 4), (buffers.y, 16), (bias, 16)];
         if aligned.iter().any(|(at, bytes)| !at.is_multiple_of(*bytes)) {
             return Err(CudaError::Unsupported(
-                "packed codes or y are not aligned to 16 bytes, or scales not to 4".into(),
+                "packed codes, y or the bias are not aligned to 16 bytes, or scales not to 4"
+                    .into(),
             ));
         }
         // SAFETY: as the caller promises; every kernel below stays within the plan's shapes.
@@ -451,6 +455,12 @@ fn check_problem(problem: &LinearProblem, m: usize) -> Result<(), CudaError> {
     let check = |spec: &QuantSpec| spec.validate();
     check(&problem.weight)?;
     problem.activation.as_ref().map_or(Ok(()), check)?;
+    let tensor = |spec: &QuantSpec| spec.scale == ScaleKind::Tensor;
+    if problem.activation.is_some_and(|x| tensor(&x) != tensor(&problem.weight)) {
+        return Err(CudaError::Unsupported(
+            "a tensor scale of one operand beside another kind of scale of the other".into(),
+        ));
+    }
     let most = i32::MAX as usize - (1 << 16);
     if problem.n > most || problem.k > most || problem.weight.row_bytes(problem.k) > most {
         let (n, k) = (problem.n, problem.k);

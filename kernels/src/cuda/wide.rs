@@ -1,5 +1,10 @@
 //! Which kernel of `wide.cu` takes a product of many rows, in how many shares of k.
 
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
 use super::{CudaError, Function, Gpu, Unit, tiles::STEP};
 use crate::{ElementFormat, LinearProblem, ScaleKind};
 
@@ -22,6 +27,8 @@ pub(super) const fn units() -> [Unit; 6] {
 const FEATURES: usize = 128;
 /// Threads of a block: two multiplying warpgroups and a copying one.
 const THREADS: u32 = 384;
+/// Registers of a thread at the start: 65,536 shared by 384 threads, in eights.
+const REGISTERS: u32 = 168;
 /// Rows up to which other kernels are faster.
 const FEW_ROWS: usize = 16;
 
@@ -93,12 +100,14 @@ impl Wide {
             Some((kernel, splits.clamp(1, steps)))
         });
         let (kernel, splits) = wanted.unwrap_or_else(|| divide(slots, rows, problem.n, steps));
-        let function = gpu.function(UNITS[problem.weight.format as usize], kernel.name)?;
+        let Some(function) = function(gpu, problem.weight.format, &kernel) else {
+            return Ok(None);
+        };
         let shared = kernel.shared_bytes() as u32;
         function.allow_shared(shared)?;
         let tiles_m = rows.div_ceil(kernel.tile);
         let groups_n = problem.n.div_ceil(FEATURES * kernel.cluster);
-        let clusters = (tiles_m * groups_n * splits).min(slots / kernel.cluster);
+        let clusters = (tiles_m * groups_n * splits).min(slots / kernel.cluster).max(1);
         Ok(Some(Self {
             function,
             tile: kernel.tile,
@@ -113,14 +122,33 @@ impl Wide {
 
     /// Loads every kernel that products like `problem` may need, so that none is compiled later,
     /// within a capture.
-    pub fn prepare(gpu: &'static Gpu, problem: &LinearProblem) -> Result<(), CudaError> {
+    pub fn prepare(gpu: &'static Gpu, problem: &LinearProblem) {
         if applies(gpu, problem) {
             for kernel in KERNELS {
-                gpu.function(UNITS[problem.weight.format as usize], kernel.name)?;
+                function(gpu, problem.weight.format, &kernel);
             }
         }
-        Ok(())
     }
+}
+
+/// A kernel, or `None` where it cannot be had: machine code made ahead of time for `sm_90` has none,
+/// nor has every NVRTC the instructions. The kernels of `linear.cu` and cuBLASLt do as well, only
+/// slower; what else is wrong with the device or the compiler, they report.
+fn function(gpu: &'static Gpu, format: ElementFormat, kernel: &Kernel) -> Option<Function> {
+    type Known = HashMap<(u32, usize, &'static str), Option<Function>>;
+    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+    let key = (gpu.ordinal(), format as usize, kernel.name);
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(function) = known().get_or_insert_default().get(&key) {
+        return *function;
+    }
+    // Not under the lock: compiling takes seconds.
+    let found = gpu.function(UNITS[format as usize], kernel.name).ok();
+    // Warpgroups pass registers on, in numbers that add up for exactly this many to begin with;
+    // with fewer they would wait for ever.
+    let found = found.filter(|function| function.registers().is_ok_and(|count| count == REGISTERS));
+    known().get_or_insert_default().insert(key, found);
+    found
 }
 
 /// Whether the kernels can have this weight on this device.

@@ -134,8 +134,10 @@ elements!(
     bf16, Bf16, 1.0 / 256.0, bf16::from_f32, bf16::to_f32
 );
 
-/// Kernels that take turns in [`run`]; where one does not apply, the plan takes another.
-const CHOICES: [Choice; 10] = [
+/// Kernels that take turns in [`run`]; where one does not apply, the plan takes another. A prime number of
+/// them, so that they do not keep step with the loops of the tests.
+const CHOICES: [Choice; 11] = [
+    Choice::Wide { tile: 256, splits: 1 },
     Choice::Fastest,
     Choice::Wide { tile: 64, splits: 1 },
     Choice::Fused,
@@ -281,47 +283,55 @@ const MX: [ElementFormat; 5] = [
 ];
 
 /// Every M, N and K of the list, against f64; two random members of each row of the table
-/// per format, all of them with `MX_GPU_FULL=1`.
+/// per format, all of them with `MX_GPU_FULL=1`. A thread a format: the CPU has most of the work.
 #[test]
 fn shapes() {
     let Some(gpu) = gpu() else { return };
+    std::thread::scope(|scope| {
+        let formats = MX.map(|format| scope.spawn(move || shapes_of(gpu, format)));
+        for format in formats {
+            if let Err(panic) = format.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    });
+}
+
+fn shapes_of(gpu: &'static Gpu, format: ElementFormat) {
+    gpu.bind().unwrap();
     let stream = OwnStream::new();
     let full = std::env::var("MX_GPU_FULL").is_ok_and(|v| v == "1");
     let sizes: &[usize] =
         if quick() { &[32, 100, 576] } else { &[32, 96, 100, 576, 1536, 4096, 14336] };
     let rows: &[usize] = if quick() { &[1, 33, 200] } else { &[1, 2, 7, 16, 33, 64, 200, 1024] };
-    let mut random = Random(11);
-    let mut table = Vec::new();
-    for format in MX {
-        let spec = mx(format);
-        let (mut most, mut count) = (0.0_f64, 0);
-        for &n in sizes {
-            for &k in sizes {
-                if n * k > 30 << 20 && !full && random.below(3) > 0 {
+    let spec = mx(format);
+    let mut random = Random(11 + format as u64);
+    let (mut most, mut count) = (0.0_f64, 0);
+    for &n in sizes {
+        for &k in sizes {
+            if n * k > 30 << 20 && !full && random.below(3) > 0 {
+                continue;
+            }
+            let w = Weight::random(spec, n, k, &mut random);
+            for &m in rows {
+                if !full && random.below(4) > 1 {
                     continue;
                 }
-                let w = Weight::random(spec, n, k, &mut random);
-                for &m in rows {
-                    if !full && random.below(4) > 1 {
-                        continue;
-                    }
-                    let activation = match random.below(4) {
-                        0 => None,
-                        1 => Some(mx(MX[random.below(5)])),
-                        _ => Some(spec),
-                    };
-                    let problem = w.problem(activation);
-                    let x = random.normals(m * k);
-                    let y = run(gpu, &stream, &problem, &w, &x, None);
-                    let units = worst(&problem, &w, &x, None, &y, &mut random);
-                    assert!(units <= 32.0, "{format} {activation:?} {m}x{n}x{k}: {units}");
-                    (most, count) = (most.max(units), count + 1);
-                }
+                let activation = match random.below(4) {
+                    0 => None,
+                    1 => Some(mx(MX[random.below(5)])),
+                    _ => Some(spec),
+                };
+                let problem = w.problem(activation);
+                let x = random.normals(m * k);
+                let y = run(gpu, &stream, &problem, &w, &x, None);
+                let units = worst(&problem, &w, &x, None, &y, &mut random);
+                assert!(units <= 32.0, "{format} {activation:?} {m}x{n}x{k}: {units}");
+                (most, count) = (most.max(units), count + 1);
             }
         }
-        table.push(format!("{format}: {count} products, worst {most:.3} of 32 units"));
     }
-    table.iter().for_each(|line| println!("{line}"));
+    println!("{format}: {count} products, worst {most:.3} of 32 units");
     print_taken();
 }
 
@@ -399,6 +409,53 @@ fn every_code_and_scale_byte() {
     }
 }
 
+/// Kernels for the tests that try several on the same data.
+const SOME: [Choice; 5] = [
+    Choice::Fastest,
+    Choice::Fused,
+    Choice::Wide { tile: 64, splits: 1 },
+    Choice::Wide { tile: 256, splits: 1 },
+    Choice::Wide { tile: 128, splits: 2 },
+];
+
+/// Compares Y with the reference, which sees X as T holds it: NaN and infinities where they belong,
+/// everything else within the bound and T's rounding.
+fn check_special<T: Element>(
+    gpu: &'static Gpu,
+    stream: &OwnStream,
+    problem: &LinearProblem,
+    w: &Weight,
+    x: &[f32],
+) {
+    let (n, k) = (problem.n, problem.k);
+    let x: Vec<T> = x.iter().map(|&v| T::from_f32(v)).collect();
+    let seen: Vec<f32> = x.iter().map(|v| v.to_f64() as f32).collect();
+    let want = reference_of(problem, w, &seen);
+    let magnitudes: Vec<f64> =
+        (0..want.len()).map(|i| magnitude(problem, w, &seen[i / n * k..][..k], i % n)).collect();
+    for choice in SOME {
+        let got = run_by(gpu, stream, problem, w, &x, None, choice);
+        for (i, (a, &b)) in got.iter().zip(&want).enumerate() {
+            let (a, rounded) = (a.to_f64(), T::from_f32(b).to_f64());
+            if !rounded.is_finite() {
+                let same = a == rounded || a.is_nan() && rounded.is_nan();
+                assert!(same, "{problem:?} {choice:?} [{i}]: {a:e}, not {b:e}");
+                continue;
+            }
+            let b = f64::from(b);
+            let bound = (k as f64 / 16.0 + 32.0) * 2f64.powi(-23) * magnitudes[i]
+                + T::EPSILON * b.abs()
+                + 2f64.powi(-149);
+            let least = f64::from(f32::MIN_POSITIVE);
+            let flushed = b.abs() < least && a.abs() < least;
+            assert!(
+                flushed || (a - b).abs() <= bound,
+                "{problem:?} {choice:?} [{i}]: {a:e}, not {b:e}, over {bound:e}"
+            );
+        }
+    }
+}
+
 /// Scales at both ends of E8M0 whose product is ordinary, subnormal inputs, zero and NaN blocks.
 #[test]
 fn extreme_scales_and_special_blocks() {
@@ -421,36 +478,14 @@ fn extreme_scales_and_special_blocks() {
                     x[..32].copy_from_slice(&random.normals(32));
                     w[..32].copy_from_slice(&random.normals(32));
                     x[32..64].fill(0.0);
+                    x[40] = -0.0;
                     w[64..96].fill(-0.0);
                     w[(n - 1) * k + 7] = f32::NAN;
                     x[(m - 1) * k + 130] = f32::INFINITY;
                     let w = Weight::quantised(spec, n, k, &w);
                     let problem = w.problem(quantised.then_some(spec));
-                    let got = run(gpu, &stream, &problem, &w, &x, None);
-                    let want = reference_of(&problem, &w, &x);
-                    for i in 0..m {
-                        // Magnitudes from the row with its signs aligned, one output at a time.
-                        for j in 0..n {
-                            let (a, b) = (got[i * n + j], want[i * n + j]);
-                            if b.is_nan() || b.is_infinite() {
-                                assert!(
-                                    a == b || a.is_nan() && b.is_nan(),
-                                    "{spec:?} {m} [{i},{j}]: {a:e}, not {b:e}"
-                                );
-                                continue;
-                            }
-                            let magnitude = magnitude(&problem, &w, &x[i * k..][..k], j);
-                            let bound = (k as f64 / 16.0 + 32.0) * 2f64.powi(-23) * magnitude
-                                + 2f64.powi(-149);
-                            let flushed =
-                                b.abs() < f32::MIN_POSITIVE && a.abs() < f32::MIN_POSITIVE;
-                            let error = (f64::from(a) - f64::from(b)).abs();
-                            assert!(
-                                flushed || error <= bound,
-                                "{spec:?} {quantised} {m} ({up}, {down}) [{i},{j}]: {a:e}, not {b:e}, over {bound:e}"
-                            );
-                        }
-                    }
+                    check_special::<f32>(gpu, &stream, &problem, &w, &x);
+                    check_special::<bf16>(gpu, &stream, &problem, &w, &x);
                 }
             }
         }
@@ -458,6 +493,7 @@ fn extreme_scales_and_special_blocks() {
             break;
         }
     }
+    print_taken();
 }
 
 /// Sum of |x_i w_i| in f64; quantised x from the reference, in steps that cannot overflow.
@@ -505,8 +541,12 @@ fn types_bias_and_factors() {
                     ($($type:ty),*) => {$({
                         let of = |v: &[f32]| v.iter().map(|&v| <$type as Element>::from_f32(v)).collect::<Vec<_>>();
                         let (x, bias) = (of(&x), of(&bias));
-                        for bias in [Some(&bias[..]), None] {
-                            let y = run(gpu, &stream, &problem, &w, &x, bias);
+                        let wide = [256, 64].map(|tile| Choice::Wide { tile, splits: 1 });
+                        for (bias, choice) in [Some(&bias[..]), None]
+                            .into_iter()
+                            .flat_map(|bias| wide.map(|choice| (bias, choice)).into_iter().chain([(bias, Choice::Fastest)]))
+                        {
+                            let y = run_by(gpu, &stream, &problem, &w, &x, bias, choice);
                             let units = worst(&problem, &w, &x, bias, &y, &mut random);
                             let bound = zero_mean_bound::<$type>(gpu, &problem, m, bias.is_some());
                             assert!(units <= bound, "{spec:?} {quantised} {m}x{n}x{k}: {units}");
@@ -556,6 +596,85 @@ fn graphs_and_streams() {
             let replayed = y.read::<f32>();
             let plain = run_by(gpu, &other, &problem, &w, &values, None, Choice::Fastest);
             assert_eq!(replayed, plain, "{format} m={m}");
+        }
+    }
+}
+
+/// More rows than one piece takes; the last piece is smaller than the others.
+#[test]
+fn pieces() {
+    let Some(gpu) = gpu() else { return };
+    let stream = OwnStream::new();
+    let mut random = Random(17);
+    let m = if quick() { 300 } else { (32 << 10) + 77 };
+    for (n, k) in [(40, 64), (37, 160)] {
+        let spec = mx(ElementFormat::Fp8E4M3);
+        let w = Weight::random(spec, n, k, &mut random);
+        let problem = w.problem(Some(spec));
+        let x: Vec<bf16> = random.normals(m * k).iter().map(|&v| bf16::from_f32(v)).collect();
+        for choice in SOME {
+            let y = run_by(gpu, &stream, &problem, &w, &x, None, choice);
+            let units = worst(&problem, &w, &x, None, &y, &mut random);
+            assert!(units <= 32.0, "{choice:?} {m}x{n}x{k}: {units}");
+        }
+    }
+}
+
+/// Calls that follow one another on one stream and one scratch memory, without a wait in between.
+#[test]
+fn calls_share_scratch_memory() {
+    let Some(gpu) = gpu() else { return };
+    let stream = OwnStream::new();
+    let mut random = Random(18);
+    let products: Vec<_> = [(300, 256, 1024), (1, 512, 4096), (700, 130, 96), (40, 256, 2048)]
+        .into_iter()
+        .map(|(m, n, k)| {
+            let spec = mx(MX[random.below(5)]);
+            let w = Weight::random(spec, n, k, &mut random);
+            let x = random.normals(m * k);
+            let problem = w.problem(Some(spec));
+            let alone = run_by(gpu, &stream, &problem, &w, &x, None, Choice::Fastest);
+            let plan = LinearPlan::new(gpu, &problem, m, FloatType::F32, false).unwrap();
+            (plan, w, Buffer::of(&x), Buffer::poisoned(m * n * 4), alone)
+        })
+        .collect();
+    let most = products.iter().map(|(plan, ..)| plan.scratch_bytes()).max().unwrap();
+    let scratch = Buffer::poisoned(most);
+    for _ in 0..if quick() { 2 } else { 50 } {
+        for (plan, w, x, y, _) in &products {
+            let buffers = LinearBuffers {
+                x: x.ptr(),
+                codes: w.device.0.ptr(),
+                scales: w.device.1.ptr(),
+                bias: 0,
+                y: y.ptr(),
+                scratch: scratch.ptr(),
+            };
+            // SAFETY: buffers as long as the plans say, alive until the stream is done.
+            unsafe { plan.run(stream.get(), &buffers) }.unwrap();
+        }
+    }
+    stream.synchronize();
+    for (plan, _, _, y, alone) in &products {
+        assert_eq!(&y.read::<f32>(), alone, "{}", plan.path());
+    }
+}
+
+/// On compute capability 9.0 more than a few rows go to `wide.cu`: nothing falls back unseen.
+#[test]
+fn many_rows_take_the_wide_kernels() {
+    let Some(gpu) = gpu() else { return };
+    if gpu.attributes().capability != (9, 0) {
+        println!("skipped: compute capability {:?}", gpu.attributes().capability);
+        return;
+    }
+    for format in MX {
+        let spec = mx(format);
+        let w = Weight::random(spec, 256, 256, &mut Random(19));
+        for m in [17, 64, 200, 2048] {
+            let plan =
+                LinearPlan::new(gpu, &w.problem(Some(spec)), m, FloatType::Bf16, false).unwrap();
+            assert_eq!(plan.path_name(), "wide", "{format} m={m}");
         }
     }
 }
