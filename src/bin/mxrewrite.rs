@@ -25,6 +25,7 @@ use mxrewrite::rewrite::{
 /// names) and chosen by a tier. The head and mixture-of-experts routers are taken only when named.
 #[derive(Parser, Debug)]
 #[command(name = "mxrewrite", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(override_usage = USAGE)]
 #[command(group = ArgGroup::new("selection"))]
 struct Cli {
     /// The model: an .onnx file, with its external data beside it
@@ -137,6 +138,9 @@ struct Formats {
     #[arg(long, value_name = "TYPE")]
     base_dtype: Option<BaseDtype>,
 }
+
+/// The model is optional only beside --print-recipe.
+const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]";
 
 const EXAMPLES: &str = "\
 Examples:

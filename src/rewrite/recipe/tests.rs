@@ -170,3 +170,18 @@ fn files_that_are_no_recipe_are_named() {
     assert_eq!(Recipe::open(&path).unwrap().name, "recipe mix");
     assert_eq!(Recipe::open("W6A8".as_ref()).unwrap().name, "w6a8");
 }
+
+#[test]
+fn the_examples_of_the_docs_are_recipes() {
+    let docs = [include_str!("../../../docs/recipes.md"), include_str!("../../../README.md")];
+    let examples = docs.iter().flat_map(|text| text.split("```toml\n").skip(1));
+    let mut read = 0;
+    for example in examples {
+        let text = example.split("```").next().unwrap();
+        round_trip(
+            &Recipe::from_text(text, "docs").unwrap_or_else(|error| panic!("{error}\n{text}")),
+        );
+        read += 1;
+    }
+    assert_eq!(read, 5);
+}
