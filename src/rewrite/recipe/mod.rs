@@ -1,7 +1,7 @@
 //! Recipes: ordered rules from a selection of layers to the format they are stored and computed in.
 //! A tier is a built-in recipe.
 //!
-//! [`mod@read`] makes one of TOML, of a plan's JSON or of a rewritten model; [`mod@print`] writes TOML
+//! `read` makes one of TOML, of a plan's JSON or of a rewritten model; `print` writes TOML
 //! and JSON that are read back as the same recipe.
 
 mod builtin;
