@@ -172,7 +172,7 @@ impl Compiled {
 
     fn matches(&self, subject: &Subject<'_>, depth: Option<usize>) -> bool {
         let by_role = match self.roles.is_empty() {
-            true => !self.include.is_empty() || !matches!(subject.role, Role::Head | Role::Router),
+            true => !self.include.is_empty() || !subject.role.only_when_named(),
             false => self.roles.contains(&subject.role),
         };
         let layer = subject.path.and_then(layer_number);

@@ -134,6 +134,11 @@ impl Role {
     pub const ALL: [Self; 6] =
         [Self::Mlp, Self::Attention, Self::Head, Self::Expert, Self::Router, Self::Other];
 
+    /// True for what is taken only by name or by its role: quantising it costs more than it saves.
+    pub fn only_when_named(self) -> bool {
+        matches!(self, Self::Head | Self::Router)
+    }
+
     /// The name in plans and recipes.
     pub fn name(self) -> &'static str {
         match self {

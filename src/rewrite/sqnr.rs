@@ -9,7 +9,6 @@ use super::{
     execute::ExecuteError,
     patch::Patch,
     recipe::SiteFormat,
-    sites::{Layout, Site},
     weights::{Rows, Threads},
 };
 use crate::onnx::{self, Model};
@@ -26,35 +25,11 @@ pub fn measure_plan(
     threads: Option<usize>,
 ) -> Result<(), ExecuteError> {
     let patch = Patch::new(model, Threads::new(threads)?)?;
-    let mut known: Vec<(Key, f64)> = Vec::new();
     for planned in &mut plan.sites {
-        let key = Key::new(&planned.site, planned.format);
-        // A weight that several layers share is read once.
-        let found = known.iter().find(|(other, _)| *other == key).map(|(_, sqnr)| *sqnr);
-        let sqnr = match found {
-            Some(sqnr) => sqnr,
-            None => decibels(&patch.rows(&planned.site)?, &planned.format, &patch.threads)?,
-        };
-        planned.expected_sqnr = Some(sqnr);
-        known.push((key, sqnr));
+        let rows = patch.rows(&planned.site)?;
+        planned.expected_sqnr = Some(decibels(&rows, &planned.format, &patch.threads)?);
     }
     Ok(())
-}
-
-/// What a figure depends on.
-#[derive(PartialEq)]
-struct Key {
-    initializer: String,
-    layout: Layout,
-    dims: (usize, usize),
-    format: SiteFormat,
-}
-
-impl Key {
-    fn new(site: &Site, format: SiteFormat) -> Self {
-        let initializer = site.weight.initializer.clone();
-        Self { initializer, layout: site.weight.layout, dims: (site.n, site.k), format }
-    }
 }
 
 fn decibels(rows: &Rows, format: &SiteFormat, threads: &Threads) -> Result<f64, onnx::Error> {

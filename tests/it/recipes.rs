@@ -67,6 +67,11 @@ fn printed_tiers_give_the_plan_of_their_flags() {
         for options in [&[][..], more] {
             let text = stdout(&[&["--print-recipe", name], options].concat());
             let file = recipe(folder.path(), &text);
+            let json = folder.path().join("mine.json");
+            let printed = stdout(&[&["--print-recipe", name, "--json"], options].concat());
+            fs::write(&json, printed).unwrap();
+            let by_json = plan(&tinylm(), &["--recipe", json.to_str().unwrap()]);
+            assert_eq!(by_json, plan(&tinylm(), &[flags, options].concat()), "{name}");
             for model in fixtures() {
                 let by_flags = plan(&model, &[flags, options].concat());
                 let by_recipe = plan(&model, &["--recipe", &file]);
