@@ -2,7 +2,11 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage. Results go to stdout, everything else to stderr.
 
-use std::{io::Write, path::PathBuf, process::ExitCode};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{
     ArgGroup, Args, CommandFactory, Parser, builder::PossibleValuesParser,
@@ -11,7 +15,7 @@ use clap::{
 use indicatif::{ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::rewrite::{
-    self, Activation, BaseDtype, Lowering, RewriteError, RewriteOptions, RewritePlan,
+    self, Activation, BUILT_IN, BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions,
     RewriteReport, Tier,
 };
 
@@ -21,16 +25,22 @@ use mxrewrite::rewrite::{
 /// names) and chosen by a tier. The head and mixture-of-experts routers are taken only when named.
 #[derive(Parser, Debug)]
 #[command(name = "mxrewrite", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(override_usage = USAGE)]
 #[command(group = ArgGroup::new("selection"))]
 struct Cli {
     /// The model: an .onnx file, with its external data beside it
-    model: PathBuf,
+    #[arg(required_unless_present = "print_recipe")]
+    model: Option<PathBuf>,
     /// Output [default: beside the model, <stem>.<tier>-<format>.onnx]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Show what would be replaced, write nothing
+    /// Show what would be replaced, write nothing. Reads every weight once for the SQNR (signal to
+    /// quantisation noise) to expect of it, which no other command does
     #[arg(long)]
     plan: bool,
+    /// With --plan: no SQNR, no weight is read
+    #[arg(long, requires = "plan")]
+    no_sqnr: bool,
     /// Print the plan or the result as JSON
     #[arg(long)]
     json: bool,
@@ -66,6 +76,14 @@ struct Layers {
     /// The same as --tier a
     #[arg(long, group = "selection")]
     mlp_only: bool,
+    /// Rules from layers to formats: a TOML file (docs/recipes.md), the JSON of a plan, a rewritten
+    /// .onnx (the recipe that made it) or a built-in name, as --print-recipe's
+    #[arg(long, value_name = "FILE", group = "selection", conflicts_with_all = BESIDE_RECIPE)]
+    recipe: Option<PathBuf>,
+    /// Print a built-in recipe as TOML, with the other options in it, and end
+    #[arg(long, value_name = "NAME", group = "selection", ignore_case = true)]
+    #[arg(value_parser = PossibleValuesParser::new(BUILT_IN.map(|(name, ..)| name)))]
+    print_recipe: Option<String>,
     /// Take also layers that this expression finds in the module path, or in node and weight name where
     /// there is no path; repeatable
     #[arg(long, value_name = "REGEX")]
@@ -77,6 +95,10 @@ struct Layers {
     #[arg(long, hide = true)]
     attention: bool,
 }
+
+/// What a recipe says itself.
+const BESIDE_RECIPE: [&str; 7] =
+    ["include", "format", "activation_format", "block_size", "rounding", "scale_rule", "lower"];
 
 /// Formats that take shared exponents.
 const MX_FORMATS: [&str; 6] =
@@ -117,6 +139,9 @@ struct Formats {
     base_dtype: Option<BaseDtype>,
 }
 
+/// The model is optional only beside --print-recipe.
+const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]";
+
 const EXAMPLES: &str = "\
 Examples:
   mxrewrite model.onnx                                  MLP and attention in fp8_e4m3
@@ -125,6 +150,8 @@ Examples:
   mxrewrite model.onnx --tier d --include lm_head       mixed formats, the head too
   mxrewrite model.onnx --all-linears --exclude 'layers\\.(0|31)\\.' --activation-format none
   mxrewrite model.onnx --lower int8                     weight-only int8, standard operators
+  mxrewrite --print-recipe tier-c > mine.toml           a recipe to start from (docs/recipes.md)
+  mxrewrite model.onnx --recipe mine.toml
 
 Run the result in ONNX Runtime with libmx_custom_ops.so registered as a custom-op library.
 Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty), 2 usage.";
@@ -149,7 +176,7 @@ fn usage(message: &str) -> ! {
     Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit()
 }
 
-fn options(cli: &Cli) -> Result<RewriteOptions, mx_kernels::Error> {
+fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
     let Layers { tier, tier_a, all_linears, mlp_only, include, exclude, .. } = &cli.layers;
     let tier = match tier.as_deref().map(str::parse::<Tier>) {
         Some(Ok(tier)) => tier,
@@ -165,6 +192,7 @@ fn options(cli: &Cli) -> Result<RewriteOptions, mx_kernels::Error> {
         Some(name) => Activation::Format(name.parse()?),
     };
     Ok(RewriteOptions {
+        recipe: cli.layers.recipe.as_deref().map(Recipe::open).transpose()?,
         tier,
         lowering: formats.lower,
         base_dtype: formats.base_dtype,
@@ -182,18 +210,35 @@ fn options(cli: &Cli) -> Result<RewriteOptions, mx_kernels::Error> {
 }
 
 fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<()> {
-    if cli.plan {
-        let (_, plan) = rewrite::plan_file(&cli.model, options)?;
-        // An empty plan is shown like any other: it lists the candidates.
-        print(&if cli.json { json(&plan)? } else { plan_table(&plan) })?;
-        return Ok(rewrite::require_sites(&cli.model, &plan, options)?);
+    if let Some(name) = &cli.layers.print_recipe {
+        let recipe = Recipe::built_in_with(name, options).map_err(RewriteError::Recipe)?;
+        let Some(recipe) = recipe else { return Ok(()) };
+        return print(&if cli.json { json(&recipe)? } else { recipe.to_toml() });
     }
-    let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(&cli.model, options));
-    let spinner = spinner(&format!("rewriting {}", cli.model.display()));
-    let report = rewrite::rewrite_file(&cli.model, &output, options);
+    // Clap demands a model for everything else.
+    let Some(model) = &cli.model else { return Ok(()) };
+    if cli.plan {
+        return plan(cli, model, options);
+    }
+    let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(model, options));
+    let spinner = spinner(&format!("rewriting {}", model.display()));
+    let report = rewrite::rewrite_file(model, &output, options);
     spinner.finish_and_clear();
     let report = report?;
     print(&if cli.json { json(&report)? } else { summary(&report) })
+}
+
+fn plan(cli: &Cli, path: &Path, options: &RewriteOptions) -> anyhow::Result<()> {
+    let (model, mut plan) = rewrite::plan_file(path, options)?;
+    if !cli.no_sqnr {
+        let spinner = spinner(&format!("measuring {}", path.display()));
+        let measured = rewrite::measure_plan(&model, &mut plan, options.threads);
+        spinner.finish_and_clear();
+        measured.map_err(|source| RewriteError::Execute { path: path.to_owned(), source })?;
+    }
+    // An empty plan is shown like any other: it lists the candidates.
+    print(&if cli.json { json(&plan)? } else { rewrite::plan_table(&plan) })?;
+    Ok(rewrite::require_sites(path, &plan, options)?)
 }
 
 /// A sign of life on stderr; hidden when that is no terminal.
@@ -264,54 +309,4 @@ fn summary(report: &RewriteReport) -> String {
         text.push_str(&format!(" with {}", data.display()));
     }
     text + ")\n"
-}
-
-fn plan_table(plan: &RewritePlan) -> String {
-    let header =
-        ["module path", "source", "op", "n", "k", "weight", "activation", "bytes", "after"];
-    let mut rows: Vec<[String; 9]> = vec![header.map(str::to_owned)];
-    for planned in &plan.sites {
-        let site = &planned.site;
-        rows.push([
-            site.module_path.clone().unwrap_or_else(|| format!("(none) {}", site.node_name)),
-            site.path_source.to_string(),
-            site.op.clone(),
-            site.n.to_string(),
-            site.k.to_string(),
-            planned.format.weight_name().to_owned(),
-            planned.format.activation_name().to_owned(),
-            planned.bytes_before.to_string(),
-            planned.bytes_after.to_string(),
-        ]);
-    }
-    let mut text = align(&rows);
-    let (before, after) = plan.bytes();
-    text.push_str(&format!("{} layers, {before} -> {after} bytes\n", plan.sites.len()));
-    if !plan.skipped.is_empty() {
-        text.push_str(&format!("\nleft alone: {} candidates\n", plan.skipped.len()));
-    }
-    for skipped in &plan.skipped {
-        text.push_str(&format!("  {} ({}): {}\n", skipped.node, skipped.op, skipped.reason));
-    }
-    text
-}
-
-/// Columns of equal width; numbers (from the fourth column on, where they are) to the right.
-fn align(rows: &[[String; 9]]) -> String {
-    let width =
-        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..9).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
-            if matches!(column, 3 | 4 | 7 | 8) {
-                format!("{cell:>width$}")
-            } else {
-                format!("{cell:<width$}")
-            }
-        });
-        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        text.push('\n');
-    }
-    text
 }

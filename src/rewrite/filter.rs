@@ -1,25 +1,47 @@
 //! Which Linear layers a rewrite takes.
 
 use regex::Regex;
-use serde::Serialize;
 
 use super::{
-    roles::{Family, family},
+    layers::{LayerRange, layer_number},
+    recipe::Rule,
     sites::Role,
 };
 
-/// One rule of selection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Select {
+/// Which layers a rule is for: those that everything here agrees on. Nothing said = every Linear but
+/// routers and the head.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Select {
+    /// Of one of these roles; empty = of any, but routers and the head only when included by name.
+    pub roles: Vec<Role>,
+    /// In one of these layers; empty = in any.
+    pub layers: Vec<LayerRange>,
+    /// Found by one of these regular expressions; empty = all.
+    pub include: Vec<String>,
+    /// Not found by any of these.
+    pub exclude: Vec<String>,
+}
+
+impl Select {
     /// Feed-forward projections (the MLP list of the tiers), experts' included.
-    Mlp,
+    pub fn mlp() -> Self {
+        Self { roles: vec![Role::Mlp, Role::Expert], ..Self::default() }
+    }
+
     /// Attention projections (the attention list of the tiers).
-    Attention,
-    /// Every Linear but routers and the head.
-    AllLinears,
+    pub fn attention() -> Self {
+        Self { roles: vec![Role::Attention], ..Self::default() }
+    }
+
     /// What a regular expression names (`--include`), routers and the head included.
-    Named(String),
+    pub fn named(pattern: &str) -> Self {
+        Self { include: vec![pattern.to_owned()], ..Self::default() }
+    }
+
+    /// Every Linear there is.
+    pub fn everything() -> Self {
+        Self { roles: Role::ALL.to_vec(), ..Self::default() }
+    }
 }
 
 /// A regular expression that cannot be used.
@@ -35,10 +57,23 @@ pub struct FilterError {
 /// Ordered rules, first match wins, and what is taken away again.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    rules: Vec<(Select, Option<Regex>)>,
+    rules: Vec<Compiled>,
     exclude: Vec<Regex>,
     /// How skip reasons call the selection (`tier a`).
     title: String,
+    /// Layers of the model, for ranges that count from the end.
+    depth: Option<usize>,
+}
+
+/// A [`Rule`]'s selection with its expressions compiled.
+#[derive(Clone, Debug)]
+struct Compiled {
+    roles: Vec<Role>,
+    layers: Vec<LayerRange>,
+    include: Vec<Regex>,
+    exclude: Vec<Regex>,
+    /// False for a rule that leaves its layers as they are.
+    takes: bool,
 }
 
 /// What the filter looks at.
@@ -68,39 +103,50 @@ impl Filter {
     ///
     /// # Errors
     /// [`FilterError`] for a regular expression that does not compile.
-    pub fn new(title: &str, rules: &[Select], exclude: &[String]) -> Result<Self, FilterError> {
-        let rules = rules
-            .iter()
-            .map(|select| {
-                let regex = match select {
-                    Select::Named(pattern) => Some(compile(pattern)?),
-                    _ => None,
-                };
-                Ok((select.clone(), regex))
-            })
-            .collect::<Result<_, FilterError>>()?;
-        let exclude = exclude.iter().map(|p| compile(p)).collect::<Result<_, _>>()?;
-        Ok(Self { rules, exclude, title: title.to_owned() })
+    pub fn new(title: &str, rules: &[Rule], exclude: &[String]) -> Result<Self, FilterError> {
+        Ok(Self {
+            rules: rules.iter().map(Compiled::new).collect::<Result<_, _>>()?,
+            exclude: compile_all(exclude)?,
+            title: title.to_owned(),
+            depth: None,
+        })
+    }
+
+    /// True when a rule counts layers from the end, which [`Self::with_depth`] makes possible.
+    pub fn counts_from_end(&self) -> bool {
+        let mut ranges = self.rules.iter().flat_map(|rule| &rule.layers);
+        ranges.any(LayerRange::counts_from_end)
+    }
+
+    /// The filter for a model of `depth` layers.
+    #[must_use]
+    pub fn with_depth(self, depth: usize) -> Self {
+        Self { depth: Some(depth), ..self }
     }
 
     /// Takes or leaves one Linear.
     pub fn decide(&self, subject: &Subject<'_>) -> Decision {
-        let taken = self.rules.iter().position(|(select, regex)| match (select, regex) {
-            (Select::Named(_), Some(regex)) => names(regex, subject),
-            (select, _) => matches(select, subject),
-        });
-        let Some(rule) = taken else { return Decision::Leave(self.reason(subject)) };
+        let found = self.rules.iter().position(|rule| rule.matches(subject, self.depth));
+        let Some(index) = found else { return Decision::Leave(self.reason(subject)) };
+        if !self.rules[index].takes {
+            return Decision::Leave(format!("kept by rule {} of {}", index + 1, self.title));
+        }
         match self.exclude.iter().find(|regex| finds(regex, subject)) {
             Some(regex) => Decision::Leave(format!("excluded by --exclude '{regex}'")),
-            None => Decision::Take(rule),
+            None => Decision::Take(index),
         }
     }
 
     fn reason(&self, subject: &Subject<'_>) -> String {
         match (subject.role, subject.path) {
-            (Role::Head, _) => "the head: taken only when named (--include lm_head)".to_owned(),
+            (Role::Head, _) => {
+                "the head: taken only when named (--include lm_head, or a rule for role head)"
+                    .to_owned()
+            }
             (Role::Router, _) => {
-                "a mixture-of-experts router: taken only when named (--include)".to_owned()
+                "a mixture-of-experts router: taken only when named (--include, or a rule for role \
+                 router)"
+                    .to_owned()
             }
             (_, None) => format!(
                 "not in {}: no metadata, initializer, node or bias name says which layer it is \
@@ -112,7 +158,42 @@ impl Filter {
     }
 }
 
-fn compile(pattern: &str) -> Result<Regex, FilterError> {
+impl Compiled {
+    fn new(rule: &Rule) -> Result<Self, FilterError> {
+        let Select { roles, layers, include, exclude } = &rule.select;
+        Ok(Self {
+            roles: roles.clone(),
+            layers: layers.clone(),
+            include: compile_all(include)?,
+            exclude: compile_all(exclude)?,
+            takes: rule.format.is_some(),
+        })
+    }
+
+    fn matches(&self, subject: &Subject<'_>, depth: Option<usize>) -> bool {
+        let by_role = match self.roles.is_empty() {
+            true => !self.include.is_empty() || !subject.role.only_when_named(),
+            false => self.roles.contains(&subject.role),
+        };
+        let layer = subject.path.and_then(layer_number);
+        let in_range = |range: &LayerRange| layer.is_some_and(|n| range.contains(n, depth));
+        // A rule that asks for routers by role needs no expression that names each of them.
+        let includes = |regex: &Regex| match self.roles.contains(&Role::Router) {
+            true => finds(regex, subject),
+            false => names(regex, subject),
+        };
+        by_role
+            && (self.layers.is_empty() || self.layers.iter().any(in_range))
+            && (self.include.is_empty() || self.include.iter().any(includes))
+            && !self.exclude.iter().any(|regex| finds(regex, subject))
+    }
+}
+
+fn compile_all(patterns: &[String]) -> Result<Vec<Regex>, FilterError> {
+    patterns.iter().map(|pattern| compile(pattern)).collect()
+}
+
+pub(super) fn compile(pattern: &str) -> Result<Regex, FilterError> {
     Regex::new(pattern).map_err(|error| FilterError {
         pattern: pattern.to_owned(),
         // The crate's message is a drawing of several lines; its last line is the cause.
@@ -124,19 +205,6 @@ fn compile(pattern: &str) -> Result<Regex, FilterError> {
             .find(|line| !line.is_empty())
             .unwrap_or_default(),
     })
-}
-
-fn matches(select: &Select, subject: &Subject<'_>) -> bool {
-    if matches!(subject.role, Role::Head | Role::Router) {
-        return false;
-    }
-    let family = subject.path.and_then(family);
-    match select {
-        Select::Mlp => family == Some(Family::Mlp),
-        Select::Attention => family == Some(Family::Attention),
-        Select::AllLinears => true,
-        Select::Named(_) => false,
-    }
 }
 
 /// The texts that a pattern is searched in: the module path, else the node's and the weight's name.
@@ -169,6 +237,12 @@ fn names(regex: &Regex, subject: &Subject<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rewrite::SiteFormat;
+
+    fn rules(selects: Vec<Select>) -> Vec<Rule> {
+        let rule = |select| Rule { select, format: Some(SiteFormat::Int8) };
+        selects.into_iter().map(rule).collect()
+    }
 
     fn subject<'a>(path: Option<&'a str>, role: Role) -> Subject<'a> {
         Subject { path, role, node: "node_linear_3", initializer: "val_12" }
@@ -176,7 +250,7 @@ mod tests {
 
     #[test]
     fn include_adds_and_exclude_takes_away() {
-        let rules = [Select::Mlp, Select::Named("lm_head".into())];
+        let rules = rules(vec![Select::mlp(), Select::named("lm_head")]);
         let filter = Filter::new("tier a", &rules, &[r"layers\.0\.".into()]).unwrap();
         let decide = |path, role| filter.decide(&subject(path, role));
         assert_eq!(decide(Some("layers.1.mlp.up_proj"), Role::Mlp), Decision::Take(0));
@@ -196,7 +270,7 @@ mod tests {
     #[test]
     fn nameless_layers_are_found_by_node_or_initializer() {
         for pattern in ["linear_3$", "val_12"] {
-            let filter = Filter::new("tier a", &[Select::Named(pattern.into())], &[]).unwrap();
+            let filter = Filter::new("tier a", &rules(vec![Select::named(pattern)]), &[]).unwrap();
             assert_eq!(filter.decide(&subject(None, Role::Other)), Decision::Take(0));
             // A known path is the only text searched.
             let known = subject(Some("layers.0.fc1"), Role::Mlp);
@@ -210,7 +284,7 @@ mod tests {
         for (pattern, taken) in
             [("mlp", false), ("layers", false), (r"mlp\.gate$", true), (".*", true)]
         {
-            let rules = [Select::AllLinears, Select::Named(pattern.into())];
+            let rules = rules(vec![Select::default(), Select::named(pattern)]);
             let filter = Filter::new("all-linears", &rules, &[]).unwrap();
             assert_eq!(filter.decide(&router) == Decision::Take(1), taken, "{pattern}");
         }
@@ -221,5 +295,43 @@ mod tests {
         let error = Filter::new("tier a", &[], &["(".into()]).unwrap_err();
         assert!(error.to_string().contains("'('"), "{error}");
         assert!(!error.to_string().contains('\n'));
+    }
+
+    #[test]
+    fn roles_layers_and_expressions_have_to_agree() {
+        let select = Select {
+            roles: vec![Role::Mlp],
+            layers: vec!["last 1".parse().unwrap(), "0".parse().unwrap()],
+            include: vec!["down".into(), "up".into()],
+            exclude: vec![r"\.0\..*up".into()],
+        };
+        let filter = Filter::new("r", &rules(vec![select]), &[]).unwrap();
+        assert!(filter.counts_from_end());
+        let filter = filter.with_depth(4);
+        let taken = |path, role| filter.decide(&subject(Some(path), role)) == Decision::Take(0);
+        assert!(taken("layers.0.mlp.down_proj", Role::Mlp));
+        assert!(taken("layers.3.mlp.up_proj", Role::Mlp));
+        assert!(!taken("layers.0.mlp.up_proj", Role::Mlp), "excluded by the rule");
+        assert!(!taken("layers.1.mlp.down_proj", Role::Mlp), "another layer");
+        assert!(!taken("mlp.down_proj", Role::Mlp), "in no layer");
+        assert!(!taken("layers.0.mlp.gate_proj", Role::Mlp), "not included");
+        assert!(!taken("layers.0.mlp.down_proj", Role::Expert), "another role");
+    }
+
+    #[test]
+    fn a_rule_can_keep_layers_and_ask_for_head_and_router() {
+        let keep = Rule { select: Select::named("down"), format: None };
+        let head = Select { roles: vec![Role::Head, Role::Router, Role::Mlp], ..Select::default() };
+        let rules = [vec![keep], rules(vec![head])].concat();
+        let filter = Filter::new("r", &rules, &[]).unwrap();
+        assert!(!filter.counts_from_end());
+        let decide = |path, role| filter.decide(&subject(Some(path), role));
+        assert_eq!(
+            decide("layers.0.mlp.down_proj", Role::Mlp),
+            Decision::Leave("kept by rule 1 of r".into())
+        );
+        assert_eq!(decide("layers.0.mlp.up_proj", Role::Mlp), Decision::Take(1));
+        assert_eq!(decide("lm_head", Role::Head), Decision::Take(1));
+        assert_eq!(decide("layers.0.mlp.gate", Role::Router), Decision::Take(1));
     }
 }

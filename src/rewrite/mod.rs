@@ -10,6 +10,7 @@ pub mod base;
 mod error;
 pub mod execute;
 pub mod filter;
+pub mod layers;
 mod lower;
 pub mod lowering;
 mod patch;
@@ -21,16 +22,19 @@ pub mod roles;
 mod run;
 mod scan;
 pub mod sites;
+mod sqnr;
+mod table;
 pub mod tiers;
 mod weights;
 
 pub use error::RewriteError;
 pub use execute::{ExecuteError, PLAN_KEY, execute};
 pub use filter::{Filter, FilterError, Select};
+pub use layers::LayerRange;
 pub use lowering::{BaseDtype, Lowering};
 pub use patch::MODULE_PATH_KEY;
 pub use plan::{PlannedSite, RewritePlan};
-pub use recipe::{Activation, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
+pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
     RewriteReport, convert_file, default_output, plan_file, require_sites, rewrite_file,
 };
@@ -38,4 +42,6 @@ pub use scan::find_sites;
 pub use sites::{
     Bias, BiasShape, Layout, Origin, PathSource, Role, Site, SiteScan, Skipped, Weight,
 };
+pub use sqnr::measure_plan;
+pub use table::plan_table;
 pub use tiers::Tier;

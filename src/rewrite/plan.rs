@@ -18,6 +18,9 @@ pub struct PlannedSite {
     pub bytes_before: u64,
     /// Bytes of the weight (codes and scales) as stored afterwards.
     pub bytes_after: u64,
+    /// Expected signal-to-quantisation-noise ratio of the weight in decibels, when it was measured
+    /// ([`measure_plan`](super::measure_plan)).
+    pub expected_sqnr: Option<f64>,
 }
 
 /// What a rewrite does to a model.
@@ -39,10 +42,11 @@ impl RewritePlan {
             .sites
             .into_iter()
             .filter_map(|site| {
-                let format = recipe.rules.get(site.rule)?.format;
+                let format = recipe.rules.get(site.rule)?.format?;
                 let bytes_before = weight_bytes(&site);
                 let bytes_after = planned_bytes(&site, &format);
-                Some(PlannedSite { site, format, bytes_before, bytes_after })
+                let expected_sqnr = None;
+                Some(PlannedSite { site, format, bytes_before, bytes_after, expected_sqnr })
             })
             .collect();
         Self { sites, skipped: scan.skipped, recipe }
@@ -95,6 +99,11 @@ struct SiteRecord<'a> {
     weight_format: &'a str,
     activation_format: &'a str,
     block_size: Option<usize>,
+    path_confidence: &'a str,
+    bytes_before: u64,
+    bytes_after: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expected_sqnr_db: Option<f64>,
 }
 
 impl Serialize for PlannedSite {
@@ -112,6 +121,10 @@ impl Serialize for PlannedSite {
             weight_format: self.format.weight_name(),
             activation_format: self.format.activation_name(),
             block_size: self.format.block_size(),
+            path_confidence: path_source.confidence(),
+            bytes_before: self.bytes_before,
+            bytes_after: self.bytes_after,
+            expected_sqnr_db: self.expected_sqnr,
         }
         .serialize(serializer)
     }

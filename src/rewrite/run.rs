@@ -5,9 +5,13 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::{
-    BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, execute, find_sites,
+    BaseDtype, Filter, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, Rule, Select,
+    SiteFormat, execute, find_sites, layers::layer_number,
 };
-use crate::onnx::{Model, SaveOptions, Saved};
+use crate::{
+    graph::GraphError,
+    onnx::{Model, SaveOptions, Saved},
+};
 
 /// What a rewrite did.
 #[derive(Clone, Debug, Serialize)]
@@ -47,10 +51,25 @@ pub fn plan_file(
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
     let model = Model::open(input)?;
-    let scan = find_sites(&model, &filter)
-        .map_err(|source| RewriteError::Graph { path: input.to_owned(), source })?;
+    let graph = |source| RewriteError::Graph { path: input.to_owned(), source };
+    let filter = match filter.counts_from_end() {
+        true => filter.with_depth(depth(&model).map_err(graph)?),
+        false => filter,
+    };
+    let scan = find_sites(&model, &filter).map_err(graph)?;
     let plan = RewritePlan::new(scan, recipe);
     Ok((model, plan))
+}
+
+/// Layers of the model: one more than the highest number in a module path.
+fn depth(model: &Model) -> Result<usize, GraphError> {
+    let everything = Rule { select: Select::everything(), format: Some(SiteFormat::Bf16) };
+    // Without expressions there is none that does not compile.
+    let Ok(filter) = Filter::new("everything", &[everything], &[]) else { return Ok(0) };
+    let scan = find_sites(model, &filter)?;
+    let taken = scan.sites.iter().filter_map(|site| site.module_path.as_deref());
+    let left = scan.skipped.iter().filter_map(|skipped| skipped.module_path.as_deref());
+    Ok(taken.chain(left).filter_map(layer_number).max().map_or(0, |last| last + 1))
 }
 
 /// Rewrites `input` into `output`: the whole way from file to file.
@@ -73,7 +92,7 @@ pub fn rewrite_file(
         input: input.to_owned(),
         output: saved.path,
         data: saved.data_path,
-        lowering: options.lowering,
+        lowering: plan.recipe.lowering,
         sites: plan.sites.len(),
         skipped: plan.skipped.len(),
         weight_bytes_before,
@@ -110,7 +129,7 @@ pub fn require_sites(
     options: &RewriteOptions,
 ) -> Result<(), RewriteError> {
     // bfloat16 rounds the whole graph, layers or not.
-    if !plan.sites.is_empty() || options.allow_empty || options.lowering == Lowering::Bf16 {
+    if !plan.sites.is_empty() || options.allow_empty || plan.recipe.lowering == Lowering::Bf16 {
         return Ok(());
     }
     Err(RewriteError::NothingToReplace {
@@ -120,11 +139,13 @@ pub fn require_sites(
     })
 }
 
-/// The default output: beside the model, `<stem>.<tier>-<format>.onnx`.
+/// The default output: beside the model, `<stem>.<tier>-<format>.onnx` or `<stem>.<recipe>.onnx`.
 pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
     let stem = input.file_stem().map_or_else(Default::default, |stem| stem.to_string_lossy());
     let tier = options.tier.name();
-    let name = match options.lowering {
+    let lowering = options.recipe.as_ref().map_or(options.lowering, |recipe| recipe.lowering);
+    let by_recipe = options.recipe.as_ref().map(|r| format!("{stem}.{}.onnx", file_part(&r.name)));
+    let name = match lowering {
         Lowering::Bf16 => format!("{stem}.bf16.onnx"),
         // Tiers c and d are a mixture of formats.
         Lowering::Mx if options.tier.has_fixed_formats() => format!("{stem}.{tier}-mx.onnx"),
@@ -134,11 +155,18 @@ pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
         }
         lowering => format!("{stem}.{tier}-{lowering}.onnx"),
     };
-    let name = match options.base_dtype.filter(|_| options.lowering != Lowering::Bf16) {
+    let name = by_recipe.unwrap_or(name);
+    let name = match options.base_dtype.filter(|_| lowering != Lowering::Bf16) {
         Some(base) => format!("{}.{base}.onnx", name.trim_end_matches(".onnx")),
         None => name,
     };
     input.with_file_name(name)
+}
+
+/// A recipe's name as a part of a file name.
+fn file_part(name: &str) -> String {
+    let plain = |c: char| if c.is_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
+    name.trim_start_matches("recipe ").chars().map(plain).collect()
 }
 
 #[cfg(test)]
@@ -162,6 +190,11 @@ mod tests {
         let options = RewriteOptions { base_dtype, ..Default::default() };
         let with_base = default_output(Path::new("a/model.v2.onnx"), &options);
         assert_eq!(with_base, path("model.v2.full-fp8_e4m3.fp16.onnx"));
+        let mut recipe = Recipe::built_in("w4a8").unwrap().unwrap();
+        recipe.name = "recipe my mix/2".to_owned();
+        let options = RewriteOptions { recipe: Some(recipe), ..Default::default() };
+        let by_recipe = default_output(Path::new("a/model.v2.onnx"), &options);
+        assert_eq!(by_recipe, path("model.v2.my-mix-2.onnx"));
         assert_eq!(
             name(Tier::AllLinears, Lowering::Int8, None),
             path("model.v2.all-linears-int8.onnx")

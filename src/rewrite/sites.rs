@@ -129,16 +129,32 @@ pub enum Role {
     Other,
 }
 
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Mlp, Self::Attention, Self::Head, Self::Expert, Self::Router, Self::Other];
+
+    /// True for what is taken only by name or by its role: quantising it costs more than it saves.
+    pub fn only_when_named(self) -> bool {
+        matches!(self, Self::Head | Self::Router)
+    }
+
+    /// The name in plans and recipes.
+    pub fn name(self) -> &'static str {
+        match self {
             Self::Mlp => "mlp",
             Self::Attention => "attention",
             Self::Head => "head",
             Self::Router => "router",
             Self::Expert => "expert",
             Self::Other => "other",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -158,6 +174,20 @@ pub enum PathSource {
     Structure,
     /// Nowhere.
     None,
+}
+
+impl PathSource {
+    /// How far a path from this source can be relied on: `high` where the exporter wrote it for this
+    /// very layer, `medium` where it is derived (a node's scope, the head's place), `low` where it may
+    /// be another layer's, `none` without a path.
+    pub fn confidence(self) -> &'static str {
+        match self {
+            Self::Metadata | Self::Initializer => "high",
+            Self::Node | Self::Structure => "medium",
+            Self::Bias => "low",
+            Self::None => "none",
+        }
+    }
 }
 
 impl fmt::Display for PathSource {

@@ -7,6 +7,7 @@ mod eval;
 mod judges;
 mod lowerings;
 mod models;
+mod recipes;
 mod shell;
 mod support;
 mod zoo;

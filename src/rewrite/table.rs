@@ -1,0 +1,85 @@
+//! The plan as a table for people.
+
+use super::{RewritePlan, plan::PlannedSite};
+
+const HEADER: [&str; COLUMNS] = [
+    "module path",
+    "source (confidence)",
+    "op",
+    "n",
+    "k",
+    "weight",
+    "activation",
+    "bytes",
+    "after",
+    "SQNR dB",
+];
+const COLUMNS: usize = 10;
+
+/// One line a layer, then what is left alone and why. The last column is there when the plan was
+/// measured ([`measure_plan`](super::measure_plan)).
+pub fn plan_table(plan: &RewritePlan) -> String {
+    let measured = plan.sites.iter().any(|planned| planned.expected_sqnr.is_some());
+    let mut rows = vec![HEADER.map(str::to_owned)];
+    rows.extend(plan.sites.iter().map(row));
+    let mut text = align(&rows, if measured { COLUMNS } else { COLUMNS - 1 });
+    let (before, after) = plan.bytes();
+    text.push_str(&format!("{} layers, {before} -> {after} bytes\n", plan.sites.len()));
+    for (index, rule) in plan.recipe.rules.iter().enumerate() {
+        // Most often an expression or a range that is not what was meant.
+        let takes = plan.sites.iter().any(|planned| planned.site.rule == index);
+        if rule.format.is_some() && !takes {
+            text.push_str(&format!("rule {} of {} takes no layer\n", index + 1, plan.recipe.name));
+        }
+    }
+    if !plan.skipped.is_empty() {
+        text.push_str(&format!("\nleft alone: {} candidates\n", plan.skipped.len()));
+    }
+    for skipped in &plan.skipped {
+        text.push_str(&format!("  {} ({}): {}\n", skipped.node, skipped.op, skipped.reason));
+    }
+    text
+}
+
+fn row(planned: &PlannedSite) -> [String; COLUMNS] {
+    let site = &planned.site;
+    [
+        site.module_path.clone().unwrap_or_else(|| format!("(none) {}", site.node_name)),
+        match site.module_path {
+            Some(_) => format!("{} ({})", site.path_source, site.path_source.confidence()),
+            None => site.path_source.to_string(),
+        },
+        site.op.clone(),
+        site.n.to_string(),
+        site.k.to_string(),
+        planned.format.weight_name().to_owned(),
+        planned.format.activation_name().to_owned(),
+        planned.bytes_before.to_string(),
+        planned.bytes_after.to_string(),
+        match planned.expected_sqnr {
+            Some(f64::INFINITY) => "exact".to_owned(),
+            Some(sqnr) => format!("{sqnr:.2}"),
+            None => String::new(),
+        },
+    ]
+}
+
+/// Columns of equal width; numbers to the right.
+fn align(rows: &[[String; COLUMNS]], columns: usize) -> String {
+    let width =
+        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
+            if matches!(column, 3 | 4 | 7 | 8 | 9) {
+                format!("{cell:>width$}")
+            } else {
+                format!("{cell:<width$}")
+            }
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
