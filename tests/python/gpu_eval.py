@@ -120,12 +120,12 @@ def near_the_cpu(cpu, known, gpu, run):
 
 
 def speed(records, run):
-    for stage, record in records.items():
-        details = run["stages"].get(f"{record['model']} {stage}", {})
+    for record in records.values():
+        more = details(run, record)
         if record["seconds"]:
             share = more["outside_run_seconds"] / record["seconds"]
             print(
-                f"     {stage:16} {record['tokens_per_second']:9.0f} tok/s, outside the run {share:6.1%}, "
+                f"     {record['stage']:16} {record['tokens_per_second']:9.0f} tok/s, outside the run {share:6.1%}, "
                 f"load {more['load_seconds']:.2f} s, rewrite {more['rewrite_seconds']:.2f} s, "
                 f"loaded {more.get('loaded_device_bytes', 0) / 1e6:.1f} MB, "
                 f"peak {(record['peak_memory_bytes'] or 0) / 1e6:.1f} MB"
