@@ -8,5 +8,6 @@ mod judges;
 mod lowerings;
 mod models;
 mod shell;
+mod size;
 mod support;
 mod zoo;
