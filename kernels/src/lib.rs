@@ -27,7 +27,10 @@ pub use act_matmul::ActMatMulProblem;
 pub use error::Error;
 pub use formats::ElementFormat;
 pub use parallel::{Parallel, Serial, StdThreads};
-pub use quantize::{Rounding, dequantize_rows, fake_quantize_rows, quantize_rows};
+pub use quantize::{
+    FloatType, Rounding, StoredWeight, dequantize_rows, fake_quantize_rows, quantize_rows,
+    quantize_weight,
+};
 pub use scale::{ScaleKind, ScaleRule};
 pub use scores::{BaselineScores, TokenScores, token_scores};
 pub use tensor::{Float, FloatMut, LinearProblem, PackedWeight, QuantSpec};

@@ -54,6 +54,59 @@ pub fn quantize_rows(
     cpu::quantize_rows(cpu::kernels(), spec, x, rows, k, codes, scales)
 }
 
+/// Element type of a stored weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FloatType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FloatType {
+    /// Bytes of one element.
+    pub const fn width(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// A weight as a model file holds it: little-endian, at any alignment.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredWeight<'a> {
+    /// The elements, n * k of them.
+    pub bytes: &'a [u8],
+    /// Their type.
+    pub float_type: FloatType,
+    /// Rows, each quantised by itself.
+    pub n: usize,
+    /// Elements of a row.
+    pub k: usize,
+    /// Stored [k, n] instead of [n, k].
+    pub transposed: bool,
+}
+
+/// Quantises rows `first ..` of a weight, as many as `codes` and `scales` take, into the bytes that
+/// [`quantize_rows`] makes of them. Weights stored [k, n] are read in strips of columns; nothing but
+/// a few KiB is copied. Block scales (e8m0) only.
+///
+/// # Errors
+/// An invalid specification, another kind of scale, rows that are not there or a buffer of another
+/// length.
+pub fn quantize_weight(
+    spec: &QuantSpec,
+    weight: &StoredWeight<'_>,
+    first: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> Result<(), Error> {
+    cpu::quantize_weight(cpu::kernels(), spec, weight, first, codes, scales)
+}
+
 /// The values [rows, k] of packed codes and scales, each rounded to f32 (exact unless it lies
 /// outside the range of normal f32).
 ///

@@ -53,6 +53,12 @@ struct Cli {
     /// Threads to quantise with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Cut external data into files of at most this size: bytes, or with K, M or G (powers of 1000)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    shard_size: Option<u64>,
+    /// Go on with what a killed run with the same arguments has left
+    #[arg(long)]
+    resume: bool,
     #[command(flatten)]
     layers: Layers,
     #[command(flatten)]
@@ -171,6 +177,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// `500M` -> 500 000 000.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match text[digits.len()..].to_ascii_uppercase().trim_end_matches('B') {
+        "" => 1,
+        "K" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        unit => return Err(format!("'{unit}' is no unit of size; use K, M or G")),
+    };
+    let size = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+    size.filter(|&n| n > 0).ok_or_else(|| "a size is a number above 0, such as 2G".to_owned())
+}
+
 /// Ends with clap's own form of a usage error and exit code 2.
 fn usage(message: &str) -> ! {
     Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit()
@@ -206,6 +226,8 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
         allow_empty: cli.allow_empty,
         overwrite: cli.force,
         threads: cli.threads.map(usize::from),
+        shard_size: cli.shard_size,
+        resume: cli.resume,
     })
 }
 

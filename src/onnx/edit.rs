@@ -143,6 +143,13 @@ impl Model {
     pub fn set_metadata(&mut self, key: &str, value: &str) {
         let entry = StringStringEntry { key: Some(key.to_owned()), value: Some(value.to_owned()) };
         let raw = wire::len_field(number::METADATA, &entry.encode_to_vec());
+        self.remove_metadata(key);
+        self.metadata.push(entry);
+        self.fields.push(TopField::Raw { number: number::METADATA, raw });
+    }
+
+    /// Removes the entries of this key from the model's metadata.
+    pub fn remove_metadata(&mut self, key: &str) {
         let same = |e: &StringStringEntry| e.key.as_deref() == Some(key);
         // Raw metadata fields and decoded entries are in the same order.
         let mut index = 0;
@@ -153,7 +160,5 @@ impl Model {
             !same(&metadata[index - 1])
         });
         self.metadata.retain(|e| !same(e));
-        self.metadata.push(entry);
-        self.fields.push(TopField::Raw { number: number::METADATA, raw });
     }
 }

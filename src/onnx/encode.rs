@@ -58,21 +58,43 @@ impl Chunks {
         Ok(out.into())
     }
 
-    /// Writes everything; payloads are made one at a time.
+    /// Writes everything; payloads are made one at a time, large ones in pieces.
     pub(crate) fn write(
         &self,
-        out: &mut dyn Write,
-        failed: &dyn Fn(std::io::Error) -> Error,
+        out: &mut (dyn Write + Send),
+        failed: &(dyn Fn(std::io::Error) -> Error + Sync),
     ) -> Result<()> {
-        for chunk in &self.list {
-            match chunk {
-                Chunk::Bytes(bytes) => out.write_all(bytes).map_err(failed)?,
-                Chunk::Payload(name, payload) => {
-                    out.write_all(&payload.get(name)?).map_err(failed)?
-                }
-            }
+        self.list.iter().try_for_each(|chunk| chunk.write(out, failed))
+    }
+}
+
+/// Bytes of a mapped file that are written before their pages are released.
+const PIECE: usize = 8 << 20;
+
+impl Chunk {
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::Payload(_, payload) => payload.len(),
         }
-        Ok(())
+    }
+
+    pub(crate) fn write(
+        &self,
+        out: &mut (dyn Write + Send),
+        failed: &(dyn Fn(std::io::Error) -> Error + Sync),
+    ) -> Result<()> {
+        let mut put = |bytes: &[u8]| {
+            for piece in bytes.chunks(PIECE) {
+                out.write_all(piece).map_err(failed)?;
+                super::release(piece);
+            }
+            Ok(())
+        };
+        match self {
+            Self::Bytes(bytes) => put(bytes),
+            Self::Payload(name, payload) => payload.write(name, &mut put),
+        }
     }
 }
 

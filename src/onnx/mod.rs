@@ -17,10 +17,12 @@ mod graph;
 mod mmap;
 mod model;
 mod output;
+mod partial;
 pub mod proto;
 mod read;
 mod relocate;
 mod save;
+mod shards;
 mod tensor;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -33,4 +35,8 @@ pub use graph::{Graph, MAX_DEPTH, NodeId};
 pub use model::{Function, Model};
 pub use proto::DataType;
 pub use save::{SaveOptions, Saved};
-pub use tensor::{ExternalRef, Payload, Producer, Storage, TensorInfo, TensorView, element_bits};
+pub use tensor::{
+    ExternalRef, Payload, Producer, Sink, Storage, Streamer, TensorInfo, TensorView, element_bits,
+};
+
+pub(crate) use mmap::release;

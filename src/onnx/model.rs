@@ -52,7 +52,7 @@ pub struct Model {
     pub(crate) files: Arc<ExternalFiles>,
     ir_version: i64,
     producer: String,
-    path: Option<PathBuf>,
+    pub(super) path: Option<PathBuf>,
 }
 
 impl Model {

@@ -5,11 +5,15 @@ use super::error::{Error, Result};
 use super::graph::{NodeId, number};
 use super::model::{self, Model, TopField};
 use super::output::{self, Output, folder};
+use super::partial::{self, Partial};
+use super::proto::StringStringEntry;
 use super::relocate::{Kind, relocate};
+use super::shards::{Data, Shards};
 use super::tensor::{ExternalRef, Payload, Storage, TensorInfo};
 use super::wire;
 use bytes::Bytes;
 use prost::Message as _;
+use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -23,11 +27,29 @@ pub struct SaveOptions {
     /// Largest model file in bytes with its weights inside; above it they go to a data file beside
     /// it. Protobuf ends at 2 GiB.
     pub inline_limit: u64,
+    /// External data is cut into files of at most so many bytes, between tensors; a larger tensor gets
+    /// a file of its own. `None` = one file.
+    pub shard_size: Option<u64>,
+    /// Goes on with what a killed run of the same job has left of its data files.
+    pub resume: bool,
+    /// Key of a metadata entry that gets the SHA-256 of every data file, as JSON.
+    pub hash_key: Option<&'static str>,
+}
+
+impl SaveOptions {
+    /// As [`Default`]: no overwriting, one data file from 1.8 GB on.
+    pub const DEFAULT: Self = Self {
+        overwrite: false,
+        inline_limit: 1_800_000_000,
+        shard_size: None,
+        resume: false,
+        hash_key: None,
+    };
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { overwrite: false, inline_limit: 1_800_000_000 }
+        Self::DEFAULT
     }
 }
 
@@ -36,16 +58,16 @@ impl Default for SaveOptions {
 pub struct Saved {
     /// The model.
     pub path: PathBuf,
-    /// The data file beside it, if the weights are external.
+    /// The (first) data file beside it, if the weights are external.
     pub data_path: Option<PathBuf>,
-    /// Bytes of both.
+    /// All data files.
+    pub data_paths: Vec<PathBuf>,
+    /// Bytes of all of them.
     pub bytes: u64,
 }
 
 /// Tensors of at least this many bytes go to the data file.
 const EXTERNAL_FROM: u64 = 1024;
-/// Alignment in the data file: a page, so that readers can map tensors.
-const ALIGNMENT: u64 = 4096;
 
 impl Model {
     /// True when any tensor of the model, in a sub-graph too, lies in another file.
@@ -66,8 +88,10 @@ impl Model {
 
     /// Writes the model to `path`. A model whose input has external data, or that is larger than
     /// [`SaveOptions::inline_limit`], gets one data file `<path>.data` of its own that holds every
-    /// large tensor, so that the two can be moved together. Both are written under temporary names
-    /// and renamed, the model last; after an error none of them is there.
+    /// large tensor (shards `<path>.data-1`, ... with [`SaveOptions::shard_size`]), so that they can
+    /// be moved together. All are written under temporary names and renamed, the model last; after
+    /// an error none of them is there. A killed process leaves `.partial` and `.journal` files of
+    /// its data, which [`SaveOptions::resume`] goes on with.
     ///
     /// # Errors
     /// A `path` that is the input or one of its data files, exists already, or cannot be written;
@@ -80,15 +104,20 @@ impl Model {
             output::check_space(path, inline.len)?;
             let model = write(path, &inline)?;
             model.persist()?;
-            return Ok(Saved { path: path.to_owned(), data_path: None, bytes: inline.len });
+            let (path, data_paths) = (path.to_owned(), Vec::new());
+            return Ok(Saved { path, data_path: None, data_paths, bytes: inline.len });
         }
         self.save_with_data(path, options)
     }
 
     fn save_with_data(&self, path: &Path, options: &SaveOptions) -> Result<Saved> {
-        let data_path = data_path(path);
-        self.check_target(&data_path, options)?;
-        let (data, place) = self.place_in(&data_path)?;
+        let (files, place) = self.place_in(path, options.shard_size)?;
+        for file in &files {
+            // A killed run may have renamed its data already; then its journal is still there.
+            let ours = options.resume && partial::journal_path(&file.path).exists();
+            let overwrite = options.overwrite || ours;
+            self.check_target(&file.path, &SaveOptions { overwrite, ..options.clone() })?;
+        }
         let model = self.encode(&place);
         if model.len > MAX_MESSAGE {
             return Err(Error::Output {
@@ -99,26 +128,80 @@ impl Model {
                 ),
             });
         }
-        output::check_space(path, model.len.saturating_add(data.len))?;
-        let written = write(&data_path, &data)?;
-        let model_file = write(path, &model)?;
-        written.persist()?;
-        if let Err(error) = model_file.persist() {
-            // Without its model the data file is of no use to anyone.
-            let _ = std::fs::remove_file(&data_path);
-            return Err(error);
-        }
-        let bytes = model.len + data.len;
-        Ok(Saved { path: path.to_owned(), data_path: Some(data_path), bytes })
+        let data_len: u64 = files.iter().map(|file| file.chunks.len).sum();
+        let there = |file: &Data| partial::present(&partial::partial_path(&file.path));
+        let there: u64 = files.iter().map(there).sum();
+        output::check_space(path, (model.len + data_len).saturating_sub(there))?;
+        let bytes = self.write_all(path, model, &files, options)? + data_len;
+        let data_paths: Vec<PathBuf> = files.into_iter().map(|file| file.path).collect();
+        let data_path = data_paths.first().cloned();
+        Ok(Saved { path: path.to_owned(), data_path, data_paths, bytes })
     }
 
-    /// Where every tensor goes in the data file at `data_path`, and the file's content.
-    fn place_in(&self, data_path: &Path) -> Result<(Chunks, Placement)> {
-        let location = data_path.file_name().and_then(|name| name.to_str()).ok_or_else(|| {
-            let what = "the name of a model with external data has to be UTF-8".to_owned();
-            Error::Output { path: data_path.to_owned(), what }
-        })?;
-        let mut data = Data { chunks: Chunks::default(), location: location.to_owned() };
+    /// Writes data files and model; returns the bytes of the model. After an error none is left.
+    fn write_all(
+        &self,
+        path: &Path,
+        mut model: Chunks,
+        files: &[Data],
+        options: &SaveOptions,
+    ) -> Result<u64> {
+        let job = self.job(&model)?;
+        let (mut partials, mut hashes) = (Vec::new(), serde_json::Map::new());
+        let mut finish = || {
+            for file in files {
+                let resume = options.resume && self.path().is_some();
+                let partial = Partial::write(&file.path, &file.chunks, &job, resume)?;
+                hashes.insert(file.location.clone(), partial.sha256.clone().into());
+                partials.push(partial);
+            }
+            if let Some(key) = options.hash_key {
+                let value = serde_json::Value::Object(std::mem::take(&mut hashes)).to_string();
+                let entry = StringStringEntry { key: Some(key.to_owned()), value: Some(value) };
+                model.push(wire::len_field(model::number::METADATA, &entry.encode_to_vec()));
+            }
+            let model_file = write(path, &model)?;
+            // An old model must not be found beside new data.
+            if path.symlink_metadata().is_ok() {
+                std::fs::remove_file(path).map_err(|source| Error::Io {
+                    action: "replace",
+                    path: path.to_owned(),
+                    source,
+                })?;
+            }
+            partials.iter().try_for_each(Partial::persist)?;
+            model_file.persist().inspect_err(|_| {
+                // Without their model the data files are of no use to anyone.
+                files.iter().for_each(|file| drop(std::fs::remove_file(&file.path)));
+            })
+        };
+        let done = finish();
+        // The journals go last: until then a killed run can be taken up.
+        partials.iter().for_each(Partial::discard);
+        done.map(|()| model.len)
+    }
+
+    /// What is written, in a hash: the model with its plan, and which state of which files it is made
+    /// from. Nothing of another job is gone on with.
+    fn job(&self, model: &Chunks) -> Result<String> {
+        let mut hash = Hashing(Sha256::new());
+        let failed = |source| Error::Io { action: "hash", path: "the model".into(), source };
+        model.write(&mut hash, &failed)?;
+        let dir = self.dir().unwrap_or(Path::new("."));
+        let external = self.files.locations.iter().map(|location| dir.join(location));
+        for file in self.path().map(Path::to_owned).into_iter().chain(external) {
+            let metadata = std::fs::metadata(&file).ok();
+            let state = metadata.map(|m| (m.len(), m.modified().ok()));
+            hash.0.update(format!("{}\0{state:?}\0", file.display()));
+        }
+        hash.0.update(env!("CARGO_PKG_VERSION"));
+        Ok(partial::hex(hash.0))
+    }
+
+    /// Where every tensor goes in the data files beside `path`, and their content.
+    fn place_in(&self, path: &Path, shard_size: Option<u64>) -> Result<(Vec<Data>, Placement)> {
+        let mut data = Shards { path, size: shard_size, files: Vec::new() };
+        data.start()?;
         let mut place = Placement::default();
         for (index, entry) in self.graph.initializers.iter().enumerate() {
             let info = &entry.value;
@@ -129,15 +212,15 @@ impl Model {
         let (nodes, functions) = self.visit_nested(&mut |info| self.move_to(&mut data, info))?;
         place.nodes = nodes;
         place.functions = functions;
-        Ok((data.chunks, place))
+        Ok((data.files, place))
     }
 
-    fn move_to(&self, data: &mut Data, info: &TensorInfo) -> Result<ExternalRef> {
+    fn move_to(&self, data: &mut Shards<'_>, info: &TensorInfo) -> Result<ExternalRef> {
         let payload = match &info.storage {
             Storage::New(payload) => payload.clone(),
             _ => Payload::Bytes(self.tensor(info)?.bytes),
         };
-        Ok(data.append(&info.name, payload))
+        data.append(&info.name, payload)
     }
 
     /// The external data files that initialisers, node attributes, sub-graphs and functions name.
@@ -218,38 +301,23 @@ impl Model {
     }
 }
 
-/// Content of the data file.
-struct Data {
-    chunks: Chunks,
-    location: String,
-}
+/// Hashes what is written.
+struct Hashing(Sha256);
 
-impl Data {
-    fn append(&mut self, name: &str, payload: Payload) -> ExternalRef {
-        let padding = self.chunks.len.next_multiple_of(ALIGNMENT) - self.chunks.len;
-        if padding > 0 {
-            self.chunks.push(vec![0u8; padding as usize]);
-        }
-        let place = ExternalRef {
-            location: self.location.clone(),
-            offset: self.chunks.len,
-            length: Some(payload.len()),
-        };
-        self.chunks.push_payload(name, &payload);
-        place
+impl std::io::Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
 fn belongs_in_data(info: &TensorInfo) -> bool {
     // Strings have no bytes of fixed width and stay in the model.
     info.is_external() || info.byte_len().is_ok_and(|len| len >= EXTERNAL_FROM)
-}
-
-/// `model.onnx` -> `model.onnx.data`.
-fn data_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".data");
-    name.into()
 }
 
 /// The payload of a whole length-delimited field.

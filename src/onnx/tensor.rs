@@ -9,8 +9,13 @@ use std::sync::Arc;
 /// Makes the bytes of a tensor when they are written.
 pub type Producer = Arc<dyn Fn() -> Result<Bytes> + Send + Sync>;
 
+/// Where the bytes of a tensor go, piece by piece.
+pub type Sink<'a> = dyn FnMut(&[u8]) -> Result<()> + Send + 'a;
+/// Makes the bytes of a tensor piece by piece when they are written.
+pub type Streamer = Arc<dyn Fn(&mut Sink<'_>) -> Result<()> + Send + Sync>;
+
 /// Bytes of a tensor that is added to a model: at hand, or made when the model is written so that no
-/// more than one weight is in memory.
+/// more than one weight, or a part of one, is in memory.
 #[derive(Clone)]
 pub enum Payload {
     /// At hand.
@@ -22,6 +27,13 @@ pub enum Payload {
         /// Makes the bytes; may be called more than once.
         make: Producer,
     },
+    /// Made on demand in pieces; must give exactly `len` bytes. For what may be large.
+    Stream {
+        /// Length in bytes.
+        len: u64,
+        /// Makes the bytes; may be called more than once.
+        write: Streamer,
+    },
 }
 
 impl Payload {
@@ -29,7 +41,7 @@ impl Payload {
     pub fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::Lazy { len, .. } => *len,
+            Self::Lazy { len, .. } | Self::Stream { len, .. } => *len,
         }
     }
 
@@ -38,7 +50,12 @@ impl Payload {
         self.len() == 0
     }
 
-    /// The bytes, made now if need be.
+    /// True when the bytes are at hand.
+    pub fn is_made(&self) -> bool {
+        matches!(self, Self::Bytes(_))
+    }
+
+    /// The bytes, all of them in memory, made now if need be.
     ///
     /// # Errors
     /// The producer's error, or a length that differs from the promised one.
@@ -47,14 +64,41 @@ impl Payload {
             Self::Bytes(bytes) => Ok(bytes.clone()),
             Self::Lazy { len, make } => {
                 let bytes = make()?;
-                if bytes.len() as u64 != *len {
-                    let what = format!("{} bytes were made, {len} promised", bytes.len());
-                    return Err(Error::Payload { tensor: tensor.to_owned(), what });
-                }
+                check_made(tensor, bytes.len() as u64, *len)?;
                 Ok(bytes)
+            }
+            Self::Stream { .. } => {
+                let mut out = Vec::new();
+                self.write(tensor, &mut |bytes| {
+                    out.extend_from_slice(bytes);
+                    Ok(())
+                })?;
+                Ok(out.into())
             }
         }
     }
+
+    /// Gives the bytes to `sink`, piece by piece.
+    ///
+    /// # Errors
+    /// As [`Payload::get`], and the sink's.
+    pub(crate) fn write(&self, tensor: &str, sink: &mut Sink<'_>) -> Result<()> {
+        let Self::Stream { len, write } = self else { return sink(&self.get(tensor)?) };
+        let mut made = 0;
+        write(&mut |bytes| {
+            made += bytes.len() as u64;
+            sink(bytes)
+        })?;
+        check_made(tensor, made, *len)
+    }
+}
+
+fn check_made(tensor: &str, made: u64, promised: u64) -> Result<()> {
+    if made == promised {
+        return Ok(());
+    }
+    let what = format!("{made} bytes were made, {promised} promised");
+    Err(Error::Payload { tensor: tensor.to_owned(), what })
 }
 
 impl std::fmt::Debug for Payload {

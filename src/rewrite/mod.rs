@@ -36,7 +36,7 @@ pub use patch::MODULE_PATH_KEY;
 pub use plan::{PlannedSite, RewritePlan};
 pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
-    RewriteReport, convert_file, default_output, plan_file, require_sites, rewrite_file,
+    RewriteReport, SHA256_KEY, convert_file, default_output, plan_file, require_sites, rewrite_file,
 };
 pub use scan::find_sites;
 pub use sites::{

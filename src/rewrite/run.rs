@@ -13,6 +13,9 @@ use crate::{
     onnx::{Model, SaveOptions, Saved},
 };
 
+/// Key of the data files' SHA-256, as a JSON object by file name, in a rewritten model's metadata.
+pub const SHA256_KEY: &str = "mx.data_sha256";
+
 /// What a rewrite did.
 #[derive(Clone, Debug, Serialize)]
 pub struct RewriteReport {
@@ -83,9 +86,19 @@ pub fn rewrite_file(
 ) -> Result<RewriteReport, RewriteError> {
     let (model, plan) = plan_file(input, options)?;
     require_sites(input, &plan, options)?;
-    let rewritten = execute(&model, &plan, options.threads)
+    let mut rewritten = execute(&model, &plan, options.threads)
         .map_err(|source| RewriteError::Execute { path: input.to_owned(), source })?;
-    let save = SaveOptions { overwrite: options.overwrite, ..SaveOptions::default() };
+    let mut save = SaveOptions {
+        overwrite: options.overwrite,
+        shard_size: options.shard_size,
+        resume: options.resume,
+        ..SaveOptions::default()
+    };
+    // What nothing was replaced in stays as it is, metadata included.
+    if !plan.sites.is_empty() {
+        rewritten.remove_metadata(SHA256_KEY);
+        save.hash_key = Some(SHA256_KEY);
+    }
     let saved = rewritten.save(output, &save)?;
     let (weight_bytes_before, weight_bytes_after) = plan.bytes();
     Ok(RewriteReport {

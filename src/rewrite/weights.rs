@@ -1,6 +1,7 @@
 //! Constant weights as rows along k, whatever way they are stored, read in tiles.
 
-use crate::onnx::{self, TensorView};
+use crate::onnx::{self, DataType, TensorView};
+use mx_kernels::{FloatType, QuantSpec, ScaleKind, StoredWeight};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -25,6 +26,33 @@ impl Threads {
         Ok(Self(Some(Arc::new(pool))))
     }
 
+    fn count(&self) -> usize {
+        self.0.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+    }
+
+    /// Makes `count` things in parallel and takes them in order, a few of them in memory at a time.
+    pub(crate) fn in_order<T: Send>(
+        &self,
+        count: usize,
+        make: impl Fn(usize) -> Result<T, onnx::Error> + Sync,
+        mut take: impl FnMut(T) -> Result<(), onnx::Error> + Send,
+    ) -> Result<(), onnx::Error> {
+        let group = TILES_AHEAD * self.count();
+        let mut ready = Vec::new();
+        self.run(|| {
+            for first in (0..count).step_by(group) {
+                let indices = first..count.min(first + group);
+                let (made, taken) = rayon::join(
+                    || indices.into_par_iter().map(&make).collect::<Result<Vec<T>, _>>(),
+                    || ready.drain(..).try_for_each(&mut take),
+                );
+                taken?;
+                ready = made?;
+            }
+            ready.into_iter().try_for_each(take)
+        })
+    }
+
     pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         match &self.0 {
             Some(pool) => pool.install(work),
@@ -32,6 +60,11 @@ impl Threads {
         }
     }
 }
+
+/// Packed bytes of one tile of a weight that is written in order.
+const TILE_BYTES: usize = 8 << 20;
+/// Tiles a thread makes while those before are written: both are in memory.
+const TILES_AHEAD: usize = 2;
 
 /// A weight [n, k], row-major along k for its readers; stored so or transposed.
 #[derive(Clone, Debug)]
@@ -80,6 +113,82 @@ impl Rows {
                 Ok(())
             }
         }
+    }
+
+    /// The weight as the kernels take it from where it lies, in a type that they know.
+    fn stored(&self) -> Option<StoredWeight<'_>> {
+        let float_type = match self.view.data_type {
+            DataType::Float => FloatType::F32,
+            DataType::Float16 => FloatType::F16,
+            DataType::Bfloat16 => FloatType::Bf16,
+            _ => return None,
+        };
+        let (n, k, transposed) = (self.n, self.k, self.layout == Layout::KN);
+        Some(StoredWeight { bytes: &self.view.bytes, float_type, n, k, transposed })
+    }
+
+    /// The packed codes and the scales of all rows, in order, a tile at a time. Under `tensor` every
+    /// element is divided by `divisor` and there are no scales.
+    pub(crate) fn quantize(
+        &self,
+        threads: &Threads,
+        spec: &QuantSpec,
+        divisor: f32,
+        mut take: impl FnMut(&[u8], &[u8]) -> Result<(), onnx::Error> + Send,
+    ) -> Result<(), onnx::Error> {
+        let (row, row_scales) = (spec.row_bytes(self.k), spec.scales_len(1, self.k));
+        // Whole strips of columns, for weights that are stored transposed.
+        let tile = (TILE_BYTES / row / 64 * 64).clamp(64, self.n.next_multiple_of(64));
+        let make = |index: usize| {
+            let first = index * tile;
+            let rows = tile.min(self.n - first);
+            let (mut codes, mut scales) = (vec![0; rows * row], vec![0; rows * row_scales]);
+            self.quantize_tile(spec, divisor, first, &mut codes, &mut scales)?;
+            Ok((codes, scales))
+        };
+        threads.in_order(self.n.div_ceil(tile), make, |(codes, scales)| take(&codes, &scales))?;
+        // A weight that is stored transposed is read from end to end by every tile.
+        onnx::release(&self.view.bytes);
+        Ok(())
+    }
+
+    fn quantize_tile(
+        &self,
+        spec: &QuantSpec,
+        divisor: f32,
+        first: usize,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> Result<(), onnx::Error> {
+        let failed = |error: mx_kernels::Error| onnx::Error::Payload {
+            tensor: self.name().to_owned(),
+            what: error.to_string(),
+        };
+        if let Some(weight) = self.stored().filter(|_| spec.scale == ScaleKind::E8M0) {
+            mx_kernels::quantize_weight(spec, &weight, first, codes, scales).map_err(failed)?;
+        } else {
+            let (row, row_scales) = (spec.row_bytes(self.k), spec.scales_len(1, self.k));
+            let (step, rows) = (self.tile(), codes.len() / row);
+            let mut values = vec![0.0; step.min(rows) * self.k];
+            for at in (0..rows).step_by(step) {
+                let count = step.min(rows - at);
+                let values = &mut values[..count * self.k];
+                self.read(first + at, values)?;
+                if divisor != 1.0 {
+                    values.iter_mut().for_each(|v| *v /= divisor);
+                }
+                let codes = &mut codes[at * row..][..count * row];
+                let scales = &mut scales[at * row_scales..][..count * row_scales];
+                mx_kernels::quantize_rows(spec, values, count, self.k, codes, scales)
+                    .map_err(failed)?;
+            }
+        }
+        if self.layout == Layout::NK {
+            let width = self.view.bytes.len() / self.n;
+            let rows = codes.len() / spec.row_bytes(self.k);
+            onnx::release(&self.view.bytes[first * width..][..rows * width]);
+        }
+        Ok(())
     }
 
     /// Rows of one tile.

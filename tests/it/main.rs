@@ -9,5 +9,6 @@ mod lowerings;
 mod models;
 mod recipes;
 mod shell;
+mod size;
 mod support;
 mod zoo;

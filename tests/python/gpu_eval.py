@@ -192,7 +192,7 @@ def memory(runs, one):
 
 
 def folder_and_faults(runs, one):
-    again, _, _, said = runs.sweep("one", "--device", "cuda:0", "--resume", keep=True)
+    again, _, _, said = runs.sweep("one", "--device", "cuda:0", "--documents", "--resume", keep=True)
     same_bits("--resume", one, again)
     check("--resume measures nothing twice", "kept from an earlier run" in said)
     done = subprocess.run(runs.command("nowhere", "--device", "cuda:99"), capture_output=True, text=True)

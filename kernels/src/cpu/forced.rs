@@ -5,6 +5,7 @@
 use crate::{
     error::Error,
     parallel::Parallel,
+    quantize::StoredWeight,
     tensor::{Float, FloatMut, LinearProblem, PackedWeight, QuantSpec},
 };
 
@@ -57,4 +58,19 @@ pub fn fake_quantize_rows(
     out: &mut [f32],
 ) -> Result<(), Error> {
     super::fake_quantize_rows(table(variant), spec, x, rows, k, out)
+}
+
+/// [`crate::quantize_weight`].
+///
+/// # Errors
+/// As there.
+pub fn quantize_weight(
+    variant: &str,
+    spec: &QuantSpec,
+    weight: &StoredWeight<'_>,
+    first: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> Result<(), Error> {
+    super::quantize_weight(table(variant), spec, weight, first, codes, scales)
 }

@@ -11,6 +11,8 @@ mod buffers;
 mod linear;
 mod panel;
 mod quantize;
+mod quantize_columns;
+mod quantize_weight;
 mod rows;
 mod scalar;
 mod scratch;
@@ -25,6 +27,7 @@ use std::sync::OnceLock;
 
 pub(crate) use linear::linear;
 pub(crate) use quantize::{fake_quantize_rows, quantize_rows};
+pub(crate) use quantize_weight::quantize_weight;
 pub(crate) use variants::Kernels;
 
 /// Every variant that this build knows and this machine can run, the best first.

@@ -33,8 +33,10 @@ pub(crate) fn quantize_rows(
             let mut unpacked = vec![0_u8; blocks * spec.block_size];
             for ((x, codes), scales) in by_row.zip(scales.chunks_exact_mut(blocks)) {
                 // SAFETY: the table of a variant is only handed out where `detect` says yes.
-                unsafe { (kernels.code_row)(&quant, x, &mut unpacked, scales) };
-                pack::pack_bytes(spec.format, &unpacked, codes);
+                unsafe {
+                    (kernels.code_row)(&quant, x, &mut unpacked, scales);
+                    (kernels.pack_row)(spec.format, &unpacked, codes);
+                }
             }
             Ok(())
         }

@@ -87,23 +87,43 @@ fn values<const R: u8>(q: &RowQuant, x: &[f32], e: i32, out: &mut [f32]) {
     }
 }
 
+/// The code of v * inv, inside the window.
+#[inline(always)]
+pub(super) fn code<const R: u8>(q: &RowQuant, v: f32, inv: f32) -> u8 {
+    let (units, exponent) = round::<R>(q, v, inv);
+    let code = (((exponent - q.emin_bits) >> 23) << q.m) + units;
+    let negative = v.to_bits() & 0x8000_0000;
+    let signed = code | negative >> (32 - q.spec.format.bits());
+    let complement = if negative != 0 { code.wrapping_neg() } else { code };
+    let integer = q.spec.format == ElementFormat::MxInt8;
+    (if integer { complement } else { signed }) as u8
+}
+
 #[inline(always)]
 fn codes<const R: u8>(q: &RowQuant, x: &[f32], e: i32, out: &mut [u8]) {
     let inv = exp2(-e);
-    let sign_shift = 32 - q.spec.format.bits();
-    let integer = q.spec.format == ElementFormat::MxInt8;
     for (o, &v) in out.iter_mut().zip(x) {
-        let (units, exponent) = round::<R>(q, v, inv);
-        let code = (((exponent - q.emin_bits) >> 23) << q.m) + units;
-        let negative = v.to_bits() & 0x8000_0000;
-        let signed = code | negative >> sign_shift;
-        let complement = if negative != 0 { code.wrapping_neg() } else { code };
-        *o = if integer { complement } else { signed } as u8;
+        *o = code::<R>(q, v, inv);
     }
 }
 
+/// What a block whose largest magnitude has these bits is multiplied by, and its scale byte; `None`
+/// where the block is not one for [`code`].
+#[inline(always)]
+pub(super) fn inverse(q: &RowQuant, amax: u32) -> Option<(f32, u8)> {
+    if amax == 0 {
+        // Zeros keep their signs whatever they are multiplied by.
+        return Some((1.0, 0));
+    }
+    if amax >= INFINITY {
+        return None;
+    }
+    let e = scale::shared_exponent(q.spec.scale_rule, q.spec.format, f32::from_bits(amax));
+    (q.window.0..=q.window.1).contains(&e).then(|| (exp2(-e), (e + 127) as u8))
+}
+
 macro_rules! by_rounding {
-    ($q:expr, $function:ident($($argument:expr),+)) => {
+    ($q:expr, $function:ident($($argument:expr),+ $(,)?)) => {
         match $q.spec.rounding {
             Rounding::Even => $function::<{ Rounding::Even as u8 }>($($argument),+),
             Rounding::Nearest => $function::<{ Rounding::Nearest as u8 }>($($argument),+),
@@ -111,6 +131,8 @@ macro_rules! by_rounding {
         }
     };
 }
+
+pub(super) use by_rounding;
 
 /// The quantised values of a row, without the factor of a `tensor` scale (`divisor`, else 1).
 /// Returns whether a block lies outside the window: its values are then not written.

@@ -3,12 +3,13 @@
 
 use super::{
     panel::{PANEL, Weight},
+    quantize_columns::{self, Scratch, Strip},
     rows::{self, RowQuant},
     scalar::Scalar,
     simd::{self, Codec},
     tile::{self, XPanel},
 };
-use crate::scores;
+use crate::{formats::ElementFormat, pack, quantize::FloatType, scores};
 
 type Decode = unsafe fn(&Weight<'_>, usize, usize, usize, *mut f32, &mut [bool; PANEL]);
 type Tile = unsafe fn(*const f32, *const f32, usize, usize, *mut f32, usize, bool);
@@ -24,7 +25,7 @@ pub(crate) const BUNCH: [usize; 4] = [4, 2, 1, 1];
 /// Everything that is compiled once for each set of instructions.
 ///
 /// The functions may only be called on a machine for which `detect` says yes; see the functions of
-/// the same names in `panel`, `tile`, `rows` and `scores`.
+/// the same names in `panel`, `tile`, `rows`, `quantize_columns`, `pack` and `scores`.
 pub(crate) struct Kernels {
     pub name: &'static str,
     pub detect: fn() -> bool,
@@ -38,6 +39,9 @@ pub(crate) struct Kernels {
     pub dots: [DotsOfFormat; 7],
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
+    pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, &mut Scratch, &mut [u8], &mut [u8; 16]),
+    pub load_row: unsafe fn(FloatType, &[u8], &mut [f32]),
+    pub pack_row: unsafe fn(ElementFormat, &[u8], &mut [u8]),
     pub scale_row: unsafe fn(&[f32], f64, &[f64], &mut [f32]),
     pub softmax_sums: unsafe fn(&[f32], f64) -> (f64, f64),
     pub divergence_sum: unsafe fn(&[f32], &[f32], f64, f64) -> f64,
@@ -110,6 +114,28 @@ macro_rules! variant {
             }
 
             $(#[target_feature(enable = $feature)])*
+            unsafe fn code_columns(
+                q: &RowQuant,
+                strip: &Strip<'_>,
+                scratch: &mut Scratch,
+                out: &mut [u8],
+                scales: &mut [u8; 16],
+            ) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { quantize_columns::code_columns::<$simd>(q, strip, scratch, out, scales) }
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn load_row(float_type: FloatType, bytes: &[u8], out: &mut [f32]) {
+                quantize_columns::load(float_type, bytes, out)
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn pack_row(format: ElementFormat, codes: &[u8], out: &mut [u8]) {
+                pack::pack_bytes(format, codes, out)
+            }
+
+            $(#[target_feature(enable = $feature)])*
             unsafe fn scale_row(c: &[f32], factor: f64, bias: &[f64], out: &mut [f32]) {
                 scale_row_impl(c, factor, bias, out)
             }
@@ -158,6 +184,9 @@ macro_rules! variant {
                 ],
                 fake_row,
                 code_row,
+                code_columns,
+                load_row,
+                pack_row,
                 scale_row,
                 softmax_sums,
                 divergence_sum,

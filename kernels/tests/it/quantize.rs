@@ -1,7 +1,8 @@
 //! Every variant's quantisation, byte for byte against the reference.
 
 use mx_kernels::{
-    ElementFormat, QuantSpec, Rounding, ScaleKind, ScaleRule, cpu::forced, reference,
+    ElementFormat, FloatType, QuantSpec, Rounding, ScaleKind, ScaleRule, StoredWeight, cpu::forced,
+    quantize_weight, reference,
 };
 
 use crate::common::{Guarded, Random, specs, variants};
@@ -116,4 +117,110 @@ fn every_tie_of_every_format() {
             }
         }
     }
+}
+
+/// A weight's bytes at an odd address, as a protobuf may hold them, [n, k] or turned round.
+fn stored(x: &[f32], k: usize, float_type: FloatType, transposed: bool) -> Vec<u8> {
+    let n = x.len() / k;
+    let mut bytes = vec![0x77];
+    for i in 0..x.len() {
+        let v = if transposed { x[i % n * k + i / n] } else { x[i] };
+        match float_type {
+            FloatType::F32 => bytes.extend(v.to_le_bytes()),
+            FloatType::F16 => bytes.extend(half::f16::from_f32(v).to_le_bytes()),
+            FloatType::Bf16 => bytes.extend(half::bf16::from_f32(v).to_le_bytes()),
+        }
+    }
+    bytes
+}
+
+/// Every variant, stored type and orientation; tails of k and n; parts of a weight.
+#[test]
+fn stored_weights_become_the_references_bytes() {
+    let mut random = Random(2);
+    for variant in variants() {
+        for base in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
+            for (i, rounding) in Rounding::ALL.iter().enumerate() {
+                for (j, rule) in ScaleRule::ALL.iter().enumerate() {
+                    let block = [16, 32, 64, 128, 256][random.below(5)];
+                    let spec = QuantSpec::new(base.format, base.scale, block, *rounding, *rule);
+                    let float_type = [FloatType::F32, FloatType::F16, FloatType::Bf16][(i + j) % 3];
+                    check_stored(variant, &spec.unwrap(), float_type, &mut random);
+                }
+            }
+        }
+    }
+}
+
+fn check_stored(variant: &str, spec: &QuantSpec, float_type: FloatType, random: &mut Random) {
+    for (n, k) in [(1, 1), (7, 40), (16, 64), (83, 300)] {
+        let mut x = nasty(random, n * k);
+        for v in &mut x {
+            *v = match float_type {
+                FloatType::F32 => *v,
+                // Scaled down, else most of them would be infinite.
+                FloatType::F16 => half::f16::from_f32(*v / (v.abs().sqrt() + 1.0)).to_f32(),
+                FloatType::Bf16 => half::bf16::from_f32(*v).to_f32(),
+            };
+        }
+        let (bytes, scale_bytes) = (spec.codes_len(n, k), spec.scales_len(n, k));
+        let mut want = (vec![0x55; bytes], vec![0x55; scale_bytes]);
+        reference::quantize_rows(spec, &x, n, k, &mut want.0, &mut want.1).unwrap();
+        for transposed in [false, true] {
+            let bytes = Guarded::new(&stored(&x, k, float_type, transposed));
+            let weight = StoredWeight { bytes: &bytes.get()[1..], float_type, n, k, transposed };
+            for (first, rows) in [(0, n), (n / 3, n - n / 3), (n / 2, 1)] {
+                let (row, row_scales) = (spec.row_bytes(k), spec.blocks(k));
+                let mut codes = Guarded::new(&vec![0xaa; rows * row]);
+                let mut scales = Guarded::new(&vec![0xaa; rows * row_scales]);
+                let (c, s) = (codes.get_mut(), scales.get_mut());
+                forced::quantize_weight(variant, spec, &weight, first, c, s).unwrap();
+                let what =
+                    format!("{variant} {spec:?} {float_type:?} {n}x{k} {transposed} {first}");
+                assert_eq!(c, &want.0[first * row..][..rows * row], "{what}");
+                assert_eq!(s, &want.1[first * row_scales..][..rows * row_scales], "{what}");
+            }
+        }
+    }
+}
+
+/// The conversion in front of the kernels is half's, for every finite f16 there is.
+#[test]
+fn every_f16_is_widened_exactly() {
+    let x: Vec<half::f16> =
+        (0..=u16::MAX).map(half::f16::from_bits).filter(|v| v.is_finite()).collect();
+    let wide: Vec<f32> = x.iter().map(|v| v.to_f32()).collect();
+    let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let spec = QuantSpec::mx(ElementFormat::MxInt8).unwrap();
+    let k = x.len();
+    let (n, s) = (spec.codes_len(1, k), spec.scales_len(1, k));
+    let (mut a, mut b) = ((vec![0; n], vec![0; s]), (vec![0; n], vec![0; s]));
+    reference::quantize_rows(&spec, &wide, 1, k, &mut a.0, &mut a.1).unwrap();
+    for variant in variants() {
+        let (float_type, transposed) = (FloatType::F16, true);
+        let weight = StoredWeight { bytes: &bytes, float_type, n: 1, k, transposed };
+        forced::quantize_weight(variant, &spec, &weight, 0, &mut b.0, &mut b.1).unwrap();
+        assert_eq!(a, b, "{variant}");
+    }
+}
+
+#[test]
+fn parts_that_a_weight_does_not_have_are_refused() {
+    let spec = QuantSpec::mx(ElementFormat::Fp8E4M3).unwrap();
+    let bytes = vec![0; 4 * 32 * 4];
+    let good =
+        StoredWeight { bytes: &bytes, float_type: FloatType::F32, n: 4, k: 32, transposed: true };
+    let run = |spec: &QuantSpec, weight: &StoredWeight<'_>, first: usize, rows: usize| {
+        let (mut codes, mut scales) = (vec![0; rows * 32], vec![0; rows]);
+        quantize_weight(spec, weight, first, &mut codes, &mut scales)
+    };
+    assert_eq!(run(&spec, &good, 1, 3), Ok(()));
+    assert!(run(&spec, &good, 1, 4).is_err());
+    assert!(run(&spec, &good, usize::MAX, 1).is_err());
+    assert!(run(&spec, &StoredWeight { n: 5, ..good }, 0, 1).is_err());
+    assert!(run(&spec, &StoredWeight { n: usize::MAX, ..good }, 0, 1).is_err());
+    assert!(run(&spec, &StoredWeight { k: 0, ..good }, 0, 1).is_err());
+    assert!(run(&spec, &StoredWeight { float_type: FloatType::F16, ..good }, 0, 1).is_err());
+    let tensor = QuantSpec { scale: ScaleKind::Tensor, ..spec };
+    assert!(run(&tensor, &good, 0, 1).is_err());
 }

@@ -3,10 +3,11 @@
 use super::shell::linear;
 use crate::onnx::proto::{Attribute, StringStringEntry, Tensor};
 use crate::onnx::testing::ModelBuilder;
-use crate::onnx::{DataType, Error, Model, Payload, SaveOptions, TensorInfo};
+use crate::onnx::{DataType, Error, Model, Payload, SaveOptions, Sink, Storage, TensorInfo};
+use sha2::Digest as _;
 use std::path::{Path, PathBuf};
 
-const FORCE: SaveOptions = SaveOptions { overwrite: true, inline_limit: 1_800_000_000 };
+const FORCE: SaveOptions = SaveOptions { overwrite: true, ..SaveOptions::DEFAULT };
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
@@ -256,9 +257,135 @@ fn a_failure_leaves_nothing_behind() {
         payload,
     ));
     for inline_limit in [1_800_000_000, 100] {
-        let options = SaveOptions { overwrite: false, inline_limit };
+        let options = SaveOptions { inline_limit, ..SaveOptions::DEFAULT };
         let error = model.save(dir.path().join("o.onnx"), &options).unwrap_err().to_string();
         assert!(error.contains("no luck"), "{error}");
         assert_eq!(names(dir.path()), Vec::<String>::new());
     }
+}
+
+/// A model with three made tensors; `broken` names one that stops the process's run half-way.
+fn streamed(broken: Option<usize>) -> Model {
+    let mut model = linear().model();
+    for index in 0..3usize {
+        let write = move |sink: &mut Sink<'_>| {
+            for piece in 0..5u8 {
+                sink(&[piece + index as u8 * 16; 1000])?;
+                assert!(broken != Some(index) || piece < 3, "killed");
+            }
+            Ok(())
+        };
+        let payload = Payload::Stream { len: 5000, write: std::sync::Arc::new(write) };
+        let info = TensorInfo::new(format!("t{index}"), vec![5000], DataType::Uint8, payload);
+        model.graph_mut().add_initializer(info);
+    }
+    model
+}
+
+/// Copies the model to a file first, since only what is made from files is taken up again.
+fn saved_from_file(dir: &Path, broken: Option<usize>, options: &SaveOptions) -> crate::onnx::Saved {
+    let path = dir.join("in.onnx");
+    if !path.exists() {
+        write(path.clone(), &linear());
+    }
+    let mut model = streamed(broken);
+    model.path = Some(path);
+    model.save(dir.join("o.onnx"), options).unwrap()
+}
+
+const SMALL: SaveOptions =
+    SaveOptions { inline_limit: 1000, hash_key: Some("sha"), ..SaveOptions::DEFAULT };
+
+#[test]
+fn a_killed_run_is_taken_up_and_ends_with_the_same_bytes() {
+    let whole = folder();
+    saved_from_file(whole.path(), None, &SMALL);
+    let read = |dir: &Path, name: &str| std::fs::read(dir.join(name)).unwrap();
+    let hash = {
+        let model = Model::open(whole.path().join("o.onnx")).unwrap();
+        model.metadata().find(|(key, _)| *key == "sha").unwrap().1.to_owned()
+    };
+    let file = whole.path().join("o.onnx.data");
+    let digest = sha2::Sha256::digest(std::fs::read(file).unwrap());
+    let expected: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(hash, format!("{{\"o.onnx.data\":\"{expected}\"}}"));
+    for broken in 0..3 {
+        for damage in ["none", "cut journal", "cut data", "other bytes", "other job"] {
+            let dir = folder();
+            let path = dir.path().to_owned();
+            // A panic unwinds past the removal of partial files, as a kill does.
+            let run = move || saved_from_file(&path, Some(broken), &SMALL);
+            assert!(std::panic::catch_unwind(run).is_err());
+            let [partial, journal] =
+                ["partial", "journal"].map(|end| dir.path().join(format!("o.onnx.data.{end}")));
+            assert_eq!(
+                names(dir.path()),
+                ["in.onnx", "o.onnx.data.journal", "o.onnx.data.partial"]
+            );
+            let notes = std::fs::read_to_string(&journal).unwrap();
+            assert_eq!(notes.lines().count(), 1 + broken, "{notes}");
+            let mut data = std::fs::read(&partial).unwrap();
+            match damage {
+                "cut journal" => std::fs::write(&journal, &notes[..notes.len() - 9]).unwrap(),
+                "cut data" => std::fs::write(&partial, &data[..data.len() / 2]).unwrap(),
+                "other bytes" if !data.is_empty() => {
+                    data[0] ^= 1;
+                    std::fs::write(&partial, data).unwrap();
+                }
+                "other job" => {
+                    std::fs::write(&journal, notes.replace("journal 1 ", "journal 1 0")).unwrap();
+                }
+                _ => {}
+            }
+            let resume = SaveOptions { resume: true, ..SMALL };
+            saved_from_file(dir.path(), None, &resume);
+            assert_eq!(names(dir.path()), ["in.onnx", "o.onnx", "o.onnx.data"]);
+            for name in ["o.onnx", "o.onnx.data"] {
+                assert_eq!(read(dir.path(), name), read(whole.path(), name), "{broken} {damage}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_killed_between_its_two_names_is_taken_up() {
+    let dir = folder();
+    saved_from_file(dir.path(), None, &SMALL);
+    let whole = std::fs::read(dir.path().join("o.onnx")).unwrap();
+    std::fs::remove_file(dir.path().join("o.onnx")).unwrap();
+    let refused = streamed(None).save(dir.path().join("o.onnx"), &SMALL).unwrap_err().to_string();
+    assert!(refused.contains("exists already"), "{refused}");
+    std::fs::write(dir.path().join("o.onnx.data.journal"), "mxrewrite-journal 1 x\n").unwrap();
+    saved_from_file(dir.path(), None, &SaveOptions { resume: true, ..SMALL });
+    assert_eq!(std::fs::read(dir.path().join("o.onnx")).unwrap(), whole);
+    assert_eq!(names(dir.path()), ["in.onnx", "o.onnx", "o.onnx.data"]);
+}
+
+#[test]
+fn two_runs_do_not_write_one_file() {
+    let dir = folder();
+    let partial = std::fs::File::create(dir.path().join("o.onnx.data.partial")).unwrap();
+    rustix::fs::flock(&partial, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let error = streamed(None).save(dir.path().join("o.onnx"), &SMALL).unwrap_err().to_string();
+    assert!(error.contains("another run"), "{error}");
+    assert_eq!(names(dir.path()), ["o.onnx.data.partial"], "which is the other run's");
+}
+
+#[test]
+fn shards_hold_whole_tensors_and_stay_below_their_size() {
+    let dir = folder();
+    let options = SaveOptions { shard_size: Some(14_000), ..SMALL };
+    let saved = saved_from_file(dir.path(), None, &options);
+    let files = ["o.onnx.data-1", "o.onnx.data-2"];
+    assert_eq!(saved.data_paths, files.map(|name| dir.path().join(name)));
+    assert_eq!(names(dir.path()), ["in.onnx", "o.onnx", files[0], files[1]]);
+    let model = Model::open(dir.path().join("o.onnx")).unwrap();
+    for index in 0..3 {
+        let info = model.graph().initializer(&format!("t{index}")).unwrap();
+        let Storage::External(place) = &info.storage else { panic!("inline") };
+        assert_eq!((place.offset % 4096, place.location.as_str()), (0, files[index / 2]));
+        let bytes = model.tensor(info).unwrap().bytes;
+        assert!(bytes.iter().enumerate().all(|(i, &b)| usize::from(b) == index * 16 + i / 1000));
+    }
+    assert!(files.iter().all(|file| dir.path().join(file).metadata().unwrap().len() <= 14_000));
 }

@@ -1,17 +1,19 @@
 //! Linear -> `mx::MxMatMul` with packed codes and scales. Also the target of `bfp16`, `nvfp8` and the
 //! fp8 emulations, which differ in the operands' specification only.
 //!
-//! Weights are quantised while the model is written, one at a time; a weight that several layers
-//! share is quantised once.
+//! Weights are quantised while the model is written, a few tiles of rows at a time; a weight that
+//! several layers share is quantised once.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use mx_custom_ops::contract::{AttributeValue, DOMAIN, DOMAIN_VERSION, MxMatMulAttrs, op};
 use mx_kernels::{QuantSpec, ScaleKind};
 
-use super::{float, int, ints, node, pair, string};
+use super::{float, int, ints, node, string};
 use crate::{
     onnx::{
-        self, DataType, NodeId, Payload,
+        self, DataType, NodeId, Payload, Sink,
         proto::{Attribute, Node},
     },
     rewrite::{
@@ -108,8 +110,7 @@ impl Mx {
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
             return Ok(packed.clone());
         }
-        let packer =
-            Packer { rows: patch.rows(site)?, spec: *spec, threads: patch.threads.clone() };
+        let packer = Packer::new(patch.rows(site)?, *spec, patch.threads.clone());
         let (codes_payload, scales_payload) = packer.payloads();
         let codes_dims = [site.n, spec.row_bytes(site.k)];
         let codes = patch.add_tensor(
@@ -178,86 +179,82 @@ struct Packer {
     rows: Rows,
     spec: QuantSpec,
     threads: Threads,
+    /// The scales, from when the codes are written to when they are.
+    scales: Mutex<Option<Vec<u8>>>,
 }
 
+/// Scales up to so many bytes wait for their turn; more are made a second time.
+const WAITING: usize = 16 << 20;
+
 impl Packer {
-    fn payloads(self) -> (Payload, Payload) {
-        let (n, k) = (self.rows.n, self.rows.k);
-        let lens = [self.spec.codes_len(n, k) as u64, self.spec.scales_len(n, k) as u64];
-        pair::payloads(lens, move || self.quantize())
+    fn new(rows: Rows, spec: QuantSpec, threads: Threads) -> Self {
+        Self { rows, spec, threads, scales: Mutex::new(None) }
     }
 
-    fn quantize(&self) -> onnx::Result<[Bytes; 2]> {
-        match self.spec.scale {
-            ScaleKind::Tensor => self.quantize_by_tensor(),
-            ScaleKind::E8M0 | ScaleKind::None => self.quantize_by_block(),
+    fn payloads(self) -> (Payload, Payload) {
+        let (n, k) = (self.rows.n, self.rows.k);
+        let len = |len: usize| len as u64;
+        let lens = (len(self.spec.codes_len(n, k)), len(self.spec.scales_len(n, k)));
+        let packer = Arc::new(self);
+        let scales = packer.clone();
+        (
+            Payload::Stream { len: lens.0, write: Arc::new(move |sink| packer.write_codes(sink)) },
+            Payload::Stream { len: lens.1, write: Arc::new(move |sink| scales.write_scales(sink)) },
+        )
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.scales.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_codes(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
+        let Rows { n, k, .. } = self.rows;
+        if self.spec.scale == ScaleKind::Tensor {
+            let scale = self.tensor_scale()?;
+            *self.waiting() = Some(mx_kernels::pack::tensor_scale_to_bytes(scale).to_vec());
+            // Divided by the scale, codes are those of the plain cast.
+            let cast = QuantSpec { scale: ScaleKind::None, ..self.spec };
+            return self.rows.quantize(&self.threads, &cast, scale, |codes, _| sink(codes));
+        }
+        let keep = self.spec.scales_len(n, k) <= WAITING;
+        let mut all = Vec::new();
+        self.rows.quantize(&self.threads, &self.spec, 1.0, |codes, scales| {
+            if keep {
+                all.extend_from_slice(scales);
+            }
+            sink(codes)
+        })?;
+        *self.waiting() = keep.then_some(all);
+        Ok(())
+    }
+
+    fn write_scales(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
+        let waiting = self.waiting().take();
+        match (waiting, self.spec.scale) {
+            (Some(scales), _) => sink(&scales),
+            (None, ScaleKind::Tensor) => {
+                sink(&mx_kernels::pack::tensor_scale_to_bytes(self.tensor_scale()?))
+            }
+            (None, _) => {
+                self.rows.quantize(&self.threads, &self.spec, 1.0, |_, scales| sink(scales))
+            }
         }
     }
 
-    fn quantize_by_block(&self) -> onnx::Result<[Bytes; 2]> {
-        let Rows { n, k, .. } = self.rows;
-        let (row_bytes, row_scales) = (self.spec.row_bytes(k), self.spec.scales_len(1, k));
-        let mut codes = vec![0u8; n * row_bytes];
-        let mut scales = vec![0u8; n * row_scales];
-        self.rows.for_tiles(
-            &self.threads,
-            (&mut codes, row_bytes),
-            (&mut scales, row_scales),
-            |values, codes, scales| self.quantize_rows(&self.spec, values, codes, scales),
-        )?;
-        Ok([codes.into(), scales.into()])
-    }
-
-    /// The weight is read twice, for its largest magnitude and for its codes.
-    fn quantize_by_tensor(&self) -> onnx::Result<[Bytes; 2]> {
+    /// The scale of the whole weight, from its largest finite magnitude.
+    fn tensor_scale(&self) -> onnx::Result<f32> {
         let Rows { n, k, .. } = self.rows;
         let mut largest = vec![0.0f32; n];
         let no_output = (&mut [] as &mut [u8], 0);
-        self.rows.for_tiles(
-            &self.threads,
-            (&mut largest, 1),
-            no_output,
-            |values, largest, _| {
-                for (row, largest) in values.chunks(k).zip(largest) {
-                    let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
-                    *largest = finite.fold(0.0, f32::max);
-                }
-                Ok(())
-            },
-        )?;
+        let largest_of = |values: &[f32], largest: &mut [f32], _: &mut [u8]| {
+            for (row, largest) in values.chunks(k).zip(largest) {
+                let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
+                *largest = finite.fold(0.0, f32::max);
+            }
+            Ok(())
+        };
+        self.rows.for_tiles(&self.threads, (&mut largest, 1), no_output, largest_of)?;
         let largest = largest.into_iter().fold(0.0, f32::max);
-        let scale = mx_kernels::reference::tensor_scale(self.spec.format, largest);
-        // Divided by the scale, codes are those of the plain cast.
-        let cast = QuantSpec { scale: ScaleKind::None, ..self.spec };
-        let row_bytes = self.spec.row_bytes(k);
-        let mut codes = vec![0u8; n * row_bytes];
-        let no_output = (&mut [] as &mut [u8], 0);
-        self.rows.for_tiles(
-            &self.threads,
-            (&mut codes, row_bytes),
-            no_output,
-            |values, codes, _| {
-                let quotients: Vec<f32> = values.iter().map(|v| v / scale).collect();
-                self.quantize_rows(&cast, &quotients, codes, &mut [])
-            },
-        )?;
-        let scale = mx_kernels::pack::tensor_scale_to_bytes(scale);
-        Ok([codes.into(), Bytes::copy_from_slice(&scale)])
-    }
-
-    fn quantize_rows(
-        &self,
-        spec: &QuantSpec,
-        values: &[f32],
-        codes: &mut [u8],
-        scales: &mut [u8],
-    ) -> onnx::Result<()> {
-        let k = self.rows.k;
-        mx_kernels::quantize_rows(spec, values, values.len() / k, k, codes, scales).map_err(
-            |error| onnx::Error::Payload {
-                tensor: self.rows.name().to_owned(),
-                what: error.to_string(),
-            },
-        )
+        Ok(mx_kernels::reference::tensor_scale(self.spec.format, largest))
     }
 }

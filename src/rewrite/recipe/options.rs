@@ -41,6 +41,10 @@ pub struct RewriteOptions {
     pub overwrite: bool,
     /// Threads to quantise with; `None` = all.
     pub threads: Option<usize>,
+    /// External data is cut into files of at most so many bytes.
+    pub shard_size: Option<u64>,
+    /// Goes on with what a killed run has left.
+    pub resume: bool,
 }
 
 impl Default for RewriteOptions {
@@ -60,6 +64,8 @@ impl Default for RewriteOptions {
             allow_empty: false,
             overwrite: false,
             threads: None,
+            shard_size: None,
+            resume: false,
         }
     }
 }

@@ -8,14 +8,17 @@ use rayon::prelude::*;
 
 use crate::{
     onnx::{
-        self, DataType, Model, Payload, Storage, TensorInfo, TensorView,
+        self, DataType, Model, Payload, Sink, Storage, TensorInfo, TensorView,
         proto::{Attribute, AttributeType, Node, Tensor},
+        release,
     },
     rewrite::lower::bf16::constants::of_node,
 };
 
 /// Elements converted at a time.
 const TILE: usize = 1 << 16;
+/// Elements of a constant that are in memory at a time.
+const PIECE: usize = 1 << 22;
 /// Constants up to so many elements are searched for numbers beyond a type's range: masks.
 const SEARCHED: u64 = 1 << 22;
 
@@ -41,17 +44,40 @@ pub(super) fn converted(
 ) -> Result<TensorInfo, onnx::Error> {
     let len = info.elements()?.saturating_mul(width(to) as u64);
     let (source, original) = (model.clone(), info.clone());
-    let make = Arc::new(move || convert(&source.tensor(&original)?, to));
-    Ok(TensorInfo::new(&info.name, info.dims.clone(), to, Payload::Lazy { len, make }))
+    let write = Arc::new(move |sink: &mut Sink<'_>| {
+        let view = source.tensor(&original)?;
+        for first in (0..view.elements()).step_by(PIECE) {
+            sink(&convert_part(&view, first, PIECE.min(view.elements() - first), to)?)?;
+            release(part(&view, first, PIECE));
+        }
+        Ok(())
+    });
+    Ok(TensorInfo::new(&info.name, info.dims.clone(), to, Payload::Stream { len, write }))
+}
+
+/// The stored bytes of some elements, as far as they are there.
+fn part(view: &TensorView, first: usize, count: usize) -> &[u8] {
+    let width = view.bytes.len() / view.elements().max(1);
+    let end = ((first + count) * width).min(view.bytes.len());
+    view.bytes.get(first * width..end).unwrap_or_default()
 }
 
 fn convert(view: &TensorView, to: DataType) -> Result<bytes::Bytes, onnx::Error> {
+    convert_part(view, 0, view.elements(), to)
+}
+
+fn convert_part(
+    view: &TensorView,
+    first: usize,
+    count: usize,
+    to: DataType,
+) -> Result<bytes::Bytes, onnx::Error> {
     let width = width(to);
-    let mut out = vec![0u8; view.elements() * width];
+    let mut out = vec![0u8; count * width];
     let tiles = out.par_chunks_mut(TILE * width).enumerate();
     tiles.try_for_each(|(index, bytes)| {
         let mut values = vec![0.0; bytes.len() / width];
-        view.read_f32(index * TILE, &mut values)?;
+        view.read_f32(first + index * TILE, &mut values)?;
         for (bytes, value) in bytes.chunks_exact_mut(width).zip(values) {
             match to {
                 DataType::Float => bytes.copy_from_slice(&value.to_le_bytes()),
@@ -121,7 +147,7 @@ pub(super) struct Content {
 
 /// Looks into an initialiser, unless it is large or not made yet.
 pub(super) fn look(model: &Model, info: &TensorInfo, to: DataType) -> Result<Content, onnx::Error> {
-    let unmade = matches!(info.storage, Storage::New(Payload::Lazy { .. }));
+    let unmade = matches!(&info.storage, Storage::New(payload) if !payload.is_made());
     if unmade || !info.is_float() || info.elements()? > SEARCHED {
         return Ok(Content::default());
     }
