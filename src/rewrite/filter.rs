@@ -102,6 +102,11 @@ impl Filter {
             (Role::Router, _) => {
                 "a mixture-of-experts router: taken only when named (--include)".to_owned()
             }
+            (Role::Packed, _) => format!(
+                "several layers packed into one product ('{}', a Split follows) under a made-up \
+                 name, and one of them may be a router: taken only when named (--include {0})",
+                subject.initializer
+            ),
             (_, None) => format!(
                 "not in {}: no metadata, initializer, node or bias name says which layer it is \
                  (name it with --include, or use --all-linears)",
@@ -127,7 +132,7 @@ fn compile(pattern: &str) -> Result<Regex, FilterError> {
 }
 
 fn matches(select: &Select, subject: &Subject<'_>) -> bool {
-    if matches!(subject.role, Role::Head | Role::Router) {
+    if matches!(subject.role, Role::Head | Role::Router | Role::Packed) {
         return false;
     }
     let family = subject.path.and_then(family);

@@ -21,6 +21,7 @@ pub mod roles;
 mod run;
 mod scan;
 pub mod sites;
+mod sweep;
 pub mod tiers;
 mod weights;
 
@@ -36,6 +37,6 @@ pub use run::{
 };
 pub use scan::find_sites;
 pub use sites::{
-    Bias, BiasShape, Layout, Origin, PathSource, Role, Site, SiteScan, Skipped, Weight,
+    Bias, BiasShape, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
 };
 pub use tiers::Tier;

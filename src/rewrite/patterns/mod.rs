@@ -4,6 +4,7 @@ mod bias_add;
 mod fused_matmul;
 mod gemm;
 mod matmul;
+mod slices;
 mod trace;
 
 #[cfg(test)]
@@ -14,7 +15,7 @@ pub(crate) use trace::{Constant, Traced, trace};
 use crate::{
     graph::{GraphView, domain, op_name},
     onnx::proto::{DataType, Node},
-    rewrite::{Bias, Layout},
+    rewrite::{Bias, Layout, Region},
 };
 
 /// A Linear, whichever way it is spelled.
@@ -27,6 +28,7 @@ pub(crate) struct Linear {
     pub weight: Constant,
     pub operand: String,
     pub layout: Layout,
+    pub region: Region,
     pub n: usize,
     pub k: usize,
     pub alpha: f32,
@@ -141,6 +143,27 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
         ));
     }
     Ok(Operands { x: a, weight, operand: b })
+}
+
+/// A weight as an operator's rows need it.
+struct Stored {
+    n: usize,
+    k: usize,
+    layout: Layout,
+    region: Region,
+}
+
+/// How a weight is stored; `k_first` when its first axis is the contracted one.
+fn stored(weight: &Constant, k_first: bool) -> Result<Stored, String> {
+    let (n, k) = extents(weight, k_first)?;
+    let layout = weight.layout(k_first);
+    let region = weight.region(layout, k_first).ok_or_else(|| {
+        format!(
+            "its weight is a part of '{}' {:?} of which neither rows nor columns are contiguous",
+            weight.root, weight.stored
+        )
+    })?;
+    Ok(Stored { n, k, layout, region })
 }
 
 /// n and k of a weight; `k_first` when its first axis is the contracted one.
