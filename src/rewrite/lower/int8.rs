@@ -36,8 +36,8 @@ struct Done {
     source: Source,
     codes: String,
     scales: String,
-    /// The dequantised weight in each graph that reads it: a body does not see another one's values.
-    operands: Vec<(usize, String)>,
+    /// The dequantised weight for readers in the main graph (false) and in bodies (true).
+    operands: Vec<(bool, String)>,
 }
 
 impl Int8 {
@@ -77,7 +77,8 @@ impl Int8 {
         rows_first: bool,
     ) -> Result<String, ExecuteError> {
         let done = self.quantized(patch, site, rows_first)?;
-        if let Some((_, operand)) = done.operands.iter().find(|(graph, _)| *graph == site.graph) {
+        let in_body = site.graph > 0;
+        if let Some((_, operand)) = done.operands.iter().find(|(body, _)| *body == in_body) {
             return Ok(operand.clone());
         }
         let (dtype, name) = (site.weight.operand_dtype, &site.weight.initializer);
@@ -86,18 +87,29 @@ impl Int8 {
         let inputs = [done.codes.as_str(), done.scales.as_str()];
         let mut dequantize = node("DequantizeLinear", &node_name, &inputs, &[&operand]);
         dequantize.attribute.push(int("axis", if rows_first { 0 } else { 1 }));
-        // Sites come in node order, so the first layer that shares a weight is the earliest reader.
-        let at = NodeId(site.node);
-        patch.graph_mut(site.graph).insert_before(at, dequantize);
+        let mut nodes = vec![dequantize];
         if dtype != DataType::Float {
             let cast_operand = patch.fresh(&format!("{name}.int8_cast"));
             let node_name = patch.fresh(&format!("{name}.int8_cast_node"));
             let mut cast = node("Cast", &node_name, &[&operand], &[&cast_operand]);
             cast.attribute.push(int("to", dtype as i64));
-            patch.graph_mut(site.graph).insert_before(at, cast);
+            nodes.push(cast);
             operand = cast_operand;
         }
-        done.operands.push((site.graph, operand.clone()));
+        let graph = patch.out.graph_mut();
+        if in_body {
+            // ONNX Runtime refuses a body's DequantizeLinear whose codes lie outside the body, so the
+            // main graph dequantises, in front of whatever owns the bodies.
+            for node in nodes.into_iter().rev() {
+                graph.push_front(node);
+            }
+        } else {
+            // Sites come in node order, so the first layer that shares a weight is the earliest reader.
+            for node in nodes {
+                graph.insert_before(NodeId(site.node), node);
+            }
+        }
+        done.operands.push((in_body, operand.clone()));
         Ok(operand)
     }
 
