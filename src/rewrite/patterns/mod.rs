@@ -116,9 +116,12 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
     // X may well be looked up in a constant (an embedding): what counts is whether it can change.
     let weight = match (trace::is_constant(view, a), trace(view, b)) {
         (false, Traced::Constant(weight)) => weight,
-        (false, Traced::Unusable(reason)) => return Err(reason),
+        (false, Traced::Unusable(reason)) => return Err(chosen(view, b).unwrap_or(reason)),
         (false, Traced::Dynamic) => {
-            return Err("two dynamic operands: an attention product, not a Linear".to_owned());
+            let reason = chosen(view, a).or_else(|| chosen(view, b));
+            return Err(reason.unwrap_or_else(|| {
+                "two dynamic operands: an attention product, not a Linear".to_owned()
+            }));
         }
         (true, _) if !trace::is_constant(view, b) => {
             return Err("its constant is the left operand: not a Linear".to_owned());
@@ -143,6 +146,16 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
         ));
     }
     Ok(Operands { x: a, weight, operand: b })
+}
+
+/// Why an operand that is an expert's weight cannot be replaced.
+fn chosen(view: &GraphView, operand: &str) -> Option<String> {
+    let (name, dims) = slices::stack(view, operand)?;
+    Some(format!(
+        "its weight is a part of the stack '{name}' {dims:?}, rank {}, chosen at run time: MxMatMul \
+         takes one weight, not a stack",
+        dims.len()
+    ))
 }
 
 /// A weight as an operator's rows need it.

@@ -2,7 +2,7 @@
 //! of a packed weight. Such a part is read where it lies in the stored tensor.
 
 use crate::{
-    graph::{GraphView, attribute, int_attribute, is_op},
+    graph::{GraphView, Source, attribute, int_attribute, is_op},
     onnx::proto::Node,
 };
 
@@ -109,4 +109,31 @@ fn slice(view: &GraphView, node: &Node, constant: &mut Constant) -> Option<()> {
         constant.narrow(axis, start, (end - start).max(0))?;
     }
     Some(())
+}
+
+/// The stack of experts, rank 3 or more, that a value is chosen from at run time; its name and shape.
+pub(super) fn stack(view: &GraphView, value: &str) -> Option<(String, Vec<i64>)> {
+    let moves = ["Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Expand"];
+    let cuts = ["Split", "Gather", "GatherND", "GatherElements", "Slice"];
+    let (mut view, mut current, mut chosen) = (view, value, false);
+    // Longer than any exporter's chain, and an end to one that no exporter made.
+    for _ in 0..64 {
+        if let Some(outer) = view.beyond(current) {
+            view = outer;
+            continue;
+        }
+        if let Some(constant) = view.constant(current) {
+            return (chosen && constant.dims.len() > 2)
+                .then(|| (current.to_owned(), constant.dims.clone()));
+        }
+        let Some(Source::Node { index, .. }) = view.source(current) else { return None };
+        let node = &view.nodes()[index];
+        let cut = cuts.iter().any(|op| is_op(node, op));
+        if !cut && !moves.iter().any(|op| is_op(node, op)) {
+            return None;
+        }
+        chosen |= cut && !is_fixed_cut(view, node);
+        current = node.input.first()?;
+    }
+    None
 }

@@ -95,3 +95,26 @@ fn a_part_is_no_bias_in_another_shape() {
         .linear();
     assert_eq!((gemm.bias, gemm.residual.as_deref()), (None, Some("row")));
 }
+
+#[test]
+fn experts_that_are_chosen_at_run_time_say_so() {
+    let gathered = |inputs: &[&str]| {
+        Build::new()
+            .weight("w", &[4, 8, 8])
+            .node("Relu", &["x"], "i")
+            .node("Gather", &["w", "i"], "e")
+            .node("Transpose", &["e"], "t")
+            .node("MatMul", inputs, "y")
+    };
+    for inputs in [["x", "t"], ["t", "x"], ["i", "t"]] {
+        let reason = gathered(&inputs).reason();
+        assert!(reason.contains("stack 'w' [4, 8, 8]") && reason.contains("run time"), "{reason}");
+    }
+    // An embedding has rank 2, and a product of what it gives is attention's.
+    let looked_up = Build::new()
+        .weight("emb", &[100, 8])
+        .node("Relu", &["x"], "i")
+        .node("Gather", &["emb", "i"], "e")
+        .node("MatMul", &["e", "i"], "y");
+    assert!(looked_up.reason().contains("attention"));
+}
