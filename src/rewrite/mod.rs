@@ -10,6 +10,7 @@ pub mod base;
 mod error;
 pub mod execute;
 pub mod filter;
+mod inline;
 mod lower;
 pub mod lowering;
 mod patch;

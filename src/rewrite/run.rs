@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, execute, find_sites,
+    inline::inline,
 };
 use crate::onnx::{Model, SaveOptions, Saved};
 
@@ -46,10 +47,13 @@ pub fn plan_file(
     // Options first: a mistyped expression is told without reading gigabytes.
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
-    let model = Model::open(input)?;
-    let scan = find_sites(&model, &filter)
+    let opened = Model::open(input)?;
+    let inlined = inline(&opened)?;
+    let scan = find_sites(inlined.as_ref().unwrap_or(&opened), &filter)
         .map_err(|source| RewriteError::Graph { path: input.to_owned(), source })?;
     let plan = RewritePlan::new(scan, recipe);
+    // A model in which nothing is replaced stays as it is, functions included.
+    let model = inlined.filter(|_| !plan.sites.is_empty()).unwrap_or(opened);
     Ok((model, plan))
 }
 
