@@ -1,4 +1,4 @@
-//! The main graph of a model as a [`Scope`].
+//! A graph of a model as a [`Scope`].
 
 use super::{
     error::GraphError,
@@ -6,17 +6,16 @@ use super::{
     value::{ConstTensor, SHORT, ValueType},
 };
 use crate::onnx::{
-    DataType, Model, TensorInfo,
+    DataType, Graph, Model, TensorInfo,
     proto::{Node, ValueInfo},
 };
 
 impl Scope {
-    /// The main graph. Nodes keep their written order.
+    /// The main graph or a body of it. Nodes keep their written order.
     ///
     /// # Errors
     /// A short integer tensor (axes, shapes) whose elements cannot be read.
-    pub fn of_model(model: &Model) -> Result<Self, GraphError> {
-        let graph = model.graph();
+    pub fn of_graph(model: &Model, graph: &Graph) -> Result<Self, GraphError> {
         let mut scope = Self {
             nodes: graph.nodes().map(|(_, node)| node.clone()).collect(),
             inputs: graph.inputs().filter_map(|value| value.name.clone()).collect(),

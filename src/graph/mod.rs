@@ -7,9 +7,13 @@
 mod error;
 mod main_scope;
 mod scopes;
+mod tree;
 mod value;
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use petgraph::{
     Direction,
@@ -20,6 +24,7 @@ use petgraph::{
 pub use error::GraphError;
 pub use main_scope::functions;
 pub use scopes::{Scope, SubScope, sub_scopes};
+pub use tree::{Branch, Owner, tree};
 pub use value::{ConstTensor, Source, Use, ValueType};
 
 use crate::onnx::proto::{Attribute, Node};
@@ -34,17 +39,19 @@ pub struct GraphView {
     types: HashMap<String, ValueType>,
     inputs: HashSet<String>,
     outputs: Vec<String>,
+    /// The graph around a body, and the body's node there.
+    outer: Option<(Arc<GraphView>, usize)>,
     /// One vertex a node, one edge a value read, pointing from maker to reader.
     dag: DiGraph<usize, ()>,
 }
 
 impl GraphView {
-    /// Builds the view. `outer` holds the names that an enclosing scope defines.
+    /// Builds the view. `outer` is the graph around a body and the index of the body's node there.
     ///
     /// # Errors
     /// [`GraphError`] for a value that two things define, a value that nothing defines, a cycle, or a
     /// sub-graph that cannot be decoded.
-    pub fn new(scope: Scope, outer: &HashSet<String>) -> Result<Self, GraphError> {
+    pub fn new(scope: Scope, outer: Option<(Arc<GraphView>, usize)>) -> Result<Self, GraphError> {
         let mut view = Self {
             nodes: scope.nodes,
             sources: HashMap::new(),
@@ -53,11 +60,12 @@ impl GraphView {
             types: scope.types,
             inputs: scope.inputs.iter().cloned().collect(),
             outputs: scope.outputs,
+            outer,
             dag: DiGraph::new(),
         };
         view.define_outside_values(scope.inputs, scope.initializers)?;
         view.define_outputs_of_nodes()?;
-        view.connect(outer)?;
+        view.connect()?;
         view.check_acyclic()?;
         Ok(view)
     }
@@ -107,7 +115,7 @@ impl GraphView {
     }
 
     /// Records every read, the captured values of sub-graphs included, as uses and as edges.
-    fn connect(&mut self, outer: &HashSet<String>) -> Result<(), GraphError> {
+    fn connect(&mut self) -> Result<(), GraphError> {
         let vertices: Vec<NodeIndex> =
             (0..self.nodes.len()).map(|index| self.dag.add_node(index)).collect();
         for index in 0..self.nodes.len() {
@@ -121,7 +129,7 @@ impl GraphView {
                         self.dag.add_edge(vertices[*maker], vertices[index], ());
                     }
                     Some(_) => {}
-                    None if outer.contains(&value) => {}
+                    None if self.is_outer(&value) => {}
                     None => {
                         let node = label(index, &self.nodes[index]);
                         return Err(GraphError::Undefined {
@@ -134,7 +142,7 @@ impl GraphView {
             }
         }
         for output in self.outputs.clone() {
-            if !self.sources.contains_key(&output) && !outer.contains(&output) {
+            if !self.sources.contains_key(&output) && !self.is_outer(&output) {
                 let reader = "the graph's output list".to_owned();
                 return Err(GraphError::Undefined { reader, value: output });
             }
@@ -165,9 +173,20 @@ impl GraphView {
         &self.outputs
     }
 
-    /// Every value that the scope defines.
-    pub fn defined(&self) -> impl Iterator<Item = &String> {
-        self.sources.keys()
+    /// The graph around this one, and the index of this one's node there.
+    pub fn owner(&self) -> Option<(&Self, usize)> {
+        self.outer.as_ref().map(|(view, node)| (view.as_ref(), *node))
+    }
+
+    /// The graph around this one, if `value` is not one of this graph's own.
+    pub fn beyond(&self, value: &str) -> Option<&Self> {
+        self.owner().map(|(view, _)| view).filter(|_| !self.sources.contains_key(value))
+    }
+
+    /// True for a value that a graph around this one defines.
+    fn is_outer(&self, value: &str) -> bool {
+        let Some((outer, _)) = self.owner() else { return false };
+        outer.sources.contains_key(value) || outer.is_outer(value)
     }
 
     /// What makes a value; `None` for one of an outer scope.
@@ -190,17 +209,26 @@ impl GraphView {
 
     /// True for an initialiser that a caller may override because it is also a graph input.
     pub fn is_overridable(&self, value: &str) -> bool {
+        if let Some(outer) = self.beyond(value) {
+            return outer.is_overridable(value);
+        }
         self.inputs.contains(value)
     }
 
     /// Shape, type and (when small) elements of an initialiser or of a `Constant` node's output.
     pub fn constant(&self, value: &str) -> Option<&ConstTensor> {
-        self.constants.get(value)
+        match self.beyond(value) {
+            Some(outer) => outer.constant(value),
+            None => self.constants.get(value),
+        }
     }
 
     /// What the model says about a value's type and shape.
     pub fn value_type(&self, value: &str) -> Option<&ValueType> {
-        self.types.get(value)
+        match self.beyond(value) {
+            Some(outer) => outer.value_type(value),
+            None => self.types.get(value),
+        }
     }
 
     /// Indices of the nodes that read any output of `node`, each once, ascending.

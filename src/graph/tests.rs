@@ -1,5 +1,3 @@
-use std::collections::HashSet;
-
 use super::*;
 use crate::onnx::proto::{Attribute, DataType};
 
@@ -25,7 +23,7 @@ fn scope(nodes: Vec<Node>) -> Scope {
 }
 
 fn view(nodes: Vec<Node>) -> Result<GraphView, GraphError> {
-    GraphView::new(scope(nodes), &HashSet::new())
+    GraphView::new(scope(nodes), None)
 }
 
 /// A field of a protobuf message: length-delimited `payload` under `number`.

@@ -28,7 +28,7 @@ mod tensor;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
 
 pub use error::{Error, Result};
 pub use graph::{Graph, MAX_DEPTH, NodeId};

@@ -3,7 +3,7 @@
 use super::error::{Error, Result};
 use super::external::ExternalFiles;
 use super::graph::{self, Graph};
-use super::proto::{Node, OperatorSetId, StringStringEntry};
+use super::proto::{Attribute, Node, OperatorSetId, StringStringEntry};
 use super::tensor::{TensorInfo, TensorView};
 use super::{mmap, read, wire};
 use bytes::Bytes;
@@ -30,14 +30,24 @@ pub(crate) enum TopField {
 }
 
 /// A model-local function (read-only: functions are carried as they are).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Function {
     /// Domain.
     pub domain: String,
     /// Name.
     pub name: String,
+    /// Names of its arguments.
+    pub inputs: Vec<String>,
+    /// Names of its results.
+    pub outputs: Vec<String>,
     /// Nodes of its body.
     pub nodes: Vec<Node>,
+    /// Values of attributes that a call may leave out.
+    pub defaults: Vec<Attribute>,
+    /// Domains and versions of its operators.
+    pub opsets: Vec<(String, i64)>,
+    /// It shares its name with others.
+    pub overloaded: bool,
 }
 
 /// An ONNX model whose untouched parts are written back byte for byte.
@@ -210,10 +220,21 @@ impl Model {
         }
         Ok(out)
     }
+
+    /// Removes the model-local functions, by domain and name, for which `gone` holds.
+    pub fn remove_functions(&mut self, gone: impl Fn(&str, &str) -> bool) {
+        self.fields.retain(|field| match field {
+            TopField::Raw { number: number::FUNCTIONS, raw } => {
+                // One that cannot be read is nothing that this program has replaced.
+                read_function(raw).map_or(true, |f| !gone(&f.domain, &f.name))
+            }
+            _ => true,
+        });
+    }
 }
 
 fn read_function(raw: &Bytes) -> Result<Function> {
-    let mut function = Function { domain: String::new(), name: String::new(), nodes: Vec::new() };
+    let mut function = Function::default();
     let whole = wire::fields(raw, 0).next().transpose()?;
     let Some(whole) = whole else { return Ok(function) };
     whole.expect_len("function", 0)?;
@@ -222,7 +243,17 @@ fn read_function(raw: &Bytes) -> Result<Function> {
         let field = field?;
         match field.number {
             1 => function.name = field.expect_str("function name", 0)?.to_owned(),
+            4 => function.inputs.push(field.expect_str("function input", 0)?.to_owned()),
+            5 => function.outputs.push(field.expect_str("function output", 0)?.to_owned()),
             7 => function.nodes.push(graph::decode("function node", &body, &field, 0)?),
+            9 => {
+                let import: OperatorSetId =
+                    graph::decode("function opset_import", &body, &field, 0)?;
+                let domain = import.domain.unwrap_or_default();
+                function.opsets.push((domain, import.version.unwrap_or_default()));
+            }
+            11 => function.defaults.push(graph::decode("function default", &body, &field, 0)?),
+            13 => function.overloaded |= !field.expect_str("function overload", 0)?.is_empty(),
             10 => function.domain = field.expect_str("function domain", 0)?.to_owned(),
             _ => {}
         }

@@ -123,6 +123,5 @@ fn replace_sites(
             }
         }
     }
-    patch.sweep()?;
-    Ok(patch.out)
+    patch.finish()
 }

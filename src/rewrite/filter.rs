@@ -148,6 +148,11 @@ impl Filter {
                  router)"
                     .to_owned()
             }
+            (Role::Packed, _) => format!(
+                "several layers packed into one product ('{}', a Split follows) under a made-up \
+                 name, and one of them may be a router: taken only when named (--include {0})",
+                subject.initializer
+            ),
             (_, None) => format!(
                 "not in {}: no metadata, initializer, node or bias name says which layer it is \
                  (name it with --include, or use --all-linears)",

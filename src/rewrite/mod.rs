@@ -10,6 +10,7 @@ pub mod base;
 mod error;
 pub mod execute;
 pub mod filter;
+mod inline;
 pub mod layers;
 mod lower;
 pub mod lowering;
@@ -23,6 +24,7 @@ mod run;
 mod scan;
 pub mod sites;
 mod sqnr;
+mod sweep;
 mod table;
 pub mod tiers;
 mod weights;
@@ -40,7 +42,7 @@ pub use run::{
 };
 pub use scan::find_sites;
 pub use sites::{
-    Bias, BiasShape, Layout, Origin, PathSource, Role, Site, SiteScan, Skipped, Weight,
+    Bias, BiasShape, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
 };
 pub use sqnr::measure_plan;
 pub use table::plan_table;

@@ -1,20 +1,24 @@
-//! A model under edit: fresh names, added tensors, and the sweep of what the edits left unused.
+//! A model under edit: fresh names, added tensors, and the bodies of If, Loop and Scan.
 //!
 //! The source model is never changed; lowerings read it and write into [`Patch::out`].
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use prost::Message as _;
 
 use super::{
     execute::ExecuteError,
     plan::PlannedSite,
-    sites::{Origin, Site, Weight},
+    sites::Site,
+    sweep::Sweep,
     weights::{Rows, Threads},
 };
-use crate::onnx::{
-    self, DataType, Graph, Model, NodeId, Payload, TensorInfo,
-    proto::{Node, StringStringEntry},
+use crate::{
+    graph::{Branch, tree},
+    onnx::{
+        self, DataType, Graph, Model, Payload, TensorInfo,
+        proto::{Node, StringStringEntry},
+    },
 };
 
 /// Metadata key of the module path on a replaced node.
@@ -24,15 +28,17 @@ pub const MODULE_PATH_KEY: &str = "mx.module_path";
 pub(crate) struct Patch<'a> {
     /// The model as it was.
     pub model: &'a Model,
-    /// The model as it becomes.
+    /// The model as it becomes; bodies are put back by [`Self::finish`].
     pub out: Model,
     /// Where weights are quantised.
     pub threads: Threads,
     names: HashSet<String>,
-    /// Nodes that may have lost their last reader.
-    suspects: BTreeSet<NodeId>,
-    /// Initialisers that may have lost their last reader.
-    orphans: BTreeSet<String>,
+    /// The graphs of the model as it was; sites name them by index.
+    branches: Vec<Branch>,
+    /// Bodies that were edited.
+    bodies: BTreeMap<usize, Graph>,
+    /// Values that lost a reader, and the graph that read them.
+    dropped: Vec<(usize, String)>,
 }
 
 impl<'a> Patch<'a> {
@@ -44,9 +50,23 @@ impl<'a> Patch<'a> {
             out: model.clone(),
             threads,
             names,
-            suspects: BTreeSet::new(),
-            orphans: BTreeSet::new(),
+            branches: tree(model)?,
+            bodies: BTreeMap::new(),
+            dropped: Vec::new(),
         })
+    }
+
+    /// A graph of the model as it was.
+    pub(crate) fn original(&self, graph: usize) -> &Graph {
+        &self.branches[graph].graph
+    }
+
+    /// The same graph as it becomes, to be edited.
+    pub(crate) fn graph_mut(&mut self, graph: usize) -> &mut Graph {
+        match graph {
+            0 => self.out.graph_mut(),
+            _ => self.bodies.entry(graph).or_insert_with(|| self.branches[graph].graph.clone()),
+        }
     }
 
     /// A name that no value and no node has, as close to `base` as possible.
@@ -68,79 +88,78 @@ impl<'a> Patch<'a> {
         name
     }
 
-    /// The tensor of a constant.
-    pub(crate) fn constant(&self, name: &str, origin: Origin) -> Result<TensorInfo, ExecuteError> {
-        let missing = || onnx::Error::Tensor {
-            tensor: name.to_owned(),
-            what: "is not in the model that the plan was made from".to_owned(),
-        };
-        Ok(match origin {
-            Origin::Initializer => {
-                self.model.graph().initializer(name).ok_or_else(missing)?.clone()
+    /// The graph, `graph` or one around it, that holds the constant `name`, and its tensor.
+    pub(crate) fn constant(
+        &self,
+        graph: usize,
+        name: &str,
+    ) -> Result<(usize, TensorInfo), ExecuteError> {
+        let mut at = Some(graph);
+        while let Some(index) = at {
+            let branch = &self.branches[index];
+            if let Some(info) = branch.graph.initializer(name) {
+                return Ok((index, info.clone()));
             }
-            Origin::Constant(index) => {
-                let id = NodeId(index);
-                if !self.model.graph().contains(id) {
-                    return Err(missing().into());
-                }
-                let node = self.model.graph().node(id);
-                let value = node.attribute.iter().find_map(|a| a.t.as_ref()).ok_or_else(missing)?;
+            let maker =
+                branch.graph.nodes().find(|(_, node)| node.output.iter().any(|o| o == name));
+            if let Some(value) =
+                maker.and_then(|(_, node)| node.attribute.iter().find_map(|a| a.t.as_ref()))
+            {
                 let mut info = TensorInfo::parse(value.encode_to_vec().into(), 0)?;
                 name.clone_into(&mut info.name);
-                info
+                return Ok((index, info));
             }
-        })
-    }
-
-    /// The rows of a site's weight.
-    pub(crate) fn rows(&self, site: &Site) -> Result<Rows, ExecuteError> {
-        let Weight { initializer, origin, .. } = &site.weight;
-        let view = self.model.tensor(&self.constant(initializer, *origin)?)?;
-        Ok(Rows::new(view, &site.weight, site.n, site.k)?)
-    }
-
-    /// Notes that a site no longer reads its weight.
-    pub(crate) fn drop_weight(&mut self, weight: &Weight) {
-        self.suspects.extend(weight.via.iter().map(|&index| NodeId(index)));
-        self.drop_constant(&weight.initializer, weight.origin);
-    }
-
-    /// Notes that a constant lost a reader.
-    pub(crate) fn drop_constant(&mut self, name: &str, origin: Origin) {
-        match origin {
-            Origin::Initializer => drop(self.orphans.insert(name.to_owned())),
-            Origin::Constant(index) => drop(self.suspects.insert(NodeId(index))),
+            at = branch.owner.map(|owner| owner.graph);
         }
+        Err(onnx::Error::Tensor {
+            tensor: name.to_owned(),
+            what: "is not in the model that the plan was made from".to_owned(),
+        }
+        .into())
     }
 
-    /// Removes the nodes, initialisers and value types that the edits left without a reader. Only
-    /// what an edit stopped reading is looked at: a constant that the exporter left unused stays.
-    pub(crate) fn sweep(&mut self) -> Result<(), ExecuteError> {
-        let mut uses = count_uses(self.out.graph())?;
-        let before: HashSet<String> = produced(self.model.graph());
-        let graph = self.out.graph_mut();
-        // Readers come after producers, so a chain unravels from its end.
-        for &id in self.suspects.iter().rev() {
-            let node = graph.node(id);
-            let dead = node.output.iter().all(|value| uses.get(value).copied().unwrap_or(0) == 0);
-            if !graph.contains(id) || !dead {
-                continue;
-            }
-            for input in node.input.iter().filter(|input| !input.is_empty()) {
-                if let Some(count) = uses.get_mut(input) {
-                    *count -= 1;
-                }
-            }
-            graph.remove_node(id);
+    /// The rows of a site's weight, and the graph that holds it.
+    pub(crate) fn rows(&self, site: &Site) -> Result<(usize, Rows), ExecuteError> {
+        let (home, info) = self.constant(site.graph, &site.weight.initializer)?;
+        let rows = Rows::new(self.model.tensor(&info)?, &site.weight, site.n, site.k)?;
+        Ok((home, rows))
+    }
+
+    /// Notes that a node of `graph` no longer reads `value`.
+    pub(crate) fn drop_value(&mut self, graph: usize, value: &str) {
+        self.dropped.push((graph, value.to_owned()));
+    }
+
+    /// Removes what the edits left without a reader, and puts the bodies back into their nodes.
+    pub(crate) fn finish(mut self) -> Result<Model, ExecuteError> {
+        let current = |index: usize, branch: &Branch| match index {
+            0 => self.out.graph().clone(),
+            _ => self.bodies.get(&index).unwrap_or(&branch.graph).clone(),
+        };
+        let graphs = self.branches.iter().enumerate().map(|(i, b)| current(i, b)).collect();
+        let parents = self.branches.iter().map(|b| b.owner.map(|owner| owner.graph)).collect();
+        for (index, graph) in Sweep::new(graphs, parents).run(std::mem::take(&mut self.dropped)) {
+            let before = produced(self.original(index));
+            let out = self.graph_mut(index);
+            *out = graph;
+            let after = produced(out);
+            out.remove_value_infos(|name| before.contains(name) && !after.contains(name));
         }
-        for name in &self.orphans {
-            if uses.get(name).copied().unwrap_or(0) == 0 {
-                graph.remove_initializer(name);
+        // Bodies come behind the graphs around them, so the innermost are put back first.
+        for index in (1..self.branches.len()).rev() {
+            let Some(body) = self.bodies.remove(&index) else { continue };
+            let Some(owner) = self.branches[index].owner else { continue };
+            let message = body.to_bytes()?;
+            let around = self.graph_mut(owner.graph);
+            let mut node = around.node(owner.node).clone();
+            let mut places =
+                node.attribute.iter_mut().flat_map(|a| a.g.iter_mut().chain(&mut a.graphs));
+            if let Some(place) = places.nth(owner.position) {
+                *place = message;
             }
+            around.replace_node(owner.node, node);
         }
-        let after = produced(graph);
-        graph.remove_value_infos(|name| before.contains(name) && !after.contains(name));
-        Ok(())
+        Ok(self.out)
     }
 }
 
@@ -154,7 +173,7 @@ pub(crate) fn add_module_path(node: &mut Node, planned: &PlannedSite) {
     });
 }
 
-/// Every value that the main graph defines.
+/// Every value that a graph defines.
 fn produced(graph: &Graph) -> HashSet<String> {
     let nodes = graph.nodes().flat_map(|(_, node)| node.output.iter().cloned());
     nodes.chain(graph.initializers().map(|tensor| tensor.name.clone())).collect()
@@ -185,25 +204,4 @@ pub(crate) fn collect_names(graph: &Graph, names: &mut HashSet<String>) -> Resul
         }
     }
     Ok(())
-}
-
-/// How often each value is read: by nodes, by nodes of sub-graphs, and as a graph output.
-pub(crate) fn count_uses(graph: &Graph) -> Result<HashMap<String, usize>, onnx::Error> {
-    fn count(graph: &Graph, uses: &mut HashMap<String, usize>) -> Result<(), onnx::Error> {
-        for output in graph.outputs().filter_map(|value| value.name.clone()) {
-            *uses.entry(output).or_default() += 1;
-        }
-        for (id, node) in graph.nodes() {
-            for input in node.input.iter().filter(|input| !input.is_empty()) {
-                *uses.entry(input.clone()).or_default() += 1;
-            }
-            for (_, body) in graph.subgraphs(id)? {
-                count(&body, uses)?;
-            }
-        }
-        Ok(())
-    }
-    let mut uses = HashMap::new();
-    count(graph, &mut uses)?;
-    Ok(uses)
 }

@@ -64,7 +64,9 @@ pub enum Family {
 /// The tier list that `path` is on, if any. When both match, the deeper component decides.
 pub fn family(path: &str) -> Option<Family> {
     let parts = components(path);
-    let mlp = deepest(&parts, MLP);
+    // Stacked experts have no module of their own: the path ends with the stack.
+    let stack = parts.last().is_some_and(|part| part == "experts").then(|| parts.len() - 1);
+    let mlp = deepest(&parts, MLP).or(stack);
     let attention = deepest(&parts, ATTENTION).filter(|&end| {
         // `mlp.dense` is no attention projection, `attention.dense` and a bare `dense` are.
         parts[end] != "dense" || !parts[..end].iter().any(|part| part == "mlp")
@@ -183,6 +185,7 @@ mod tests {
         assert_eq!(role(Some("model.layers.0.mlp.router.layer"), false), Role::Router);
         assert_eq!(role(Some("model.layers.0.mlp.gate_proj"), false), Role::Mlp);
         assert_eq!(role(Some("model.layers.0.mlp.experts.3.w1"), false), Role::Expert);
+        assert_eq!(role(Some("model.layers.0.mlp.experts"), false), Role::Expert);
         assert_eq!(role(Some("embed_out"), false), Role::Head);
         assert_eq!(role(Some("model.lm_head"), false), Role::Head);
         assert_eq!(role(None, true), Role::Head);

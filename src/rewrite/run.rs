@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     BaseDtype, Filter, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, Rule, Select,
-    SiteFormat, execute, find_sites, layers::layer_number,
+    SiteFormat, execute, find_sites, inline::inline, layers::layer_number,
 };
 use crate::{
     graph::GraphError,
@@ -53,14 +53,18 @@ pub fn plan_file(
     // Options first: a mistyped expression is told without reading gigabytes.
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
-    let model = Model::open(input)?;
+    let opened = Model::open(input)?;
+    let inlined = inline(&opened)?;
+    let seen = inlined.as_ref().unwrap_or(&opened);
     let graph = |source| RewriteError::Graph { path: input.to_owned(), source };
     let filter = match filter.counts_from_end() {
-        true => filter.with_depth(depth(&model).map_err(graph)?),
+        true => filter.with_depth(depth(seen).map_err(graph)?),
         false => filter,
     };
-    let scan = find_sites(&model, &filter).map_err(graph)?;
+    let scan = find_sites(seen, &filter).map_err(graph)?;
     let plan = RewritePlan::new(scan, recipe);
+    // A model in which nothing is replaced stays as it is, functions included.
+    let model = inlined.filter(|_| !plan.sites.is_empty()).unwrap_or(opened);
     Ok((model, plan))
 }
 

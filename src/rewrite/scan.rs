@@ -1,9 +1,12 @@
 //! The search for Linear layers: patterns, then module path and role, then the filter.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use super::{
-    Bias, Filter, Origin, Role, Site, SiteScan, Skipped, Weight,
+    Bias, Filter, Role, Site, SiteScan, Skipped, Weight,
     filter::{Decision, Subject},
     paths::{Evidence, SIGNATURE_KEY, Signature, module_path, parse_signature},
     patterns::{self, Linear, Match, Traced},
@@ -11,7 +14,7 @@ use super::{
     sites::PathSource,
 };
 use crate::{
-    graph::{GraphError, GraphView, Scope, Use, domain, is_op, op_name, sub_scopes},
+    graph::{Branch, GraphError, GraphView, Scope, Use, domain, is_op, op_name, sub_scopes, tree},
     onnx::{Model, NodeId, proto::Node},
 };
 
@@ -19,44 +22,58 @@ use crate::{
 const HEAD: &str = "lm_head";
 
 /// Finds the Linear layers of a model that `filter` takes. Every candidate ends in one of the two
-/// lists: of the main graph first, then those in sub-graphs and local functions, which are only listed.
+/// lists: of the main graph first, then those in bodies of If, Loop and Scan; those of local functions
+/// are only listed.
 ///
 /// # Errors
 /// [`GraphError`] for a graph that ONNX does not allow, or that cannot be decoded.
 pub fn find_sites(model: &Model, filter: &Filter) -> Result<SiteScan, GraphError> {
-    let view = GraphView::new(Scope::of_model(model)?, &HashSet::new())?;
     let signature = model.graph().metadata().find(|(key, _)| *key == SIGNATURE_KEY);
     let signature = signature.map(|(_, text)| parse_signature(text)).unwrap_or_default();
-    let mut found = scan(&view, &crate::graph::functions(model)?, &signature, filter)?;
-    // The view counts nodes as they are written; sites carry the graph's own ids.
-    let ids = model.graph().node_order();
-    found.sites.iter_mut().for_each(|site| renumber(site, &ids));
-    Ok(found)
+    let branches = tree(model)?;
+    let views = views(model, &branches)?;
+    let mut all = SiteScan::default();
+    for (graph, (view, branch)) in views.iter().zip(&branches).enumerate() {
+        let mut found = scan(view, &signature, filter);
+        // The view counts nodes as they are written; sites carry the graph's own ids.
+        let ids = branch.graph.node_order();
+        for site in &mut found.sites {
+            renumber(site, &ids);
+            site.graph = graph;
+        }
+        for skipped in found.skipped.iter_mut().filter(|_| graph > 0) {
+            skipped.reason = format!("{} (in {})", skipped.reason, branch.title);
+        }
+        all.sites.append(&mut found.sites);
+        all.skipped.append(&mut found.skipped);
+    }
+    all.skipped.extend(in_functions(&crate::graph::functions(model)?)?);
+    Ok(all)
+}
+
+/// A view of each graph; bodies see the graphs around them.
+fn views(model: &Model, branches: &[Branch]) -> Result<Vec<Arc<GraphView>>, GraphError> {
+    let mut views: Vec<Arc<GraphView>> = Vec::with_capacity(branches.len());
+    for branch in branches {
+        let outer = branch.owner.map(|owner| {
+            let ids = branches[owner.graph].graph.node_order();
+            let node = ids.iter().position(|&id| id == owner.node).unwrap_or_default();
+            (views[owner.graph].clone(), node)
+        });
+        let scope = Scope::of_graph(model, &branch.graph)?;
+        views.push(Arc::new(GraphView::new(scope, outer)?));
+    }
+    Ok(views)
 }
 
 fn renumber(site: &mut Site, ids: &[NodeId]) {
     let id = |index: &mut usize| *index = ids[*index].0;
     id(&mut site.node);
     site.replaces.iter_mut().for_each(id);
-    site.weight.via.iter_mut().for_each(id);
-    let bias = site.bias.as_mut().and_then(|bias| bias.constant.as_mut()).map(|(_, origin)| origin);
-    for origin in [Some(&mut site.weight.origin), bias].into_iter().flatten() {
-        if let Origin::Constant(index) = origin {
-            id(index);
-        }
-    }
 }
 
-/// Searches one graph. `functions` are the model's local functions: title and nodes.
-///
-/// # Errors
-/// A sub-graph that cannot be decoded.
-pub(crate) fn scan(
-    view: &GraphView,
-    functions: &[(String, Vec<Node>)],
-    signature: &Signature,
-    filter: &Filter,
-) -> Result<SiteScan, GraphError> {
+/// Searches one graph.
+fn scan(view: &GraphView, signature: &Signature, filter: &Filter) -> SiteScan {
     let matches: Vec<(usize, Match)> = (0..view.nodes().len())
         .filter_map(|index| Some((index, patterns::match_node(view, index)?)))
         .collect();
@@ -80,8 +97,7 @@ pub(crate) fn scan(
             Err(skipped) => found.skipped.push(skipped),
         }
     }
-    found.skipped.extend(elsewhere(view, functions)?);
-    Ok(found)
+    found
 }
 
 fn skipped(view: &GraphView, index: usize, reason: String, module_path: Option<String>) -> Skipped {
@@ -119,7 +135,8 @@ fn judge(
         (path, path_source) = (Some(HEAD.to_owned()), PathSource::Structure);
     }
     let node_name = view.node_name(linear.node);
-    let role = roles::role(path.as_deref(), head);
+    let packed = path.is_none() && !head && is_packed(view, &linear);
+    let role = if packed { Role::Packed } else { roles::role(path.as_deref(), head) };
     let subject =
         Subject { path: path.as_deref(), role, node: &node_name, initializer: &linear.weight.root };
     match filter.decide(&subject) {
@@ -143,7 +160,7 @@ fn parameter_name<'a>(view: &'a GraphView, linear: &Linear) -> Option<&'a str> {
 /// The most telling name of a constant bias: the value read, when that is named like one, else the
 /// constant behind it.
 fn bias_name(bias: &Bias) -> Option<&str> {
-    let (constant, _) = bias.constant.as_ref()?;
+    let constant = bias.constant.as_deref()?;
     Some(if bias.value.ends_with(".bias") { &bias.value } else { constant })
 }
 
@@ -159,6 +176,7 @@ struct Name {
 
 fn site(linear: Linear, name: Name) -> Site {
     Site {
+        graph: 0,
         node: linear.node,
         node_name: name.node_name,
         op: name.op,
@@ -171,12 +189,11 @@ fn site(linear: Linear, name: Name) -> Site {
         y: linear.y,
         weight: Weight {
             initializer: linear.weight.root,
-            origin: linear.weight.origin,
             layout: linear.layout,
+            region: linear.region,
             dtype: linear.weight.dtype,
             operand_dtype: linear.weight.operand_dtype,
             operand: linear.operand,
-            via: linear.weight.via,
             tied: name.tied,
         },
         n: linear.n,
@@ -188,8 +205,20 @@ fn site(linear: Linear, name: Name) -> Site {
     }
 }
 
+/// True for a product that an exporter's fusion made of several layers with one input, attention's and
+/// the feed-forward block's alike: torch.onnx names the weight `packed_matmul_*` and splits the result.
+fn is_packed(view: &GraphView, linear: &Linear) -> bool {
+    let split = view.only_reader(&linear.y).map(|(index, _)| &view.nodes()[index]);
+    linear.weight.root.starts_with("packed_matmul") && split.is_some_and(|n| is_op(n, "Split"))
+}
+
 /// True when a Gather (an embedding lookup) reads the weight, be it through an Identity.
 fn is_embedding(view: &GraphView, root: &str) -> bool {
+    if let Some(outer) = view.beyond(root)
+        && is_embedding(outer, root)
+    {
+        return true;
+    }
     let mut names = vec![root];
     let mut seen = HashSet::new();
     while let Some(name) = names.pop() {
@@ -211,14 +240,10 @@ fn is_embedding(view: &GraphView, root: &str) -> bool {
 /// True when `value` becomes the graph output `logits` through operators that only reshape, pick or
 /// rescale.
 fn produces_logits(view: &GraphView, value: &str) -> bool {
-    let is_logits = |name: &str| {
-        view.outputs().iter().any(|output| output == name)
-            && name.to_ascii_lowercase().ends_with("logits")
-    };
     let mut seen = HashSet::new();
     let mut values = vec![value];
     while let Some(value) = values.pop() {
-        if is_logits(value) {
+        if is_logits(view, value) {
             return true;
         }
         for reader in view.uses(value) {
@@ -229,6 +254,19 @@ fn produces_logits(view: &GraphView, value: &str) -> bool {
         }
     }
     false
+}
+
+/// True for the output `logits`, and for an output of a body that becomes it.
+fn is_logits(view: &GraphView, value: &str) -> bool {
+    let Some((outer, index)) = view.owner() else {
+        return value.to_ascii_lowercase().ends_with("logits")
+            && view.outputs().iter().any(|output| output == value);
+    };
+    let owner = &outer.nodes()[index];
+    // The first output of a Loop's body is its condition.
+    let first = usize::from(is_op(owner, "Loop"));
+    let mut places = view.outputs().iter().skip(first).zip(&owner.output);
+    places.any(|(output, result)| output == value && produces_logits(outer, result))
 }
 
 fn keeps_logits(view: &GraphView, index: usize, slot: usize) -> bool {
@@ -248,11 +286,8 @@ fn keeps_logits(view: &GraphView, index: usize, slot: usize) -> bool {
     }
 }
 
-/// Candidates outside the main graph: they are listed, and left alone.
-fn elsewhere(
-    view: &GraphView,
-    functions: &[(String, Vec<Node>)],
-) -> Result<Vec<Skipped>, GraphError> {
+/// Candidates in local functions: they are listed, and left alone.
+fn in_functions(functions: &[(String, Vec<Node>)]) -> Result<Vec<Skipped>, GraphError> {
     let mut skipped = Vec::new();
     let mut list = |nodes: &[Node], whence: String| {
         for (index, node) in nodes.iter().enumerate().filter(|(_, n)| patterns::is_candidate(n)) {
@@ -265,11 +300,6 @@ fn elsewhere(
             });
         }
     };
-    for (index, node) in view.nodes().iter().enumerate() {
-        for scope in sub_scopes(node, &view.node_name(index))? {
-            list(&scope.nodes, format!("in a sub-graph ({})", scope.title));
-        }
-    }
     for (title, nodes) in functions {
         list(nodes, format!("in a local function ({title})"));
         for (index, node) in nodes.iter().enumerate() {

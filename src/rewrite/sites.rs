@@ -6,17 +6,19 @@ use serde::Serialize;
 
 use crate::onnx::proto::DataType;
 
-/// One Linear layer of the main graph, whichever way the exporter spelled it:
+/// One Linear layer of the main graph or of a body in it, whichever way the exporter spelled it:
 /// `Y[.., n] = alpha * X[.., k] * W^T (+ beta * bias)`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
+    /// Which graph of the model's [tree](crate::graph::tree) it is in; 0 is the main graph.
+    pub graph: usize,
     /// The MatMul-like node, as the number in its [`NodeId`](crate::onnx::NodeId).
     pub node: usize,
     /// Name of that node; the replacement keeps it. `#<index>` when the node has none.
     pub node_name: String,
     /// Its operator: `MatMul`, `Gemm` or `com.microsoft.FusedMatMul`.
     pub op: String,
-    /// Every node of the main graph that the replacement stands for, ascending: [`Self::node`] and,
+    /// Every node of its graph that the replacement stands for, ascending: [`Self::node`] and,
     /// when its bias is folded in, the Add behind it. The replacement takes the place of the last one.
     pub replaces: Vec<usize>,
     /// The Linear's module path (`model.layers.0.mlp.up_proj`), when the model says one.
@@ -52,30 +54,20 @@ pub struct Site {
 pub struct Weight {
     /// Name of the initialiser, or of the output of the `Constant` node, that holds the numbers.
     pub initializer: String,
-    /// Which of the two it is.
-    pub origin: Origin,
     /// How the stored numbers run, whatever transposes lie between them and the node.
     pub layout: Layout,
+    /// Which of the stored numbers are this layer's.
+    pub region: Region,
     /// The stored element type: float32, float16 or bfloat16.
     pub dtype: DataType,
     /// The element type at the node, which is X's. Differs from [`Self::dtype`] only when an exact
     /// widening Cast lies between.
     pub operand_dtype: DataType,
-    /// Name of the value that the node reads: the initialiser itself or the end of [`Self::via`].
+    /// Name of the value that the node reads: the initialiser itself or what Identity, Cast,
+    /// Transpose, Reshape ... make of it.
     pub operand: String,
-    /// Nodes (Identity, Cast, Transpose, Reshape ...) from the initialiser to the operand, in order.
-    pub via: Vec<usize>,
     /// The weight's initialiser is also read by a Gather: it is the embedding's and stays.
     pub tied: bool,
-}
-
-/// Where a constant lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Origin {
-    /// An initialiser of the main graph.
-    Initializer,
-    /// A `Constant` node of the main graph, by index.
-    Constant(usize),
 }
 
 /// Storage order of a weight.
@@ -87,13 +79,23 @@ pub enum Layout {
     KN,
 }
 
+/// A matrix among the numbers of a tensor: the whole of it, or one expert of a stack, one layer of a
+/// packed weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Region {
+    /// Its first number.
+    pub start: usize,
+    /// From the first number of one stored row to that of the next.
+    pub pitch: usize,
+}
+
 /// A bias that becomes the operator's own input.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bias {
     /// Name of the value that the node reads. It has X's element type.
     pub value: String,
     /// The constant behind it (through Identity nodes), when there is one.
-    pub constant: Option<(String, Origin)>,
+    pub constant: Option<String>,
     /// What has to happen to it to become `[n]`.
     pub shape: BiasShape,
     /// Its factor (a Gemm's beta).
@@ -125,18 +127,28 @@ pub enum Role {
     Router,
     /// Feed-forward projection of one expert.
     Expert,
+    /// Several layers in one product, of which nothing says what they are. Taken only when named.
+    Packed,
     /// Anything else, or unknown.
     Other,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Mlp, Self::Attention, Self::Head, Self::Expert, Self::Router, Self::Other];
+    pub const ALL: [Self; 7] = [
+        Self::Mlp,
+        Self::Attention,
+        Self::Head,
+        Self::Expert,
+        Self::Router,
+        Self::Packed,
+        Self::Other,
+    ];
 
-    /// True for what is taken only by name or by its role: quantising it costs more than it saves.
+    /// True for what is taken only by name or by its role: quantising it costs more than it saves, or
+    /// nothing says what it is.
     pub fn only_when_named(self) -> bool {
-        matches!(self, Self::Head | Self::Router)
+        matches!(self, Self::Head | Self::Router | Self::Packed)
     }
 
     /// The name in plans and recipes.
@@ -147,6 +159,7 @@ impl Role {
             Self::Head => "head",
             Self::Router => "router",
             Self::Expert => "expert",
+            Self::Packed => "packed",
             Self::Other => "other",
         }
     }

@@ -26,7 +26,7 @@ pub fn measure_plan(
 ) -> Result<(), ExecuteError> {
     let patch = Patch::new(model, Threads::new(threads)?)?;
     for planned in &mut plan.sites {
-        let rows = patch.rows(&planned.site)?;
+        let (_, rows) = patch.rows(&planned.site)?;
         planned.expected_sqnr = Some(decibels(&rows, &planned.format, &patch.threads)?);
     }
     Ok(())

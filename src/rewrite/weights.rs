@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{
     execute::ExecuteError,
-    sites::{Layout, Weight},
+    sites::{Layout, Region, Weight},
 };
 
 /// Float32 values of one tile: large enough to keep threads busy, small beside the weight.
@@ -71,25 +71,32 @@ const TILES_AHEAD: usize = 2;
 pub(crate) struct Rows {
     view: TensorView,
     layout: Layout,
+    region: Region,
     pub n: usize,
     pub k: usize,
 }
 
 impl Rows {
-    /// The weight in `view`, which must hold n * k numbers.
+    /// The weight in `view`, which must hold its n * k numbers.
     pub(crate) fn new(
         view: TensorView,
         weight: &Weight,
         n: usize,
         k: usize,
     ) -> Result<Self, onnx::Error> {
-        if n.checked_mul(k) != Some(view.elements()) || n == 0 || k == 0 {
+        let Region { start, pitch } = weight.region;
+        let (outer, inner) = if weight.layout == Layout::NK { (n, k) } else { (k, n) };
+        let end = outer
+            .checked_sub(1)
+            .and_then(|rows| rows.checked_mul(pitch)?.checked_add(inner)?.checked_add(start));
+        let fits = end.is_some_and(|end| end <= view.elements()) && pitch >= inner && inner > 0;
+        if !fits {
             return Err(onnx::Error::Tensor {
-                what: format!("shape {:?} is not that of a weight of {n} x {k}", view.dims),
+                what: format!("shape {:?} does not hold a weight of {n} x {k}", view.dims),
                 tensor: view.name,
             });
         }
-        Ok(Self { view, layout: weight.layout, n, k })
+        Ok(Self { view, layout: weight.layout, region: weight.region, n, k })
     }
 
     /// Name of the tensor.
@@ -99,13 +106,18 @@ impl Rows {
 
     /// Rows `first ..` as float32, as many as `out` takes.
     pub(crate) fn read(&self, first: usize, out: &mut [f32]) -> Result<(), onnx::Error> {
+        let Region { start, pitch } = self.region;
         match self.layout {
-            Layout::NK => self.view.read_f32(first * self.k, out),
+            Layout::NK if pitch == self.k => self.view.read_f32(start + first * pitch, out),
+            Layout::NK => out
+                .chunks_mut(self.k)
+                .enumerate()
+                .try_for_each(|(row, out)| self.view.read_f32(start + (first + row) * pitch, out)),
             Layout::KN => {
                 let rows = out.len() / self.k;
                 let mut column = vec![0.0; rows];
                 for j in 0..self.k {
-                    self.view.read_f32(j * self.n + first, &mut column)?;
+                    self.view.read_f32(start + j * pitch + first, &mut column)?;
                     for (i, value) in column.iter().enumerate() {
                         out[i * self.k + j] = *value;
                     }

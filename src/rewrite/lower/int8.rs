@@ -14,7 +14,7 @@ use crate::{
         execute::ExecuteError,
         patch::{Patch, add_module_path},
         plan::PlannedSite,
-        sites::{Layout, Site},
+        sites::{Layout, Region, Site, Weight},
         weights::{Rows, Threads},
     },
 };
@@ -28,10 +28,16 @@ pub(crate) struct Int8 {
     done: Vec<Done>,
 }
 
+/// The graph that holds the initialiser, its name, which of its axes is n, which part of it, whether
+/// the operand is [n, k], n, k, operand type.
+type Source = (usize, String, Layout, Region, bool, usize, usize, DataType);
+
 struct Done {
-    /// Initialiser, which of its axes is n, whether the operand is [n, k], n, k, operand type.
-    source: (String, Layout, bool, usize, usize, DataType),
-    operand: String,
+    source: Source,
+    codes: String,
+    scales: String,
+    /// The dequantised weight for readers in the main graph (false) and in bodies (true).
+    operands: Vec<(bool, String)>,
 }
 
 impl Int8 {
@@ -47,7 +53,7 @@ impl Int8 {
         }
         let site = &planned.site;
         let id = NodeId(site.node);
-        let mut replacement = patch.out.graph().node(id).clone();
+        let mut replacement = patch.graph_mut(site.graph).node(id).clone();
         let rows_first = has_transposed_weight(&replacement);
         let operand = self.operand(patch, site, rows_first)?;
         match replacement.input.get_mut(1) {
@@ -58,8 +64,8 @@ impl Int8 {
             }
         }
         add_module_path(&mut replacement, planned);
-        patch.out.graph_mut().replace_node(id, replacement);
-        patch.drop_weight(&site.weight);
+        patch.graph_mut(site.graph).replace_node(id, replacement);
+        patch.drop_value(site.graph, &site.weight.operand);
         Ok(())
     }
 
@@ -70,36 +76,71 @@ impl Int8 {
         site: &Site,
         rows_first: bool,
     ) -> Result<String, ExecuteError> {
-        let (n, k, dtype) = (site.n, site.k, site.weight.operand_dtype);
-        let name = &site.weight.initializer;
-        // A square weight may be read both as it is and transposed: two products, two copies.
-        let source = (name.clone(), site.weight.layout, rows_first, n, k, dtype);
-        if let Some(done) = self.done.iter().find(|done| done.source == source) {
-            return Ok(done.operand.clone());
+        let done = self.quantized(patch, site, rows_first)?;
+        let in_body = site.graph > 0;
+        if let Some((_, operand)) = done.operands.iter().find(|(body, _)| *body == in_body) {
+            return Ok(operand.clone());
         }
-        let coder = Coder { rows: patch.rows(site)?, rows_first, threads: patch.threads.clone() };
-        let (codes, scales) = coder.payloads();
-        let dims = if rows_first { [n, k] } else { [k, n] };
-        let codes = patch.add_tensor(&format!("{name}.int8_codes"), &dims, DataType::Int8, codes);
-        let scales =
-            patch.add_tensor(&format!("{name}.int8_scales"), &[n], DataType::Float, scales);
+        let (dtype, name) = (site.weight.operand_dtype, &site.weight.initializer);
         let mut operand = patch.fresh(&format!("{name}.int8"));
         let node_name = patch.fresh(&format!("{name}.int8_dequantize"));
-        let mut dequantize = node("DequantizeLinear", &node_name, &[&codes, &scales], &[&operand]);
+        let inputs = [done.codes.as_str(), done.scales.as_str()];
+        let mut dequantize = node("DequantizeLinear", &node_name, &inputs, &[&operand]);
         dequantize.attribute.push(int("axis", if rows_first { 0 } else { 1 }));
-        // Sites come in node order, so the first layer that shares a weight is the earliest reader.
-        let at = NodeId(site.node);
-        patch.out.graph_mut().insert_before(at, dequantize);
+        let mut nodes = vec![dequantize];
         if dtype != DataType::Float {
             let cast_operand = patch.fresh(&format!("{name}.int8_cast"));
             let node_name = patch.fresh(&format!("{name}.int8_cast_node"));
             let mut cast = node("Cast", &node_name, &[&operand], &[&cast_operand]);
             cast.attribute.push(int("to", dtype as i64));
-            patch.out.graph_mut().insert_before(at, cast);
+            nodes.push(cast);
             operand = cast_operand;
         }
-        self.done.push(Done { source, operand: operand.clone() });
+        let graph = patch.out.graph_mut();
+        if in_body {
+            // ONNX Runtime refuses a body's DequantizeLinear whose codes lie outside the body, so the
+            // main graph dequantises, in front of whatever owns the bodies.
+            for node in nodes.into_iter().rev() {
+                graph.push_front(node);
+            }
+        } else {
+            // Sites come in node order, so the first layer that shares a weight is the earliest reader.
+            for node in nodes {
+                graph.insert_before(NodeId(site.node), node);
+            }
+        }
+        done.operands.push((in_body, operand.clone()));
         Ok(operand)
+    }
+
+    /// The quantised weight of a layer, made unless it is there already.
+    fn quantized(
+        &mut self,
+        patch: &mut Patch<'_>,
+        site: &Site,
+        rows_first: bool,
+    ) -> Result<&mut Done, ExecuteError> {
+        let (n, k, dtype) = (site.n, site.k, site.weight.operand_dtype);
+        let name = &site.weight.initializer;
+        let (home, rows) = patch.rows(site)?;
+        // A square weight may be read both as it is and transposed: two products, two copies.
+        let Weight { layout, region, .. } = site.weight;
+        let source = (home, name.clone(), layout, region, rows_first, n, k, dtype);
+        let at = match self.done.iter().position(|done| done.source == source) {
+            Some(at) => at,
+            None => {
+                let coder = Coder { rows, rows_first, threads: patch.threads.clone() };
+                let (codes, scales) = coder.payloads();
+                let dims = if rows_first { [n, k] } else { [k, n] };
+                let base = format!("{name}.int8_codes");
+                let codes = patch.add_tensor(&base, &dims, DataType::Int8, codes);
+                let base = format!("{name}.int8_scales");
+                let scales = patch.add_tensor(&base, &[n], DataType::Float, scales);
+                self.done.push(Done { source, codes, scales, operands: Vec::new() });
+                self.done.len() - 1
+            }
+        };
+        Ok(&mut self.done[at])
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
         execute::ExecuteError,
         patch::{Patch, add_module_path},
         plan::PlannedSite,
-        sites::{Bias, BiasShape, Layout, Site},
+        sites::{Bias, BiasShape, Layout, Region, Site, Weight},
         weights::{Rows, Threads},
     },
 };
@@ -31,10 +31,11 @@ pub(crate) struct Mx {
     packed: Vec<Packed>,
 }
 
-/// A packed weight: names of its initialisers, and what they were made from.
+/// A packed weight: names of its initialisers, and what they were made
+/// from: the graph that holds the weight, its name, and how its rows lie.
 #[derive(Clone)]
 struct Packed {
-    source: (String, Layout, usize, usize),
+    source: (usize, String, Layout, Region, usize, usize),
     spec: QuantSpec,
     codes: String,
     scales: Option<String>,
@@ -69,7 +70,7 @@ impl Mx {
         while inputs.last().is_some_and(String::is_empty) {
             inputs.pop();
         }
-        let original = patch.model.graph().node(NodeId(site.node));
+        let original = patch.original(site.graph).node(NodeId(site.node));
         let mut replacement = Node {
             op_type: Some(op::MX_MATMUL.to_owned()),
             domain: Some(DOMAIN.to_owned()),
@@ -87,13 +88,13 @@ impl Mx {
             let name = patch.fresh(&format!("{}.mx_add", site.node_name));
             let add = node("Add", &name, &[&product, residual], &[&site.y]);
             replacement.output = vec![product];
-            patch.out.graph_mut().insert_after(at, add);
+            patch.graph_mut(site.graph).insert_after(at, add);
         }
         for &index in site.replaces.iter().filter(|&&index| NodeId(index) != at) {
-            patch.out.graph_mut().remove_node(NodeId(index));
+            patch.graph_mut(site.graph).remove_node(NodeId(index));
         }
-        patch.out.graph_mut().replace_node(at, replacement);
-        patch.drop_weight(&site.weight);
+        patch.graph_mut(site.graph).replace_node(at, replacement);
+        patch.drop_value(site.graph, &site.weight.operand);
         patch.out.import_opset(DOMAIN, DOMAIN_VERSION);
         Ok(())
     }
@@ -106,11 +107,13 @@ impl Mx {
         spec: &QuantSpec,
     ) -> Result<Packed, ExecuteError> {
         let name = &site.weight.initializer;
-        let source = (name.clone(), site.weight.layout, site.n, site.k);
+        let Weight { layout, region, .. } = site.weight;
+        let (home, rows) = patch.rows(site)?;
+        let source = (home, name.clone(), layout, region, site.n, site.k);
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
             return Ok(packed.clone());
         }
-        let packer = Packer::new(patch.rows(site)?, *spec, patch.threads.clone());
+        let packer = Packer::new(rows, *spec, patch.threads.clone());
         let (codes_payload, scales_payload) = packer.payloads();
         let codes_dims = [site.n, spec.row_bytes(site.k)];
         let codes = patch.add_tensor(
@@ -146,20 +149,19 @@ fn transposed(patch: &mut Patch<'_>, site: &Site, at: NodeId) -> String {
     let name = patch.fresh(&format!("{}.mx_transpose", site.node_name));
     let mut transpose = node("Transpose", &name, &[&site.x], &[&value]);
     transpose.attribute.push(ints("perm", &[1, 0]));
-    patch.out.graph_mut().insert_before(at, transpose);
+    patch.graph_mut(site.graph).insert_before(at, transpose);
     value
 }
 
 /// The bias as a value of shape [n].
 fn vector(patch: &mut Patch<'_>, site: &Site, bias: &Bias) -> Result<String, ExecuteError> {
-    let (BiasShape::Row | BiasShape::Scalar, Some((name, origin))) = (bias.shape, &bias.constant)
-    else {
+    let (BiasShape::Row | BiasShape::Scalar, Some(name)) = (bias.shape, &bias.constant) else {
         return Ok(bias.value.clone());
     };
-    let view = patch.model.tensor(&patch.constant(name, *origin)?)?;
+    let view = patch.model.tensor(&patch.constant(site.graph, name)?.1)?;
     let copies = if bias.shape == BiasShape::Scalar { site.n } else { 1 };
     let bytes = Bytes::from(view.bytes.repeat(copies));
-    patch.drop_constant(name, *origin);
+    patch.drop_value(site.graph, &bias.value);
     let base = format!("{name}.mx_bias");
     Ok(patch.add_tensor(&base, &[site.n], view.data_type, Payload::Bytes(bytes)))
 }

@@ -1,5 +1,7 @@
 //! Layers of small models, replaced: nodes, names, sizes, sharing.
 
+mod bodies;
+
 use std::collections::BTreeMap;
 
 use mx_kernels::{ElementFormat, QuantSpec, ScaleKind};

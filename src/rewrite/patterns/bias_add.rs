@@ -26,7 +26,7 @@ pub(super) fn fold(view: &GraphView, mut linear: Linear) -> Linear {
     if is_bias {
         linear.bias = Some(Bias {
             value: other.clone(),
-            constant: Some((constant.root, constant.origin)),
+            constant: Some(constant.root),
             shape: BiasShape::Vector,
             beta: 1.0,
         });

@@ -1,7 +1,7 @@
 //! `com.microsoft.FusedMatMul`: MatMul with alpha and transposed operands, made by ONNX Runtime's
 //! optimizer.
 
-use super::{Linear, extents, matmul, operands};
+use super::{Linear, Stored, matmul, operands, stored};
 use crate::graph::{GraphView, float_attribute, int_attribute};
 
 pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
@@ -16,8 +16,8 @@ pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
     let mut linear = matmul::find(view, index)?;
     linear.alpha = float_attribute(node, "alpha", 1.0);
     if int_attribute(node, "transB", 0) != 0 {
-        linear.layout = linear.weight.layout(false);
-        (linear.n, linear.k) = extents(&linear.weight, false)?;
+        let Stored { n, k, layout, region } = stored(&linear.weight, false)?;
+        linear = Linear { n, k, layout, region, ..linear };
     }
     Ok(linear)
 }

@@ -1,6 +1,6 @@
 //! `Gemm(X, W, C)`: alpha * X' * W' + beta * C with either operand transposed.
 
-use super::{Linear, Traced, extents, operands, trace};
+use super::{Linear, Stored, Traced, operands, stored, trace};
 use crate::{
     graph::{GraphView, float_attribute, int_attribute},
     rewrite::{Bias, BiasShape},
@@ -10,7 +10,7 @@ pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
     let node = &view.nodes()[index];
     let found = operands(view, node)?;
     let k_first = int_attribute(node, "transB", 0) == 0;
-    let (n, k) = extents(&found.weight, k_first)?;
+    let Stored { n, k, layout, region } = stored(&found.weight, k_first)?;
     let c = node.input.get(2).filter(|value| !value.is_empty());
     let addend = addend(view, c, float_attribute(node, "beta", 1.0), n, &found.weight)?;
     let (bias, residual) = match addend {
@@ -23,7 +23,8 @@ pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
         x: found.x.to_owned(),
         transpose_x: int_attribute(node, "transA", 0) != 0,
         y: node.output[0].clone(),
-        layout: found.weight.layout(k_first),
+        layout,
+        region,
         weight: found.weight,
         operand: found.operand.to_owned(),
         n,
@@ -69,13 +70,15 @@ fn addend(
             (dims == Some(&[Some(wide)])).then_some(BiasShape::Vector)
         }
     };
-    // A reshaped bias is made anew from the stored numbers, so those have to be of X's type.
-    let constant = constant.filter(|constant| constant.dtype == constant.operand_dtype);
+    // A reshaped bias is made anew from the stored numbers, so those have to be of X's type, and all
+    // of them.
+    let constant =
+        constant.filter(|constant| constant.dtype == constant.operand_dtype && constant.is_whole());
     let shape = shape.filter(|&shape| shape == BiasShape::Vector || constant.is_some());
     match shape {
         Some(shape) => Ok(Addend::Bias(Bias {
             value: value.clone(),
-            constant: constant.map(|constant| (constant.root, constant.origin)),
+            constant: constant.map(|constant| constant.root),
             shape,
             beta,
         })),

@@ -1,18 +1,19 @@
 //! `MatMul(X, W)` with W a constant [k, n], and `MatMul(X, Transpose(W))` with W a constant [n, k].
 
-use super::{Linear, extents, operands};
+use super::{Linear, Stored, operands, stored};
 use crate::graph::GraphView;
 
 pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
     let node = &view.nodes()[index];
     let found = operands(view, node)?;
-    let (n, k) = extents(&found.weight, true)?;
+    let Stored { n, k, layout, region } = stored(&found.weight, true)?;
     Ok(Linear {
         node: index,
         x: found.x.to_owned(),
         transpose_x: false,
         y: node.output[0].clone(),
-        layout: found.weight.layout(true),
+        layout,
+        region,
         weight: found.weight,
         operand: found.operand.to_owned(),
         n,

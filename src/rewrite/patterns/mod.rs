@@ -4,6 +4,7 @@ mod bias_add;
 mod fused_matmul;
 mod gemm;
 mod matmul;
+mod slices;
 mod trace;
 
 #[cfg(test)]
@@ -14,7 +15,7 @@ pub(crate) use trace::{Constant, Traced, trace};
 use crate::{
     graph::{GraphView, domain, op_name},
     onnx::proto::{DataType, Node},
-    rewrite::{Bias, Layout},
+    rewrite::{Bias, Layout, Region},
 };
 
 /// A Linear, whichever way it is spelled.
@@ -27,6 +28,7 @@ pub(crate) struct Linear {
     pub weight: Constant,
     pub operand: String,
     pub layout: Layout,
+    pub region: Region,
     pub n: usize,
     pub k: usize,
     pub alpha: f32,
@@ -114,9 +116,12 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
     // X may well be looked up in a constant (an embedding): what counts is whether it can change.
     let weight = match (trace::is_constant(view, a), trace(view, b)) {
         (false, Traced::Constant(weight)) => weight,
-        (false, Traced::Unusable(reason)) => return Err(reason),
+        (false, Traced::Unusable(reason)) => return Err(chosen(view, b).unwrap_or(reason)),
         (false, Traced::Dynamic) => {
-            return Err("two dynamic operands: an attention product, not a Linear".to_owned());
+            let reason = chosen(view, a).or_else(|| chosen(view, b));
+            return Err(reason.unwrap_or_else(|| {
+                "two dynamic operands: an attention product, not a Linear".to_owned()
+            }));
         }
         (true, _) if !trace::is_constant(view, b) => {
             return Err("its constant is the left operand: not a Linear".to_owned());
@@ -141,6 +146,37 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
         ));
     }
     Ok(Operands { x: a, weight, operand: b })
+}
+
+/// Why an operand that is an expert's weight cannot be replaced.
+fn chosen(view: &GraphView, operand: &str) -> Option<String> {
+    let (name, dims) = slices::stack(view, operand)?;
+    Some(format!(
+        "its weight is a part of the stack '{name}' {dims:?}, rank {}, chosen at run time: MxMatMul \
+         takes one weight, not a stack",
+        dims.len()
+    ))
+}
+
+/// A weight as an operator's rows need it.
+struct Stored {
+    n: usize,
+    k: usize,
+    layout: Layout,
+    region: Region,
+}
+
+/// How a weight is stored; `k_first` when its first axis is the contracted one.
+fn stored(weight: &Constant, k_first: bool) -> Result<Stored, String> {
+    let (n, k) = extents(weight, k_first)?;
+    let layout = weight.layout(k_first);
+    let region = weight.region(layout, k_first).ok_or_else(|| {
+        format!(
+            "its weight is a part of '{}' {:?} of which neither rows nor columns are contiguous",
+            weight.root, weight.stored
+        )
+    })?;
+    Ok(Stored { n, k, layout, region })
 }
 
 /// n and k of a weight; `k_first` when its first axis is the contracted one.

@@ -2,10 +2,11 @@
 
 use std::collections::HashSet;
 
+use super::slices;
 use crate::{
     graph::{GraphView, Source, attribute, int_attribute, is_op, op_name},
     onnx::proto::{DataType, Node},
-    rewrite::{Layout, Origin},
+    rewrite::{Layout, Region},
 };
 
 /// Longest chain of nodes that is followed; exporters need four.
@@ -30,15 +31,17 @@ pub(crate) enum Traced {
 pub(crate) struct Constant {
     /// Name of the value that holds the numbers.
     pub root: String,
-    /// Whether that is an initialiser or a node's output.
-    pub origin: Origin,
     /// Element type as stored.
     pub dtype: DataType,
     /// Element type at the reader.
     pub operand_dtype: DataType,
     /// Shape at the reader: extent and the stored axis it is, `None` for an added axis of one.
     pub axes: Vec<(i64, Option<usize>)>,
-    /// Nodes passed, from the constant to the reader.
+    /// Shape as stored.
+    pub stored: Vec<i64>,
+    /// First index along each stored axis; not 0 where the reader sees a part.
+    pub starts: Vec<i64>,
+    /// Nodes passed in the reader's own graph, from the constant to the reader.
     pub via: Vec<usize>,
 }
 
@@ -57,13 +60,56 @@ impl Constant {
         }
     }
 
+    /// True when the reader sees every stored number.
+    pub fn is_whole(&self) -> bool {
+        let seen = self.axes.iter().try_fold(1i64, |n, &(extent, _)| n.checked_mul(extent));
+        seen == self.stored.iter().try_fold(1i64, |n, &extent| n.checked_mul(extent))
+    }
+
+    /// Keeps `len` places of an axis from `start` on; `None` when it has fewer.
+    pub fn narrow(&mut self, axis: usize, start: i64, len: i64) -> Option<()> {
+        let (extent, stored) = self.axes.get_mut(axis)?;
+        if start < 0 || len < 0 || start.checked_add(len)? > *extent {
+            return None;
+        }
+        *extent = len;
+        if let Some(stored) = *stored {
+            let first = self.starts.get_mut(stored)?;
+            *first = first.checked_add(start)?;
+        }
+        Some(())
+    }
+
+    /// Where a rank-2 operand lies among the stored numbers, when its rows or its columns are
+    /// contiguous there.
+    pub fn region(&self, layout: Layout, k_first: bool) -> Option<Region> {
+        let mut strides = vec![1i64; self.stored.len()];
+        for axis in (1..self.stored.len()).rev() {
+            strides[axis - 1] = strides[axis].checked_mul(self.stored[axis])?;
+        }
+        let mut start = 0i64;
+        for (first, stride) in self.starts.iter().zip(&strides) {
+            start = start.checked_add(first.checked_mul(*stride)?)?;
+        }
+        let [first, second] = self.axes[..] else { return None };
+        let (k, n) = if k_first { (first, second) } else { (second, first) };
+        let (outer, inner) = if layout == Layout::NK { (n, k) } else { (k, n) };
+        let stride = |axis: Option<usize>, added: i64| axis.map_or(added, |axis| strides[axis]);
+        if inner.0 > 1 && stride(inner.1, 1) != 1 {
+            return None;
+        }
+        let pitch = if outer.0 > 1 { stride(outer.1, inner.0) } else { inner.0 };
+        Some(Region { start: usize::try_from(start).ok()?, pitch: usize::try_from(pitch).ok()? })
+    }
+
     /// How the stored numbers run, given that the reader contracts its first axis (`k_first`).
     pub fn layout(&self, k_first: bool) -> Layout {
         if k_first == self.is_transposed() { Layout::NK } else { Layout::KN }
     }
 }
 
-/// Traces `value` through Identity, Cast, Transpose, Squeeze, Unsqueeze and Reshape.
+/// Traces `value` through Identity, Cast, Transpose, Squeeze, Unsqueeze and Reshape, and through cuts
+/// (Split, Slice, Gather) at constant places.
 pub(crate) fn trace(view: &GraphView, value: &str) -> Traced {
     trace_within(view, value, MAX_CUTS)
 }
@@ -72,21 +118,28 @@ fn trace_within(view: &GraphView, value: &str, cuts: usize) -> Traced {
     let mut chain = Vec::new();
     let mut current = value;
     while chain.len() <= MAX_CHAIN {
+        if let Some(outer) = view.beyond(current) {
+            return match trace_within(outer, current, cuts) {
+                Traced::Constant(found) => follow(view, Constant { via: vec![], ..found }, chain),
+                other => other,
+            };
+        }
         if let Some(constant) = view.constant(current) {
             return match root(view, current, constant.dtype, &constant.dims) {
                 Ok(root) => follow(view, root, chain),
                 Err(reason) => Traced::Unusable(reason),
             };
         }
-        let Some(Source::Node { index, .. }) = view.source(current) else {
+        let Some(Source::Node { index, slot }) = view.source(current) else {
             return Traced::Dynamic;
         };
         let node = &view.nodes()[index];
         let passes = ["Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"];
-        if !passes.iter().any(|op| is_op(node, op)) || node.input.is_empty() {
+        let passes = passes.iter().any(|op| is_op(node, op)) || slices::is_fixed_cut(view, node);
+        if !passes || node.input.is_empty() {
             return computed(view, index, cuts);
         }
-        chain.push(index);
+        chain.push((index, slot));
         current = &node.input[0];
     }
     Traced::Dynamic
@@ -104,17 +157,20 @@ fn root(
         ));
     }
     let dtype = dtype.ok_or_else(|| format!("its weight '{name}' has an unknown element type"))?;
-    let origin = match view.source(name) {
-        Some(Source::Node { index, .. }) => Origin::Constant(index),
-        _ => Origin::Initializer,
-    };
-    let axes = dims.iter().enumerate().map(|(axis, &extent)| (extent, Some(axis))).collect();
-    Ok(Constant { root: name.to_owned(), origin, dtype, operand_dtype: dtype, axes, via: vec![] })
+    Ok(Constant {
+        root: name.to_owned(),
+        dtype,
+        operand_dtype: dtype,
+        axes: dims.iter().enumerate().map(|(axis, &extent)| (extent, Some(axis))).collect(),
+        stored: dims.to_vec(),
+        starts: vec![0; dims.len()],
+        via: vec![],
+    })
 }
 
 /// Applies the nodes of `chain` (reader to constant) to the constant's shape.
-fn follow(view: &GraphView, mut constant: Constant, chain: Vec<usize>) -> Traced {
-    for index in chain.into_iter().rev() {
+fn follow(view: &GraphView, mut constant: Constant, chain: Vec<(usize, usize)>) -> Traced {
+    for (index, slot) in chain.into_iter().rev() {
         let node = &view.nodes()[index];
         let step = match node.op_type.as_deref() {
             Some("Cast") => cast(node, &mut constant),
@@ -122,11 +178,13 @@ fn follow(view: &GraphView, mut constant: Constant, chain: Vec<usize>) -> Traced
             Some("Squeeze") => squeeze(view, node, &mut constant),
             Some("Unsqueeze") => unsqueeze(view, node, &mut constant),
             Some("Reshape") => reshape(view, node, &mut constant),
+            Some("Split" | "Slice" | "Gather") => slices::cut(view, node, slot, &mut constant),
             _ => Some(()),
         };
         if step.is_none() {
             return Traced::Unusable(format!(
-                "its weight '{}' passes through {} {}, which does more than rearrange rows and columns",
+                "its weight '{}' passes through {} {}, which does more than rearrange or cut out \
+                 rows and columns",
                 constant.root,
                 op_name(node),
                 view.node_name(index),
@@ -275,6 +333,9 @@ fn computed(view: &GraphView, index: usize, cuts: usize) -> Traced {
 
 /// True when no caller can change `value`.
 pub(super) fn is_constant(view: &GraphView, value: &str) -> bool {
+    if let Some(outer) = view.beyond(value) {
+        return is_constant(outer, value);
+    }
     match view.source(value) {
         Some(Source::Initializer) => !view.is_overridable(value),
         Some(Source::Node { index, .. }) => {
@@ -301,7 +362,11 @@ fn all_constant(view: &GraphView, index: usize) -> bool {
                         stack.push(index);
                     }
                 }
-                Some(Source::Input) | None => return false,
+                Some(Source::Input) => return false,
+                None => match view.beyond(value).is_some_and(|outer| is_constant(outer, value)) {
+                    true => constants += 1,
+                    false => return false,
+                },
             }
         }
     }
