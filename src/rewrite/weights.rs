@@ -136,7 +136,15 @@ impl Rows {
             _ => return None,
         };
         let (n, k, transposed) = (self.n, self.k, self.layout == Layout::KN);
-        Some(StoredWeight { bytes: &self.view.bytes, float_type, n, k, transposed })
+        Some(StoredWeight { bytes: self.bytes()?, float_type, n, k, transposed })
+    }
+
+    /// Its own bytes, which may be a part of the tensor's; `None` where others lie between its rows.
+    fn bytes(&self) -> Option<&[u8]> {
+        let Region { start, pitch } = self.region;
+        let inner = if self.layout == Layout::NK { self.k } else { self.n };
+        let size = self.view.bytes.len() / self.view.elements().max(1);
+        (pitch == inner).then(|| &self.view.bytes[start * size..][..self.n * self.k * size])
     }
 
     /// The packed codes and the scales of all rows, in order, a tile at a time. Under `tensor` every
@@ -195,10 +203,10 @@ impl Rows {
                     .map_err(failed)?;
             }
         }
-        if self.layout == Layout::NK {
-            let width = self.view.bytes.len() / self.n;
+        if let (Layout::NK, Some(bytes)) = (self.layout, self.bytes()) {
+            let width = bytes.len() / self.n;
             let rows = codes.len() / spec.row_bytes(self.k);
-            onnx::release(&self.view.bytes[first * width..][..rows * width]);
+            onnx::release(&bytes[first * width..][..rows * width]);
         }
         Ok(())
     }

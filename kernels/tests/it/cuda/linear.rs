@@ -287,6 +287,10 @@ const MX: [ElementFormat; 5] = [
 #[test]
 fn shapes() {
     let Some(gpu) = gpu() else { return };
+    if quick() {
+        // compute-sanitizer's racecheck loses track of kernels that several threads launch.
+        return MX.into_iter().for_each(|format| shapes_of(gpu, format));
+    }
     std::thread::scope(|scope| {
         let formats = MX.map(|format| scope.spawn(move || shapes_of(gpu, format)));
         for format in formats {
