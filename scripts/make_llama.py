@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes a Llama-shaped causal language model with random weights as ONNX, for measurements of speed and memory.
 
-    python scripts/make_llama.py --out /tmp/llama8b                      # the shape of Llama 3.1 8B, 16 GB
-    python scripts/make_llama.py --out /tmp/tiny --layers 2 --hidden 64 --intermediate 96 --heads 4 --kv-heads 2 \\
+    python scripts/make_llama.py --out models/llama8b                   # the shape of Llama 3.1 8B, 16 GB
+    python scripts/make_llama.py --out models/tiny --layers 2 --hidden 64 --intermediate 96 --heads 4 --kv-heads 2 \\
         --vocab 256 --dtype fp32
 
 It needs numpy and onnx only. Inputs are those of a Hugging Face export (input_ids, attention_mask; padding on the
