@@ -6,7 +6,7 @@
 // ElementFormat of kernels/src/formats.rs.
 enum { E4M3 = 0, E5M2 = 1, E3M2 = 2, E2M3 = 3, E2M1 = 4, INT8 = 5, BFLOAT16 = 6 };
 
-// How one operand becomes what the product takes. Filled in by kernels/src/cuda/spec.rs.
+// How one operand becomes what the product takes. Filled in by kernels/src/cuda/params.rs.
 struct Quant {
     int kind;      // 0: as it is, 1: e8m0, 2: no scale, 3: one float32 a tensor
     int format;

@@ -33,7 +33,7 @@ struct Wide {
 };
 
 const int FEATURES = 128;            // of a block
-const int CONSUMERS = 256;           // threads that multiply; as many registers as there are
+const int CONSUMERS = 256;           // threads that multiply
 const int CONSUMER_REGISTERS = 240, COPY_REGISTERS = 24;
 const int PIECE = 32;                // rows of X that leave through shared memory at a time
 const int PITCH = 64 + 4;            // floats from row to row there; no two lanes meet in a bank
@@ -41,14 +41,13 @@ const int PITCH = 64 + 4;            // floats from row to row there; no two lan
 template <int TILE, int CLUSTER>
 struct Layout {
     static const int STAGE = TILE * 128;
-    // tiles.rs computes the same.
+    // wide.rs computes the same.
     static const int STAGES = TILE == 64 ? 8 : 6;
     // Steps whose codes are under way: what registers allow. A share of k is rounded up to whole rounds
     // of as many, with codes of zero, so that the loop has one exit: sums in flight must not be moved.
     static const int DEPTH = TILE == 64 ? 4 : 2;
     static const int SCRATCH = STAGES * STAGE;
     static const int BARRIERS = SCRATCH + 2 * PIECE * PITCH * 4;
-    static const int BYTES = BARRIERS + 2 * STAGES * 8;
 };
 
 // One tile of the output and its share of k.
