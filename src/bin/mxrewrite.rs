@@ -16,7 +16,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::rewrite::{
     self, Activation, BUILT_IN, BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions,
-    RewriteReport, Tier,
+    RewriteReport, Role, Tier,
 };
 
 /// Replace the Linear layers of an ONNX language model by OCP Microscaling (MX) operators.
@@ -97,14 +97,23 @@ struct Layers {
     /// Leave layers out that this expression finds; repeatable
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
-    /// Attention products (activation times activation): not built yet.
-    #[arg(long, hide = true)]
+    /// Also attention's products of two activations (queries with keys, probabilities with values),
+    /// both operands in the activations' format
+    #[arg(long)]
     attention: bool,
 }
 
 /// What a recipe says itself.
-const BESIDE_RECIPE: [&str; 7] =
-    ["include", "format", "activation_format", "block_size", "rounding", "scale_rule", "lower"];
+const BESIDE_RECIPE: [&str; 8] = [
+    "include",
+    "attention",
+    "format",
+    "activation_format",
+    "block_size",
+    "rounding",
+    "scale_rule",
+    "lower",
+];
 
 /// Formats that take shared exponents.
 const MX_FORMATS: [&str; 6] =
@@ -164,9 +173,6 @@ Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if cli.layers.attention {
-        usage("--attention is not available yet; Linear layers are all that can be rewritten");
-    }
     let options = match options(&cli) {
         Ok(options) => options,
         Err(error) => usage(&error.to_string()),
@@ -223,6 +229,7 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
         scale_rule: formats.scale_rule.parse::<ScaleRule>()?,
         include: include.clone(),
         exclude: exclude.clone(),
+        attention: cli.layers.attention,
         allow_empty: cli.allow_empty,
         overwrite: cli.force,
         threads: cli.threads.map(usize::from),
@@ -323,6 +330,12 @@ fn summary(report: &RewriteReport) -> String {
             report.sites, report.plan.recipe.name, report.lowering,
         )
     };
+    let asked = report.plan.recipe.rules.iter().any(|r| r.select.roles.contains(&Role::Product));
+    if report.products > 0 {
+        text.push_str(&format!("{} attention products rewritten\n", report.products));
+    } else if asked {
+        text.push_str("no attention product found: attention is inside fused operators\n");
+    }
     if let Some(base) = base.filter(|_| report.lowering != Lowering::Bf16) {
         text.push_str(&format!("everything else converted to {base}\n"));
     }

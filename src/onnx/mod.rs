@@ -18,6 +18,7 @@ mod mmap;
 mod model;
 mod output;
 mod partial;
+mod pipe;
 pub mod proto;
 mod read;
 mod relocate;

@@ -7,9 +7,10 @@
 
 use super::encode::{Chunk, Chunks};
 use super::error::{Error, Result};
+use super::pipe::{Pipe, PipeError};
 use sha2::{Digest as _, Sha256};
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 /// A data file on its way to its name.
@@ -81,7 +82,7 @@ impl Partial {
         lock(&file, &path)?;
         let header = format!("mxrewrite-journal 1 {job}\n");
         let journal_path = journal_path(&self.target);
-        let (start, mut hash) = match resume {
+        let (start, hash) = match resume {
             true => sound(&mut file, &journal_path, &header).map_err(failed)?,
             false => (0, Sha256::new()),
         };
@@ -89,22 +90,27 @@ impl Partial {
         let journal = |source| Error::Io { action: "write", path: journal_path.clone(), source };
         let mut notes = File::create(&journal_path).map_err(journal)?;
         notes.write_all(header.as_bytes()).map_err(journal)?;
-        let mut at = 0;
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        for chunk in &chunks.list {
-            at += chunk.len();
-            // The journal only names ends of chunks, unless it is not ours: `sound` checked the job.
-            if at > start {
-                let mut hashed = Hashed { out: &mut out, hash: &mut hash };
-                chunk.write(&mut hashed, &failed)?;
+        let note =
+            |at: u64, hash: Sha256| notes.write_all(format!("{at} {}\n", hex(hash)).as_bytes());
+        let hash = Pipe::run(&mut file, hash, note, |pipe| {
+            let mut at = 0;
+            for chunk in &chunks.list {
+                at += chunk.len();
+                // The journal only names ends of chunks, unless it is not ours: `sound` checked the job.
+                if at > start {
+                    chunk.write(pipe, &failed)?;
+                }
+                if at >= start && matches!(chunk, Chunk::Payload(..)) {
+                    pipe.mark(at).map_err(failed)?;
+                }
             }
-            if at >= start && matches!(chunk, Chunk::Payload(..)) {
-                out.flush().map_err(failed)?;
-                let line = format!("{at} {}\n", hex(hash.clone()));
-                notes.write_all(line.as_bytes()).map_err(journal)?;
-            }
-        }
-        out.flush().map_err(failed)?;
+            Ok(())
+        });
+        let hash = hash.map_err(|error| match error {
+            PipeError::Made(error) => error,
+            PipeError::File(source) => failed(source),
+            PipeError::Note(source) => journal(source),
+        })?;
         Ok(hex(hash))
     }
 
@@ -175,24 +181,6 @@ fn sound(file: &mut File, journal: &Path, header: &str) -> std::io::Result<(u64,
         best = (end, hash.clone());
     }
     Ok(best)
-}
-
-/// Writes and hashes.
-struct Hashed<'a> {
-    out: &'a mut BufWriter<File>,
-    hash: &'a mut Sha256,
-}
-
-impl Write for Hashed<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.out.write_all(bytes)?;
-        self.hash.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.out.flush()
-    }
 }
 
 /// The hash so far as text.

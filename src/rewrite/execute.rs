@@ -3,7 +3,7 @@
 
 use super::{
     RewritePlan, SiteFormat,
-    lower::{Int8, Mx, base, bf16},
+    lower::{Int8, Mx, base, bf16, lower_product},
     lowering::{BaseDtype, Lowering},
     patch::Patch,
     weights::Threads,
@@ -73,7 +73,7 @@ pub fn execute(
     let threads = Threads::new(threads)?;
     let base = plan.recipe.base_dtype;
     let whole = plan.recipe.lowering == Lowering::Bf16;
-    let mut out = match whole || plan.sites.is_empty() {
+    let mut out = match whole || plan.is_empty() {
         true => model.clone(),
         false => replace_sites(model, plan, threads)?,
     };
@@ -83,7 +83,7 @@ pub fn execute(
     if whole && base != Some(BaseDtype::Bf16) {
         out = bf16::round(&out)?;
     }
-    if plan.sites.is_empty() && !whole {
+    if plan.is_empty() && !whole {
         return Ok(out);
     }
     let json = serde_json::to_string(plan).map_err(|error| ExecuteError::Unsupported {
@@ -122,6 +122,9 @@ fn replace_sites(
                 });
             }
         }
+    }
+    for planned in &plan.products {
+        lower_product(&mut patch, planned)?;
     }
     patch.finish()
 }

@@ -33,6 +33,11 @@ impl Select {
         Self { roles: vec![Role::Attention], ..Self::default() }
     }
 
+    /// Attention's products of two activations (`--attention`).
+    pub fn products() -> Self {
+        Self { roles: vec![Role::Product], ..Self::default() }
+    }
+
     /// What a regular expression names (`--include`), routers and the head included.
     pub fn named(pattern: &str) -> Self {
         Self { include: vec![pattern.to_owned()], ..Self::default() }
@@ -148,6 +153,11 @@ impl Filter {
                  router)"
                     .to_owned()
             }
+            (Role::Product, _) => {
+                "two dynamic operands: an attention product, not a Linear; taken only when asked for \
+                 (--attention, or a rule for role product)"
+                    .to_owned()
+            }
             (Role::Packed, _) => format!(
                 "several layers packed into one product ('{}', a Split follows) under a made-up \
                  name, and one of them may be a router: taken only when named (--include {0})",
@@ -177,6 +187,8 @@ impl Compiled {
 
     fn matches(&self, subject: &Subject<'_>, depth: Option<usize>) -> bool {
         let by_role = match self.roles.is_empty() {
+            // An expression that finds a path finds the products in it too; they are not meant.
+            true if subject.role == Role::Product => false,
             true => !self.include.is_empty() || !subject.role.only_when_named(),
             false => self.roles.contains(&subject.role),
         };

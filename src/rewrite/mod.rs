@@ -18,6 +18,7 @@ mod patch;
 pub mod paths;
 mod patterns;
 pub mod plan;
+pub mod products;
 pub mod recipe;
 pub mod roles;
 mod run;
@@ -36,6 +37,7 @@ pub use layers::LayerRange;
 pub use lowering::{BaseDtype, Lowering};
 pub use patch::MODULE_PATH_KEY;
 pub use plan::{PlannedSite, RewritePlan};
+pub use products::{PlannedProduct, Product};
 pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
     RewriteReport, SHA256_KEY, convert_file, default_output, plan_file, require_sites, rewrite_file,

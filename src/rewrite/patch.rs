@@ -8,7 +8,6 @@ use prost::Message as _;
 
 use super::{
     execute::ExecuteError,
-    plan::PlannedSite,
     sites::Site,
     sweep::Sweep,
     weights::{Rows, Threads},
@@ -163,13 +162,13 @@ impl<'a> Patch<'a> {
     }
 }
 
-/// Notes on the node that replaces `planned`.
-pub(crate) fn add_module_path(node: &mut Node, planned: &PlannedSite) {
-    let Some(path) = &planned.site.module_path else { return };
+/// Notes on a replacement where in the module tree it is.
+pub(crate) fn add_module_path(node: &mut Node, path: Option<&str>) {
+    let Some(path) = path else { return };
     node.metadata_props.retain(|entry| entry.key.as_deref() != Some(MODULE_PATH_KEY));
     node.metadata_props.push(StringStringEntry {
         key: Some(MODULE_PATH_KEY.to_owned()),
-        value: Some(path.clone()),
+        value: Some(path.to_owned()),
     });
 }
 

@@ -3,6 +3,7 @@
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
+    products::PlannedProduct,
     recipe::{Recipe, SiteFormat},
     sites::{Site, SiteScan, Skipped},
 };
@@ -28,6 +29,8 @@ pub struct PlannedSite {
 pub struct RewritePlan {
     /// Layers to replace, in node order.
     pub sites: Vec<PlannedSite>,
+    /// Products of activations to replace, in node order.
+    pub products: Vec<PlannedProduct>,
     /// Candidates left alone.
     pub skipped: Vec<Skipped>,
     /// The recipe that decided.
@@ -49,7 +52,16 @@ impl RewritePlan {
                 Some(PlannedSite { site, format, bytes_before, bytes_after, expected_sqnr })
             })
             .collect();
-        Self { sites, skipped: scan.skipped, recipe }
+        let products = scan.products.into_iter().filter_map(|product| {
+            let format = recipe.rules.get(product.rule)?.format?;
+            Some(PlannedProduct { product, format })
+        });
+        Self { sites, products: products.collect(), skipped: scan.skipped, recipe }
+    }
+
+    /// True when nothing is to be replaced.
+    pub fn is_empty(&self) -> bool {
+        self.sites.is_empty() && self.products.is_empty()
     }
 
     /// Sums of `bytes_before` and `bytes_after` over all sites.
@@ -132,8 +144,11 @@ impl Serialize for PlannedSite {
 
 impl Serialize for RewritePlan {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(3))?;
+        let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("sites", &self.sites)?;
+        if !self.products.is_empty() {
+            map.serialize_entry("products", &self.products)?;
+        }
         map.serialize_entry("skipped", &self.skipped)?;
         map.serialize_entry("recipe", &self.recipe)?;
         map.end()

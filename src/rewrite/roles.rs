@@ -99,6 +99,11 @@ pub fn role(path: Option<&str>, produces_logits: bool) -> Role {
     }
 }
 
+/// True below a feed-forward block (`mlp`, `moe` ...).
+pub fn in_feed_forward(path: &str) -> bool {
+    components(path).iter().any(|part| part == "mlp" || is_expert(part))
+}
+
 fn is_router(parts: &[String]) -> bool {
     let Some((last, before)) = parts.split_last() else { return false };
     ROUTERS.contains(&last.as_str()) || before.iter().any(|part| part == "router")

@@ -29,6 +29,8 @@ pub struct RewriteReport {
     pub lowering: Lowering,
     /// Layers replaced.
     pub sites: usize,
+    /// Products of activations replaced.
+    pub products: usize,
     /// Candidates left alone.
     pub skipped: usize,
     /// Bytes of the replaced layers' weights before.
@@ -64,7 +66,7 @@ pub fn plan_file(
     let scan = find_sites(seen, &filter).map_err(graph)?;
     let plan = RewritePlan::new(scan, recipe);
     // A model in which nothing is replaced stays as it is, functions included.
-    let model = inlined.filter(|_| !plan.sites.is_empty()).unwrap_or(opened);
+    let model = inlined.filter(|_| !plan.is_empty()).unwrap_or(opened);
     Ok((model, plan))
 }
 
@@ -99,7 +101,7 @@ pub fn rewrite_file(
         ..SaveOptions::default()
     };
     // What nothing was replaced in stays as it is, metadata included.
-    if !plan.sites.is_empty() {
+    if !plan.is_empty() {
         rewritten.remove_metadata(SHA256_KEY);
         save.hash_key = Some(SHA256_KEY);
     }
@@ -111,6 +113,7 @@ pub fn rewrite_file(
         data: saved.data_path,
         lowering: plan.recipe.lowering,
         sites: plan.sites.len(),
+        products: plan.products.len(),
         skipped: plan.skipped.len(),
         weight_bytes_before,
         weight_bytes_after,
@@ -146,7 +149,7 @@ pub fn require_sites(
     options: &RewriteOptions,
 ) -> Result<(), RewriteError> {
     // bfloat16 rounds the whole graph, layers or not.
-    if !plan.sites.is_empty() || options.allow_empty || plan.recipe.lowering == Lowering::Bf16 {
+    if !plan.is_empty() || options.allow_empty || plan.recipe.lowering == Lowering::Bf16 {
         return Ok(());
     }
     Err(RewriteError::NothingToReplace {

@@ -10,6 +10,7 @@ use super::{
     filter::{Decision, Subject},
     paths::{Evidence, SIGNATURE_KEY, Signature, module_path, parse_signature},
     patterns::{self, Linear, Match, Traced},
+    products::{self, Product},
     roles,
     sites::PathSource,
 };
@@ -41,10 +42,15 @@ pub fn find_sites(model: &Model, filter: &Filter) -> Result<SiteScan, GraphError
             renumber(site, &ids);
             site.graph = graph;
         }
+        for product in &mut found.products {
+            product.node = ids[product.node].0;
+            product.graph = graph;
+        }
         for skipped in found.skipped.iter_mut().filter(|_| graph > 0) {
             skipped.reason = format!("{} (in {})", skipped.reason, branch.title);
         }
         all.sites.append(&mut found.sites);
+        all.products.append(&mut found.products);
         all.skipped.append(&mut found.skipped);
     }
     all.skipped.extend(in_functions(&crate::graph::functions(model)?)?);
@@ -90,7 +96,16 @@ fn scan(view: &GraphView, signature: &Signature, filter: &Filter) -> SiteScan {
                 let shared = readers.get(&linear.weight.root).is_some_and(|&count| count > 1);
                 judge(view, *linear, shared, signature, filter)
             }
-            Match::Not(reason) => Err(skipped(view, index, reason, None)),
+            Match::Not(reason) => match products::find(view, index, signature) {
+                Some(product) => match judge_product(product, filter) {
+                    Ok(product) => {
+                        found.products.push(product);
+                        continue;
+                    }
+                    Err(skipped) => Err(skipped),
+                },
+                None => Err(skipped(view, index, reason, None)),
+            },
         };
         match outcome {
             Ok(site) => found.sites.push(site),
@@ -103,6 +118,23 @@ fn scan(view: &GraphView, signature: &Signature, filter: &Filter) -> SiteScan {
 fn skipped(view: &GraphView, index: usize, reason: String, module_path: Option<String>) -> Skipped {
     let op = op_name(&view.nodes()[index]);
     Skipped { node: view.node_name(index), op, reason, module_path }
+}
+
+/// Takes or leaves a product of activations.
+fn judge_product(product: Product, filter: &Filter) -> Result<Product, Skipped> {
+    let subject = Subject {
+        path: product.module_path.as_deref(),
+        role: Role::Product,
+        node: &product.node_name,
+        initializer: "",
+    };
+    match filter.decide(&subject) {
+        Decision::Take(rule) => Ok(Product { rule, ..product }),
+        Decision::Leave(reason) => {
+            let Product { node_name: node, op, module_path, .. } = product;
+            Err(Skipped { node, op, reason, module_path })
+        }
+    }
 }
 
 /// Names a Linear, and takes or leaves it.

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::products::Product;
 use crate::onnx::proto::DataType;
 
 /// One Linear layer of the main graph or of a body in it, whichever way the exporter spelled it:
@@ -129,26 +130,29 @@ pub enum Role {
     Expert,
     /// Several layers in one product, of which nothing says what they are. Taken only when named.
     Packed,
+    /// A product of two activations inside attention. Taken only by a rule for this role.
+    Product,
     /// Anything else, or unknown.
     Other,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Mlp,
         Self::Attention,
         Self::Head,
         Self::Expert,
         Self::Router,
         Self::Packed,
+        Self::Product,
         Self::Other,
     ];
 
     /// True for what is taken only by name or by its role: quantising it costs more than it saves, or
     /// nothing says what it is.
     pub fn only_when_named(self) -> bool {
-        matches!(self, Self::Head | Self::Router | Self::Packed)
+        matches!(self, Self::Head | Self::Router | Self::Packed | Self::Product)
     }
 
     /// The name in plans and recipes.
@@ -160,6 +164,7 @@ impl Role {
             Self::Router => "router",
             Self::Expert => "expert",
             Self::Packed => "packed",
+            Self::Product => "product",
             Self::Other => "other",
         }
     }
@@ -235,6 +240,8 @@ pub struct Skipped {
 pub struct SiteScan {
     /// To replace, in node order.
     pub sites: Vec<Site>,
+    /// Products of activations to replace, in node order.
+    pub products: Vec<Product>,
     /// To leave alone, in node order; those of sub-graphs and functions last.
     pub skipped: Vec<Skipped>,
 }

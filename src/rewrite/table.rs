@@ -24,10 +24,21 @@ pub fn plan_table(plan: &RewritePlan) -> String {
     rows.extend(plan.sites.iter().map(row));
     let mut text = align(&rows, if measured { COLUMNS } else { COLUMNS - 1 });
     let (before, after) = plan.bytes();
+    for planned in &plan.products {
+        let product = &planned.product;
+        let path = product.module_path.as_deref().unwrap_or("(none)");
+        let (name, op, format) =
+            (&product.node_name, &product.op, planned.format.activation_name());
+        text.push_str(&format!("attention product  {path}  {name} ({op})  {format} x {format}\n"));
+    }
     text.push_str(&format!("{} layers, {before} -> {after} bytes\n", plan.sites.len()));
+    if !plan.products.is_empty() {
+        text.push_str(&format!("{} attention products\n", plan.products.len()));
+    }
     for (index, rule) in plan.recipe.rules.iter().enumerate() {
         // Most often an expression or a range that is not what was meant.
-        let takes = plan.sites.iter().any(|planned| planned.site.rule == index);
+        let takes = plan.sites.iter().any(|planned| planned.site.rule == index)
+            || plan.products.iter().any(|planned| planned.product.rule == index);
         if rule.format.is_some() && !takes {
             text.push_str(&format!("rule {} of {} takes no layer\n", index + 1, plan.recipe.name));
         }

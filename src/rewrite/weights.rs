@@ -63,6 +63,8 @@ impl Threads {
 
 /// Packed bytes of one tile of a weight that is written in order.
 const TILE_BYTES: usize = 8 << 20;
+/// Columns of a transposed weight that the kernels take together.
+const STRIP: usize = 256;
 /// Tiles a thread makes while those before are written: both are in memory.
 const TILES_AHEAD: usize = 2;
 
@@ -157,8 +159,11 @@ impl Rows {
         mut take: impl FnMut(&[u8], &[u8]) -> Result<(), onnx::Error> + Send,
     ) -> Result<(), onnx::Error> {
         let (row, row_scales) = (spec.row_bytes(self.k), spec.scales_len(1, self.k));
-        // Whole strips of columns, for weights that are stored transposed.
-        let tile = (TILE_BYTES / row / 64 * 64).clamp(64, self.n.next_multiple_of(64));
+        // Tiles for every thread, also of a small weight; whole strips of columns, for weights that are
+        // stored transposed.
+        let share = self.n.div_ceil(4 * threads.count());
+        let tile = (TILE_BYTES / row).min(share).max(64);
+        let tile = if tile < STRIP { tile / 64 * 64 } else { tile.next_multiple_of(STRIP) };
         let make = |index: usize| {
             let first = index * tile;
             let rows = tile.min(self.n - first);

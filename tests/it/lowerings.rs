@@ -53,6 +53,11 @@ fn unscaled_targets_round_both_operands() {
 }
 
 #[test]
+fn attention_quantises_both_operands_of_its_products() {
+    script("test_attention.py", "", &MODELS);
+}
+
+#[test]
 fn nvfp8_scales_both_tensors() {
     python("nvfp8", &MODELS);
 }

@@ -13,8 +13,8 @@ use crate::{
     tensor::QuantSpec,
 };
 
-/// Columns whose blocks are done together: four cache lines of f32 for each k.
-const STRIP: usize = 64;
+/// Columns whose blocks are done together: a kilobyte of f32 for each k, since every k is another page.
+const STRIP: usize = 256;
 
 /// See [`crate::quantize_weight`].
 pub(crate) fn quantize_weight(

@@ -63,7 +63,7 @@ impl Int8 {
                 return Err(ExecuteError::Site { node: site.node_name.clone(), reason });
             }
         }
-        add_module_path(&mut replacement, planned);
+        add_module_path(&mut replacement, planned.site.module_path.as_deref());
         patch.graph_mut(site.graph).replace_node(id, replacement);
         patch.drop_value(site.graph, &site.weight.operand);
         Ok(())

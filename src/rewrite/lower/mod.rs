@@ -5,12 +5,14 @@ pub(crate) mod bf16;
 mod int8;
 mod mx;
 mod pair;
+mod product;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use base::cast_output_name;
 pub(crate) use int8::Int8;
 pub(crate) use mx::Mx;
+pub(crate) use product::lower as lower_product;
 
 use crate::onnx::proto::{Attribute, AttributeType, Node};
 

@@ -77,12 +77,12 @@ impl Mx {
             name: original.name.clone(),
             input: inputs,
             output: vec![site.y.clone()],
-            attribute: attributes(&attrs),
+            attribute: attributes(attrs.to_attributes()),
             doc_string: original.doc_string.clone(),
             metadata_props: original.metadata_props.clone(),
             ..Node::default()
         };
-        add_module_path(&mut replacement, planned);
+        add_module_path(&mut replacement, site.module_path.as_deref());
         if let Some(residual) = &site.residual {
             let product = patch.fresh(&format!("{}.mx_product", site.y));
             let name = patch.fresh(&format!("{}.mx_add", site.node_name));
@@ -166,14 +166,15 @@ fn vector(patch: &mut Patch<'_>, site: &Site, bias: &Bias) -> Result<String, Exe
     Ok(patch.add_tensor(&base, &[site.n], view.data_type, Payload::Bytes(bytes)))
 }
 
-fn attributes(attrs: &MxMatMulAttrs) -> Vec<Attribute> {
+/// Attributes of the contract as those of a node.
+pub(super) fn attributes(list: Vec<(&'static str, AttributeValue)>) -> Vec<Attribute> {
     let attribute = |(name, value): (&'static str, AttributeValue)| match value {
         AttributeValue::Int(value) => Some(int(name, value)),
         AttributeValue::Float(value) => Some(float(name, value)),
         AttributeValue::Text(value) => Some(string(name, &value)),
         AttributeValue::Other => None,
     };
-    attrs.to_attributes().into_iter().filter_map(attribute).collect()
+    list.into_iter().filter_map(attribute).collect()
 }
 
 /// Quantises one weight.

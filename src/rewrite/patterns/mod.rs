@@ -10,7 +10,7 @@ mod trace;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use trace::{Constant, Traced, trace};
+pub(crate) use trace::{Constant, Traced, is_constant, trace};
 
 use crate::{
     graph::{GraphView, domain, op_name},
@@ -119,9 +119,7 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
         (false, Traced::Unusable(reason)) => return Err(chosen(view, b).unwrap_or(reason)),
         (false, Traced::Dynamic) => {
             let reason = chosen(view, a).or_else(|| chosen(view, b));
-            return Err(reason.unwrap_or_else(|| {
-                "two dynamic operands: an attention product, not a Linear".to_owned()
-            }));
+            return Err(reason.unwrap_or_else(|| "two dynamic operands: not a Linear".to_owned()));
         }
         (true, _) if !trace::is_constant(view, b) => {
             return Err("its constant is the left operand: not a Linear".to_owned());

@@ -332,7 +332,7 @@ fn computed(view: &GraphView, index: usize, cuts: usize) -> Traced {
 }
 
 /// True when no caller can change `value`.
-pub(super) fn is_constant(view: &GraphView, value: &str) -> bool {
+pub(crate) fn is_constant(view: &GraphView, value: &str) -> bool {
     if let Some(outer) = view.beyond(value) {
         return is_constant(outer, value);
     }

@@ -110,6 +110,18 @@ fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
     for pattern in &options.include {
         rules.push(rule(Select::named(pattern), format(named)?));
     }
+    if options.attention {
+        let format = format(attention)?;
+        if let Some(why) = format.why_not_products() {
+            let with = "--attention".to_owned();
+            let option = match options.lowering {
+                Lowering::Mx => "--activation-format none",
+                _ => "--lower",
+            };
+            return Err(RecipeError::Conflict { option, with, why });
+        }
+        rules.push(rule(Select::products(), format));
+    }
     Ok(rules)
 }
 
@@ -162,6 +174,7 @@ fn check_beside_recipe(options: &RewriteOptions) -> Result<(), RecipeError> {
         ("--format", options.format.is_some()),
         ("--activation-format", options.activation != Activation::Same),
         ("--include", !options.include.is_empty()),
+        ("--attention", options.attention),
         ("--lower", options.lowering != Lowering::default()),
     ];
     if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {

@@ -55,6 +55,20 @@ impl SiteFormat {
         }
     }
 
+    /// Why products of two activations cannot have this format, if they cannot.
+    pub(super) fn why_not_products(&self) -> Option<&'static str> {
+        match self {
+            Self::Mx { activation: Some(spec), .. } if spec.scale != ScaleKind::Tensor => None,
+            Self::Mx { activation: Some(_), .. } => {
+                Some("products of activations take shared exponents or none, not a tensor's scale")
+            }
+            Self::Mx { activation: None, .. } => {
+                Some("both operands of attention's products are activations")
+            }
+            Self::Int8 | Self::Bf16 => Some("it leaves products of activations alone"),
+        }
+    }
+
     /// Elements that share an exponent, where exponents are shared.
     pub fn block_size(&self) -> Option<usize> {
         match self {

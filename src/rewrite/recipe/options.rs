@@ -35,6 +35,8 @@ pub struct RewriteOptions {
     pub include: Vec<String>,
     /// Regular expressions that take layers away.
     pub exclude: Vec<String>,
+    /// Attention's products of two activations too, in the activations' format.
+    pub attention: bool,
     /// Finding nothing to replace is no error.
     pub allow_empty: bool,
     /// An existing output may be replaced.
@@ -61,6 +63,7 @@ impl Default for RewriteOptions {
             base_dtype: None,
             include: Vec::new(),
             exclude: Vec::new(),
+            attention: false,
             allow_empty: false,
             overwrite: false,
             threads: None,

@@ -183,6 +183,11 @@ impl Reader<'_> {
             }
             false => Some(self.format(item, entries, lowering)?),
         };
+        if select.roles.contains(&Role::Product)
+            && let Some(why) = format.as_ref().and_then(SiteFormat::why_not_products)
+        {
+            return Err(self.error(item.line, format!("role product: {why}")));
+        }
         Ok(Rule { select, format })
     }
 
