@@ -81,10 +81,12 @@ impl GraphView {
             }
         }
         for (name, tensor) in initializers {
-            // An input with an initialiser of its name has a default: legal, but not constant. Of two
-            // initialisers with one name the last counts, as in ONNX Runtime.
-            self.sources.insert(name.clone(), Source::Initializer);
-            self.constants.insert(name, tensor);
+            // An input with an initialiser of its name has a default: legal, but not constant.
+            if self.constants.insert(name.clone(), tensor).is_some() {
+                let by = "two initializers".to_owned();
+                return Err(GraphError::Duplicate { value: name, by });
+            }
+            self.sources.insert(name, Source::Initializer);
         }
         Ok(())
     }

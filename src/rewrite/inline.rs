@@ -18,7 +18,7 @@ use crate::{
 /// Deepest calls of functions in functions that are followed; exporters nest as modules do.
 const MAX_ROUNDS: usize = 32;
 /// Most nodes that calls may become: functions that call functions twice grow without bound.
-const MAX_NODES: usize = 1 << 17;
+const MAX_NODES: usize = 1 << 15;
 
 /// The model with the calls in its main graph inlined; `None` when there is nothing to inline.
 ///

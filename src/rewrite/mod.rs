@@ -40,7 +40,8 @@ pub use plan::{PlannedSite, RewritePlan};
 pub use products::{PlannedProduct, Product};
 pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
-    RewriteReport, SHA256_KEY, convert_file, default_output, plan_file, require_sites, rewrite_file,
+    RewriteReport, SHA256_KEY, convert_file, default_output, plan_file, plan_model, require_sites,
+    rewrite_file,
 };
 pub use scan::find_sites;
 pub use sites::{

@@ -55,10 +55,34 @@ pub fn plan_file(
     // Options first: a mistyped expression is told without reading gigabytes.
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
-    let opened = Model::open(input)?;
+    plan_opened(Model::open(input)?, recipe, filter, input)
+}
+
+/// Plans the rewrite of a model that is in memory. Returns what the plan is of: the model, or the same with
+/// calls of local functions written out.
+///
+/// # Errors
+/// As [`plan_file`].
+pub fn plan_model(
+    model: Model,
+    options: &RewriteOptions,
+) -> Result<(Model, RewritePlan), RewriteError> {
+    let recipe = Recipe::new(options)?;
+    let filter = recipe.filter()?;
+    let path = model.path().map_or_else(|| PathBuf::from("the model"), Path::to_owned);
+    plan_opened(model, recipe, filter, &path)
+}
+
+/// `path` is what errors call the model.
+fn plan_opened(
+    opened: Model,
+    recipe: Recipe,
+    filter: Filter,
+    path: &Path,
+) -> Result<(Model, RewritePlan), RewriteError> {
     let inlined = inline(&opened)?;
     let seen = inlined.as_ref().unwrap_or(&opened);
-    let graph = |source| RewriteError::Graph { path: input.to_owned(), source };
+    let graph = |source| RewriteError::Graph { path: path.to_owned(), source };
     let filter = match filter.counts_from_end() {
         true => filter.with_depth(depth(seen).map_err(graph)?),
         false => filter,
