@@ -75,9 +75,20 @@ fn infer(ctx: &mut ShapeInferenceContext) -> Result<(), OpError> {
     let Some(x) = XType::of(a.element) else { return Ok(()) };
     let transpose_b = ctx.attr::<i64>(attr::TRANSPOSE_B).unwrap_or(0) == 1;
     let dims = product_dims(&a.dims, &b.dims, transpose_b)?;
+    let names = product_names((&a.dims, &a_names), (&b.dims, &b_names), transpose_b, &dims);
+    host::set_inferred(ctx, 0, x.ort(), &dims, &names)
+}
+
+/// Names of the dimensions `dims` of a product, from those of its operands.
+pub(crate) fn product_names(
+    (a, a_names): (&[i64], &[String]),
+    (b, b_names): (&[i64], &[String]),
+    transpose_b: bool,
+    dims: &[i64],
+) -> Vec<String> {
     // Where each dimension of Y may have its name from, last first: columns, rows, leading ones.
-    let rows = a.dims.len().checked_sub(2);
-    let columns = match b.dims.len() {
+    let rows = a.len().checked_sub(2);
+    let columns = match b.len() {
         0 | 1 => None,
         rank if transpose_b => Some(rank - 2),
         rank => Some(rank - 1),
@@ -91,11 +102,10 @@ fn infer(ctx: &mut ShapeInferenceContext) -> Result<(), OpError> {
     let mut names = Vec::with_capacity(dims.len());
     for (i, &dim) in dims[..rank].iter().enumerate() {
         let a_at = (i + rows.unwrap_or(0)).checked_sub(rank);
-        let b_at = (i + b.dims.len().saturating_sub(2)).checked_sub(rank);
-        let (from_a, from_b) =
-            (named(&a_names, &a.dims, a_at, dim), named(&b_names, &b.dims, b_at, dim));
+        let b_at = (i + b.len().saturating_sub(2)).checked_sub(rank);
+        let (from_a, from_b) = (named(a_names, a, a_at, dim), named(b_names, b, b_at, dim));
         // Two names for one dimension say no more than none.
-        let both = a_at.is_some_and(|at| a.dims[at] < 0) && b_at.is_some_and(|at| b.dims[at] < 0);
+        let both = a_at.is_some_and(|at| a[at] < 0) && b_at.is_some_and(|at| b[at] < 0);
         names.push(match () {
             () if both && from_a != from_b => String::new(),
             () if from_a.is_empty() => from_b,
@@ -103,12 +113,12 @@ fn infer(ctx: &mut ShapeInferenceContext) -> Result<(), OpError> {
         });
     }
     if rows.is_some() {
-        names.push(named(&a_names, &a.dims, rows, dims[rank]));
+        names.push(named(a_names, a, rows, dims[rank]));
     }
     if columns.is_some() {
-        names.push(named(&b_names, &b.dims, columns, dims[dims.len() - 1]));
+        names.push(named(b_names, b, columns, dims[dims.len() - 1]));
     }
-    host::set_inferred(ctx, 0, x.ort(), &dims, &names)
+    names
 }
 
 /// A checked node; never written after creation.

@@ -12,6 +12,11 @@
 //! MxActMatMul A [..., m, k], B [..., k, n] or [..., n, k] (transpose_b), one float type; both dynamic,
 //!            both quantised along k by the same block size, scale, rounding and scale rule
 //!         -> Y [..., m, n], broadcast and with vectors for matrices as MatMul has it
+//! MxExpertMatMul X [..., m, k] or [k] (float32 | float16 | bfloat16)
+//!            index int64 | int32 [i...], each in -experts..experts
+//!            codes uint8 [experts, n, row_bytes]
+//!            scales uint8 [experts, n, ceil(k / block_size)] (e8m0) | "" (none)
+//!         -> Y, X's type: MatMul(X, W) with W [i..., k, n], the chosen experts' weights turned
 //! TokenScores logits [b, s, v] (float32 | float16 | bfloat16), labels int64 [b, s] (-100 = masked),
 //!            baseline logits, optional, like logits
 //!         -> nll, entropy float32, top1 int64 [, kl, baseline_nll float32], all [b, s]
@@ -19,6 +24,7 @@
 
 mod act_matmul;
 mod error;
+mod expert_matmul;
 mod names;
 mod shapes;
 #[cfg(test)]
@@ -31,7 +37,8 @@ use mx_kernels::{ElementFormat, QuantSpec};
 pub use self::{
     act_matmul::{MxActMatMulAttrs, Product, product, product_dims},
     error::ContractError,
-    names::{attr, input, op, operand, scores},
+    expert_matmul::MxExpertMatMulAttrs,
+    names::{attr, expert, input, op, operand, scores},
     shapes::{ScalesShape, check_shape, check_x_shape},
 };
 

@@ -38,6 +38,7 @@ pub(crate) struct ElementType(pub i32);
 impl ElementType {
     pub(crate) const F32: Self = Self(1);
     pub(crate) const U8: Self = Self(2);
+    pub(crate) const I32: Self = Self(6);
     pub(crate) const I64: Self = Self(7);
     pub(crate) const F16: Self = Self(10);
     pub(crate) const BF16: Self = Self(16);
@@ -82,7 +83,7 @@ macro_rules! elements {
         )*
     };
 }
-elements!(f32 = F32, u8 = U8, i64 = I64, f16 = F16, bf16 = BF16);
+elements!(f32 = F32, u8 = U8, i32 = I32, i64 = I64, f16 = F16, bf16 = BF16);
 
 /// Element type and dimensions, of a value or as far as a model declares them.
 #[derive(Debug, Clone)]

@@ -11,6 +11,7 @@ mod abi;
 mod act_matmul;
 pub mod census;
 pub mod contract;
+mod expert_matmul;
 mod guard;
 mod host;
 mod matmul;
@@ -21,6 +22,7 @@ mod types;
 
 pub use abi::RegisterCustomOps;
 use act_matmul::MxActMatMul;
+use expert_matmul::MxExpertMatMul;
 use matmul::MxMatMul;
 use ort::{operator::OperatorDomain, value::TensorElementType};
 use provider::Provider;
@@ -41,6 +43,9 @@ pub fn operator_domain() -> ort::Result<OperatorDomain> {
                 domain = domain.add(MxMatMul { provider, x, scales })?;
             }
             domain = domain.add(MxActMatMul { provider, x })?;
+            for index in [TensorElementType::Int64, TensorElementType::Int32] {
+                domain = domain.add(MxExpertMatMul { provider, x, index })?;
+            }
             domain = domain.add(TokenScores { provider, logits: x })?;
         }
     }

@@ -55,7 +55,7 @@ impl XType {
 }
 
 /// A float type in host memory.
-pub(crate) trait XElement: Element {
+pub(crate) trait XElement: Element + Default {
     fn float(values: &[Self]) -> Float<'_>;
     fn float_mut(values: &mut [Self]) -> FloatMut<'_>;
 }

@@ -32,7 +32,10 @@ impl Found {
     fn collect(&mut self, graph: &Graph) -> std::result::Result<(), String> {
         for (id, node) in graph.nodes() {
             if node.domain.as_deref() == Some(contract::DOMAIN)
-                && node.op_type.as_deref() == Some(contract::op::MX_MATMUL)
+                && matches!(
+                    node.op_type.as_deref(),
+                    Some(contract::op::MX_MATMUL | contract::op::MX_EXPERT_MATMUL)
+                )
             {
                 self.nodes += 1;
                 for (attribute, names) in [

@@ -114,6 +114,12 @@ fn replace_sites(
             SiteFormat::Mx { weight, activation } => {
                 mx.lower(&mut patch, planned, weight, activation.as_ref())?;
             }
+            SiteFormat::Int8 if planned.site.experts.is_some() => {
+                return Err(ExecuteError::Site {
+                    node: planned.site.node_name.clone(),
+                    reason: "experts chosen at run time have no int8 form".to_owned(),
+                });
+            }
             SiteFormat::Int8 => int8.lower(&mut patch, planned)?,
             SiteFormat::Bf16 => {
                 return Err(ExecuteError::Unsupported {

@@ -45,7 +45,7 @@ pub use run::{
 };
 pub use scan::find_sites;
 pub use sites::{
-    Bias, BiasShape, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
+    Bias, BiasShape, Experts, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
 };
 pub use sqnr::measure_plan;
 pub use table::plan_table;

@@ -8,7 +8,7 @@ use prost::Message as _;
 
 use super::{
     execute::ExecuteError,
-    sites::Site,
+    sites::{Layout, Region, Site, Weight},
     sweep::Sweep,
     weights::{Rows, Threads},
 };
@@ -122,6 +122,27 @@ impl<'a> Patch<'a> {
         let (home, info) = self.constant(site.graph, &site.weight.initializer)?;
         let rows = Rows::new(self.model.tensor(&info)?, &site.weight, site.n, site.k)?;
         Ok((home, rows))
+    }
+
+    /// The same of all experts, where the site chooses from a stack: one behind the other, as few parts
+    /// as their storage allows.
+    pub(crate) fn stack(&self, site: &Site) -> Result<(usize, Vec<Rows>), ExecuteError> {
+        let Some(experts) = &site.experts else {
+            return self.rows(site).map(|(home, rows)| (home, vec![rows]));
+        };
+        let (home, info) = self.constant(site.graph, &site.weight.initializer)?;
+        let view = self.model.tensor(&info)?;
+        // Rows along k follow one another through the whole stack; columns do so in each expert.
+        let (parts, n) = match site.weight.layout {
+            Layout::NK => (1, site.rows()),
+            Layout::KN => (experts.count, site.n),
+        };
+        let part = |index: usize| {
+            let start = site.n.saturating_mul(site.k).saturating_mul(index);
+            let region = Region { start, ..site.weight.region };
+            Rows::new(view.clone(), &Weight { region, ..site.weight.clone() }, n, site.k)
+        };
+        Ok((home, (0..parts).map(part).collect::<Result<_, _>>()?))
     }
 
     /// Notes that a node of `graph` no longer reads `value`.

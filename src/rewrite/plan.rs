@@ -3,6 +3,7 @@
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
+    lowering::Lowering,
     products::PlannedProduct,
     recipe::{Recipe, SiteFormat},
     sites::{Site, SiteScan, Skipped},
@@ -41,11 +42,17 @@ impl RewritePlan {
     /// Gives every site of `scan` the format of the recipe's rule that took it. The scan has to come
     /// from the same recipe's filter.
     pub fn new(scan: SiteScan, recipe: Recipe) -> Self {
+        let mut skipped = scan.skipped;
         let sites = scan
             .sites
             .into_iter()
             .filter_map(|site| {
                 let format = recipe.rules.get(site.rule)?.format?;
+                if let Some(reason) = no_form(&site, &format, recipe.lowering) {
+                    let Site { node_name: node, op, module_path, .. } = site;
+                    skipped.push(Skipped { node, op, reason, module_path });
+                    return None;
+                }
                 let bytes_before = weight_bytes(&site);
                 let bytes_after = planned_bytes(&site, &format);
                 let expected_sqnr = None;
@@ -56,7 +63,7 @@ impl RewritePlan {
             let format = recipe.rules.get(product.rule)?.format?;
             Some(PlannedProduct { product, format })
         });
-        Self { sites, products: products.collect(), skipped: scan.skipped, recipe }
+        Self { sites, products: products.collect(), skipped, recipe }
     }
 
     /// True when nothing is to be replaced.
@@ -72,20 +79,40 @@ impl RewritePlan {
     }
 }
 
+/// Why a layer cannot take a format: experts chosen at run time have an operator for block scales and
+/// for none.
+fn no_form(site: &Site, format: &SiteFormat, lowering: Lowering) -> Option<String> {
+    let experts = site.experts.as_ref()?;
+    let reason = match (lowering, format) {
+        // The whole graph is rounded.
+        (Lowering::Bf16, _) => return None,
+        (
+            Lowering::Mx | Lowering::Bfp16 | Lowering::NvFp8EmuE4m3 | Lowering::NvFp8EmuE5m2,
+            SiteFormat::Mx { weight, .. },
+        ) if weight.scale != mx_kernels::ScaleKind::Tensor => return None,
+        (Lowering::Mx, _) => "its format has a scale a tensor".to_owned(),
+        (lowering, _) => format!("--lower {lowering} has no form for that"),
+    };
+    Some(format!(
+        "its weight is one of the {} experts in '{}', chosen at run time: {reason}",
+        experts.count, site.weight.initializer
+    ))
+}
+
 fn weight_bytes(site: &Site) -> u64 {
     let element = crate::onnx::element_bits(site.weight.dtype).unwrap_or(32) / 8;
-    (site.n as u64).saturating_mul(site.k as u64).saturating_mul(element)
+    (site.rows() as u64).saturating_mul(site.k as u64).saturating_mul(element)
 }
 
 fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
     match format {
         SiteFormat::Mx { weight, .. } => {
             let scales = match weight.scale {
-                mx_kernels::ScaleKind::E8M0 => weight.scales_len(site.n, site.k),
+                mx_kernels::ScaleKind::E8M0 => weight.scales_len(site.rows(), site.k),
                 mx_kernels::ScaleKind::Tensor => 4,
                 mx_kernels::ScaleKind::None => 0,
             };
-            (weight.codes_len(site.n, site.k) as u64).saturating_add(scales as u64)
+            (weight.codes_len(site.rows(), site.k) as u64).saturating_add(scales as u64)
         }
         // One scale of X's type an output channel.
         SiteFormat::Int8 => {
@@ -108,6 +135,9 @@ struct SiteRecord<'a> {
     initializer: &'a str,
     n: usize,
     k: usize,
+    /// Of how many experts the weight is one, each n x k.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<usize>,
     weight_format: &'a str,
     activation_format: &'a str,
     block_size: Option<usize>,
@@ -130,6 +160,7 @@ impl Serialize for PlannedSite {
             initializer: &weight.initializer,
             n: *n,
             k: *k,
+            experts: self.site.experts.as_ref().map(|experts| experts.count),
             weight_format: self.format.weight_name(),
             activation_format: self.format.activation_name(),
             block_size: self.format.block_size(),

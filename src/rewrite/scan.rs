@@ -147,7 +147,8 @@ fn judge(
 ) -> Result<Site, Skipped> {
     let node = &view.nodes()[linear.node];
     let op = op_name(node);
-    let tied = is_embedding(view, &linear.weight.root);
+    // A Gather of experts is no embedding's.
+    let tied = linear.experts.is_none() && is_embedding(view, &linear.weight.root);
     let head = produces_logits(view, &linear.y);
     let own_name = parameter_name(view, &linear);
     let bias = linear.bias.as_ref().and_then(bias_name);
@@ -168,7 +169,11 @@ fn judge(
     }
     let node_name = view.node_name(linear.node);
     let packed = path.is_none() && !head && is_packed(view, &linear);
-    let role = if packed { Role::Packed } else { roles::role(path.as_deref(), head) };
+    let role = match roles::role(path.as_deref(), head) {
+        _ if packed => Role::Packed,
+        Role::Mlp if linear.experts.is_some() => Role::Expert,
+        role => role,
+    };
     let subject =
         Subject { path: path.as_deref(), role, node: &node_name, initializer: &linear.weight.root };
     match filter.decide(&subject) {
@@ -234,6 +239,7 @@ fn site(linear: Linear, name: Name) -> Site {
         bias: linear.bias,
         residual: linear.residual,
         rule: name.rule,
+        experts: linear.experts,
     }
 }
 

@@ -48,6 +48,32 @@ pub struct Site {
     pub residual: Option<String>,
     /// Index of the [`Filter`](super::Filter) rule that chose the site.
     pub rule: usize,
+    /// The weight is one of a stack, chosen by an index at run time; [`Self::n`] and [`Self::k`] are
+    /// then those of one expert, and [`Self::weight`]'s region is the first one's.
+    pub experts: Option<Experts>,
+}
+
+/// A stack of weights `[count, ., .]`, one expert behind the other, and what chooses from it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// Weights in the stack.
+    pub count: usize,
+    /// Name of the value that chooses: integers, negative ones counted from the end.
+    pub index: String,
+    /// Its rank, without the axis that [`Self::points`] is about.
+    pub index_rank: usize,
+    /// The index has a last axis of one (GatherND's), which goes first.
+    pub points: bool,
+    /// The weight is the product's left operand, `Y [.., n, m] = W [.., n, k] * X [.., k, m]`: ranks of X
+    /// and Y, whose last two axes change places. `None` for `X * W^T`.
+    pub turned: Option<[usize; 2]>,
+}
+
+impl Site {
+    /// Rows of k numbers that are quantised: n, of every expert.
+    pub fn rows(&self) -> usize {
+        self.n.saturating_mul(self.experts.as_ref().map_or(1, |experts| experts.count))
+    }
 }
 
 /// A constant rank-2 weight.

@@ -26,19 +26,37 @@ pub fn measure_plan(
 ) -> Result<(), ExecuteError> {
     let patch = Patch::new(model, Threads::new(threads)?)?;
     for planned in &mut plan.sites {
-        let (_, rows) = patch.rows(&planned.site)?;
-        planned.expected_sqnr = Some(decibels(&rows, &planned.format, &patch.threads)?);
+        let (_, parts) = patch.stack(&planned.site)?;
+        planned.expected_sqnr = Some(decibels(&parts, &planned.format, &patch.threads)?);
     }
     Ok(())
 }
 
-fn decibels(rows: &Rows, format: &SiteFormat, threads: &Threads) -> Result<f64, onnx::Error> {
+/// Of a weight in `parts`.
+fn decibels(parts: &[Rows], format: &SiteFormat, threads: &Threads) -> Result<f64, onnx::Error> {
     let scale = match format {
         SiteFormat::Mx { weight, .. } if weight.scale == ScaleKind::Tensor => {
-            tensor_scale(weight.format, largest(rows, threads)?)
+            let each = parts.iter().map(|rows| largest(rows, threads));
+            let each = each.collect::<Result<Vec<f32>, _>>()?;
+            tensor_scale(weight.format, each.into_iter().fold(0.0, f32::max))
         }
         _ => 1.0,
     };
+    let (mut signal, mut noise) = (0.0, 0.0);
+    for rows in parts {
+        let (of_part, lost) = powers(rows, format, scale, threads)?;
+        (signal, noise) = (signal + of_part, noise + lost);
+    }
+    Ok(if noise == 0.0 { f64::INFINITY } else { 10.0 * (signal / noise).log10() })
+}
+
+/// Sums of w^2 and of (w - q)^2.
+fn powers(
+    rows: &Rows,
+    format: &SiteFormat,
+    scale: f32,
+    threads: &Threads,
+) -> Result<(f64, f64), onnx::Error> {
     let (mut signal, mut noise) = (vec![0.0_f64; rows.n], vec![0.0_f64; rows.n]);
     rows.for_tiles(threads, (&mut signal, 1), (&mut noise, 1), |values, signal, noise| {
         let mut quantised = vec![0.0; values.len()];
@@ -56,8 +74,7 @@ fn decibels(rows: &Rows, format: &SiteFormat, threads: &Threads) -> Result<f64, 
         Ok(())
     })?;
     // Row by row in order, so that threads change nothing.
-    let (signal, noise): (f64, f64) = (signal.iter().sum(), noise.iter().sum());
-    Ok(if noise == 0.0 { f64::INFINITY } else { 10.0 * (signal / noise).log10() })
+    Ok((signal.iter().sum(), noise.iter().sum()))
 }
 
 /// Largest finite magnitude of the weight.

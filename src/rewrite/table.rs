@@ -60,7 +60,10 @@ fn row(planned: &PlannedSite) -> [String; COLUMNS] {
             Some(_) => format!("{} ({})", site.path_source, site.path_source.confidence()),
             None => site.path_source.to_string(),
         },
-        site.op.clone(),
+        match &site.experts {
+            Some(experts) => format!("{}, {} experts", site.op, experts.count),
+            None => site.op.clone(),
+        },
         site.n.to_string(),
         site.k.to_string(),
         planned.format.weight_name().to_owned(),

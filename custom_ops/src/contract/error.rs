@@ -68,6 +68,16 @@ pub enum ContractError {
         /// Bytes of a row.
         row_bytes: usize,
     },
+    /// An element of the index names no expert.
+    #[error("input index holds {index} at place {place}, allowed: -{experts} to {}", *experts as i64 - 1)]
+    NoExpert {
+        /// Place among the index's elements.
+        place: usize,
+        /// The element.
+        index: i64,
+        /// Experts in the stack.
+        experts: usize,
+    },
     /// An input that the attributes call for is absent.
     #[error("input {input} is missing, expected {expected}")]
     MissingInput {

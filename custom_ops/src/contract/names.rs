@@ -6,11 +6,13 @@ pub mod op {
     pub const MX_MATMUL: &str = "MxMatMul";
     /// `Y = alpha * A * B`, both dynamic and quantised on the fly.
     pub const MX_ACT_MATMUL: &str = "MxActMatMul";
+    /// `Y = alpha * X * W[index]^T`: weights chosen from a packed stack by a run-time index.
+    pub const MX_EXPERT_MATMUL: &str = "MxExpertMatMul";
     /// Per-token negative log likelihood, entropy, top-1 and divergence.
     pub const TOKEN_SCORES: &str = "TokenScores";
 }
 
-/// Attribute names of `MxMatMul` and `MxActMatMul`; the ONNX attribute type comes first.
+/// Attribute names of `MxMatMul`, `MxActMatMul` and `MxExpertMatMul`; the ONNX attribute type comes first.
 pub mod attr {
     /// int: the contraction length of X and W.
     pub const K: &str = "k";
@@ -28,7 +30,12 @@ pub mod attr {
     pub const TRANSPOSE_B: &str = "transpose_b";
     /// int: 16, 32, 64, 128 or 256 elements along k share a scale.
     pub const BLOCK_SIZE: &str = "block_size";
-    /// string: `e8m0`, `none` or, but for `MxActMatMul`, `tensor`.
+    /// int: how many weights the stack holds (`MxExpertMatMul`).
+    pub const EXPERTS: &str = "experts";
+    /// int: rank of the index, so that the shape of Y follows where ONNX Runtime cannot tell a scalar
+    /// from an unknown rank; -1 or absent when it is not known (`MxExpertMatMul`).
+    pub const INDEX_RANK: &str = "index_rank";
+    /// string: `e8m0`, `none` or, for `MxMatMul`, `tensor`.
     pub const SCALE: &str = "scale";
     /// string: `even`, `nearest` or `floor`, for both operands.
     pub const ROUNDING: &str = "rounding";
@@ -66,6 +73,22 @@ pub mod operand {
     pub const B: usize = 1;
     /// What errors call the inputs, in order.
     pub const NAMES: [&str; 2] = ["A", "B"];
+}
+
+/// Input positions of `MxExpertMatMul`.
+pub mod expert {
+    /// X, `[..., m, k]` or `[k]`.
+    pub const X: usize = 0;
+    /// Which expert, int64 or int32 of any shape; its dimensions broadcast with X's leading ones.
+    pub const INDEX: usize = 1;
+    /// Packed codes, uint8 `[experts, n, row_bytes]`.
+    pub const CODES: usize = 2;
+    /// Scales, uint8 `[experts, n, blocks]`; absent when the scale kind is `none`.
+    pub const SCALES: usize = 3;
+    /// How many inputs a node may list.
+    pub const COUNT: usize = 4;
+    /// What errors call the inputs, in order.
+    pub const NAMES: [&str; COUNT] = ["X", "index", "codes", "scales"];
 }
 
 /// Input and output positions of `TokenScores`.

@@ -2,6 +2,7 @@
 
 pub(crate) mod base;
 pub(crate) mod bf16;
+mod experts;
 mod int8;
 mod mx;
 mod pair;

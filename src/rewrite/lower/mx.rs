@@ -34,11 +34,11 @@ pub(crate) struct Mx {
 /// A packed weight: names of its initialisers, and what they were made
 /// from: the graph that holds the weight, its name, and how its rows lie.
 #[derive(Clone)]
-struct Packed {
-    source: (usize, String, Layout, Region, usize, usize),
+pub(super) struct Packed {
+    source: (usize, String, Layout, Region, [usize; 3]),
     spec: QuantSpec,
-    codes: String,
-    scales: Option<String>,
+    pub(super) codes: String,
+    pub(super) scales: Option<String>,
 }
 
 impl Mx {
@@ -51,6 +51,9 @@ impl Mx {
         activation: Option<&QuantSpec>,
     ) -> Result<(), ExecuteError> {
         let site = &planned.site;
+        if let Some(experts) = &site.experts {
+            return self.lower_experts(patch, site, experts, weight, activation);
+        }
         let beta = site.bias.as_ref().map_or(1.0, |bias| bias.beta);
         let attrs = MxMatMulAttrs::new(site.n, site.k, *weight, activation.map(|a| a.format))
             .and_then(|attrs| attrs.with_factors(site.alpha, beta))
@@ -99,8 +102,9 @@ impl Mx {
         Ok(())
     }
 
-    /// The packed initialisers of a site's weight, made if they are not there yet.
-    fn pack(
+    /// The packed initialisers of a site's weight, or of its stack of experts, made if they are not there
+    /// yet.
+    pub(super) fn pack(
         &mut self,
         patch: &mut Patch<'_>,
         site: &Site,
@@ -108,24 +112,27 @@ impl Mx {
     ) -> Result<Packed, ExecuteError> {
         let name = &site.weight.initializer;
         let Weight { layout, region, .. } = site.weight;
-        let (home, rows) = patch.rows(site)?;
-        let source = (home, name.clone(), layout, region, site.n, site.k);
+        let (home, parts) = patch.stack(site)?;
+        let experts = site.experts.as_ref().map(|experts| experts.count);
+        // 0 experts: a weight, which may be the only one of a stack.
+        let shape = [experts.unwrap_or(0), site.n, site.k];
+        let source = (home, name.clone(), layout, region, shape);
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
             return Ok(packed.clone());
         }
-        let packer = Packer::new(rows, *spec, patch.threads.clone());
+        let packer = Packer::new(parts, *spec, patch.threads.clone());
         let (codes_payload, scales_payload) = packer.payloads();
-        let codes_dims = [site.n, spec.row_bytes(site.k)];
+        let dims = |last: usize| Vec::from_iter(experts.into_iter().chain([site.n, last]));
         let codes = patch.add_tensor(
             &format!("{name}.mx_codes"),
-            &codes_dims,
+            &dims(spec.row_bytes(site.k)),
             DataType::Uint8,
             codes_payload,
         );
         let scales = match spec.scale {
             ScaleKind::E8M0 => Some(patch.add_tensor(
                 &format!("{name}.mx_scales"),
-                &[site.n, spec.blocks(site.k)],
+                &dims(spec.blocks(site.k)),
                 DataType::Uint8,
                 scales_payload,
             )),
@@ -177,9 +184,10 @@ pub(super) fn attributes(list: Vec<(&'static str, AttributeValue)>) -> Vec<Attri
     list.into_iter().filter_map(attribute).collect()
 }
 
-/// Quantises one weight.
+/// Quantises one weight, or a stack of experts.
 struct Packer {
-    rows: Rows,
+    /// The rows, one part behind the other; all of one k.
+    parts: Vec<Rows>,
     spec: QuantSpec,
     threads: Threads,
     /// The scales, from when the codes are written to when they are.
@@ -190,19 +198,36 @@ struct Packer {
 const WAITING: usize = 16 << 20;
 
 impl Packer {
-    fn new(rows: Rows, spec: QuantSpec, threads: Threads) -> Self {
-        Self { rows, spec, threads, scales: Mutex::new(None) }
+    fn new(parts: Vec<Rows>, spec: QuantSpec, threads: Threads) -> Self {
+        Self { parts, spec, threads, scales: Mutex::new(None) }
+    }
+
+    /// Bytes of all codes and of all scales.
+    fn lens(&self) -> (usize, usize) {
+        if self.spec.scale == ScaleKind::Tensor {
+            let codes = self.parts.iter().map(|rows| self.spec.codes_len(rows.n, rows.k));
+            return (codes.sum(), self.spec.scales_len(1, 1));
+        }
+        self.parts.iter().fold((0, 0), |(codes, scales), rows| {
+            let (n, k) = (rows.n, rows.k);
+            (codes + self.spec.codes_len(n, k), scales + self.spec.scales_len(n, k))
+        })
     }
 
     fn payloads(self) -> (Payload, Payload) {
-        let (n, k) = (self.rows.n, self.rows.k);
-        let len = |len: usize| len as u64;
-        let lens = (len(self.spec.codes_len(n, k)), len(self.spec.scales_len(n, k)));
+        let lens = self.lens();
         let packer = Arc::new(self);
         let scales = packer.clone();
+        let len = |len: usize| len as u64;
         (
-            Payload::Stream { len: lens.0, write: Arc::new(move |sink| packer.write_codes(sink)) },
-            Payload::Stream { len: lens.1, write: Arc::new(move |sink| scales.write_scales(sink)) },
+            Payload::Stream {
+                len: len(lens.0),
+                write: Arc::new(move |sink| packer.write_codes(sink)),
+            },
+            Payload::Stream {
+                len: len(lens.1),
+                write: Arc::new(move |sink| scales.write_scales(sink)),
+            },
         )
     }
 
@@ -211,17 +236,16 @@ impl Packer {
     }
 
     fn write_codes(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
-        let Rows { n, k, .. } = self.rows;
         if self.spec.scale == ScaleKind::Tensor {
             let scale = self.tensor_scale()?;
             *self.waiting() = Some(mx_kernels::pack::tensor_scale_to_bytes(scale).to_vec());
             // Divided by the scale, codes are those of the plain cast.
             let cast = QuantSpec { scale: ScaleKind::None, ..self.spec };
-            return self.rows.quantize(&self.threads, &cast, scale, |codes, _| sink(codes));
+            return self.quantize(&cast, scale, |codes, _| sink(codes));
         }
-        let keep = self.spec.scales_len(n, k) <= WAITING;
+        let keep = self.lens().1 <= WAITING;
         let mut all = Vec::new();
-        self.rows.quantize(&self.threads, &self.spec, 1.0, |codes, scales| {
+        self.quantize(&self.spec, 1.0, |codes, scales| {
             if keep {
                 all.extend_from_slice(scales);
             }
@@ -238,26 +262,39 @@ impl Packer {
             (None, ScaleKind::Tensor) => {
                 sink(&mx_kernels::pack::tensor_scale_to_bytes(self.tensor_scale()?))
             }
-            (None, _) => {
-                self.rows.quantize(&self.threads, &self.spec, 1.0, |_, scales| sink(scales))
-            }
+            (None, _) => self.quantize(&self.spec, 1.0, |_, scales| sink(scales)),
         }
+    }
+
+    /// [`Rows::quantize`] of one part after the other.
+    fn quantize(
+        &self,
+        spec: &QuantSpec,
+        divisor: f32,
+        mut take: impl FnMut(&[u8], &[u8]) -> onnx::Result<()> + Send,
+    ) -> onnx::Result<()> {
+        self.parts
+            .iter()
+            .try_for_each(|rows| rows.quantize(&self.threads, spec, divisor, &mut take))
     }
 
     /// The scale of the whole weight, from its largest finite magnitude.
     fn tensor_scale(&self) -> onnx::Result<f32> {
-        let Rows { n, k, .. } = self.rows;
-        let mut largest = vec![0.0f32; n];
-        let no_output = (&mut [] as &mut [u8], 0);
-        let largest_of = |values: &[f32], largest: &mut [f32], _: &mut [u8]| {
-            for (row, largest) in values.chunks(k).zip(largest) {
-                let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
-                *largest = finite.fold(0.0, f32::max);
-            }
-            Ok(())
-        };
-        self.rows.for_tiles(&self.threads, (&mut largest, 1), no_output, largest_of)?;
-        let largest = largest.into_iter().fold(0.0, f32::max);
-        Ok(mx_kernels::reference::tensor_scale(self.spec.format, largest))
+        let mut all = 0.0f32;
+        for rows in &self.parts {
+            let k = rows.k;
+            let mut largest = vec![0.0f32; rows.n];
+            let no_output = (&mut [] as &mut [u8], 0);
+            let largest_of = |values: &[f32], largest: &mut [f32], _: &mut [u8]| {
+                for (row, largest) in values.chunks(k).zip(largest) {
+                    let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
+                    *largest = finite.fold(0.0, f32::max);
+                }
+                Ok(())
+            };
+            rows.for_tiles(&self.threads, (&mut largest, 1), no_output, largest_of)?;
+            all = largest.into_iter().fold(all, f32::max);
+        }
+        Ok(mx_kernels::reference::tensor_scale(self.spec.format, all))
     }
 }

@@ -9,7 +9,8 @@ use crate::{
 /// Folds the Add that follows into the Linear when it is a bias. The product's result must have no
 /// other reader, graph outputs and sub-graphs included.
 pub(super) fn fold(view: &GraphView, mut linear: Linear) -> Linear {
-    if linear.bias.is_some() || linear.residual.is_some() {
+    // The operator for experts has no bias.
+    if linear.bias.is_some() || linear.residual.is_some() || linear.experts.is_some() {
         return linear;
     }
     let Some((index, slot)) = view.only_reader(&linear.y) else { return linear };

@@ -33,6 +33,7 @@ pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
         bias,
         residual,
         replaces: vec![index],
+        experts: None,
     })
 }
 

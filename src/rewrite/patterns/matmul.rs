@@ -22,5 +22,6 @@ pub(super) fn find(view: &GraphView, index: usize) -> Result<Linear, String> {
         bias: None,
         residual: None,
         replaces: vec![index],
+        experts: None,
     })
 }

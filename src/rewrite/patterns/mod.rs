@@ -1,6 +1,7 @@
 //! The spellings of a Linear layer, one a file. Matching reads the graph and never changes it.
 
 mod bias_add;
+mod experts;
 mod fused_matmul;
 mod gemm;
 mod matmul;
@@ -10,12 +11,13 @@ mod trace;
 #[cfg(test)]
 mod tests;
 
+use trace::MAX_CHAIN;
 pub(crate) use trace::{Constant, Traced, is_constant, trace};
 
 use crate::{
     graph::{GraphView, domain, op_name},
     onnx::proto::{DataType, Node},
-    rewrite::{Bias, Layout, Region},
+    rewrite::{Bias, Experts, Layout, Region},
 };
 
 /// A Linear, whichever way it is spelled.
@@ -35,6 +37,7 @@ pub(crate) struct Linear {
     pub bias: Option<Bias>,
     pub residual: Option<String>,
     pub replaces: Vec<usize>,
+    pub experts: Option<Experts>,
 }
 
 /// What a node is.
@@ -71,9 +74,11 @@ const OPAQUE: &[(&str, &str)] = &[
 pub(crate) fn match_node(view: &GraphView, index: usize) -> Option<Match> {
     let node = &view.nodes()[index];
     let found = match (domain(node), node.op_type.as_deref().unwrap_or_default()) {
-        ("", "MatMul") => matmul::find(view, index),
+        ("", "MatMul") => experts::find(view, index).unwrap_or_else(|| matmul::find(view, index)),
         ("", "Gemm") => gemm::find(view, index),
-        ("com.microsoft", "FusedMatMul") => fused_matmul::find(view, index),
+        ("com.microsoft", "FusedMatMul") => {
+            experts::find(view, index).unwrap_or_else(|| fused_matmul::find(view, index))
+        }
         ("mx", _) => Err("it is an mx operator: this layer is rewritten already".to_owned()),
         _ if is_candidate(node) => Err(format!(
             "{} is not taken apart: its weights are inside the operator",
@@ -93,7 +98,7 @@ pub(crate) fn is_candidate(node: &Node) -> bool {
     match domain(node) {
         "" if matches!(op, "MatMul" | "Gemm") => true,
         "com.microsoft" if op == "FusedMatMul" => true,
-        "mx" => matches!(op, "MxMatMul"),
+        "mx" => matches!(op, "MxMatMul" | "MxExpertMatMul"),
         domain => OPAQUE.contains(&(domain, op)),
     }
 }
@@ -146,14 +151,19 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
     Ok(Operands { x: a, weight, operand: b })
 }
 
-/// Why an operand that is an expert's weight cannot be replaced.
+/// Why an operand that is an expert's weight cannot be replaced here.
 fn chosen(view: &GraphView, operand: &str) -> Option<String> {
-    let (name, dims) = slices::stack(view, operand)?;
-    Some(format!(
-        "its weight is a part of the stack '{name}' {dims:?}, rank {}, chosen at run time: MxMatMul \
-         takes one weight, not a stack",
+    let stack = slices::stack(view, operand)?;
+    Some(chosen_reason(&stack, "only MatMul and FusedMatMul with one such operand are understood"))
+}
+
+/// The same for a stack, by name and shape.
+fn chosen_reason((name, dims): &(String, Vec<i64>), why: &str) -> String {
+    format!(
+        "its weight is a part of the stack '{name}' {dims:?}, rank {}, chosen at run time, and cannot be \
+         replaced: {why}",
         dims.len()
-    ))
+    )
 }
 
 /// A weight as an operator's rows need it.

@@ -1,3 +1,4 @@
+mod experts;
 mod slices;
 
 use std::collections::HashMap;
@@ -34,6 +35,13 @@ impl Build {
 
     fn typed(mut self, name: &str, dtype: DataType, dims: &[i64]) -> Self {
         self.initializers.push((name.into(), tensor(dtype, dims)));
+        self
+    }
+
+    /// Another input of the graph, of a known rank.
+    fn input(mut self, name: &str, rank: usize) -> Self {
+        self.inputs.push(name.into());
+        self.types.insert(name.into(), ValueType { dtype: None, dims: Some(vec![None; rank]) });
         self
     }
 

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Longest chain of nodes that is followed; exporters need four.
-const MAX_CHAIN: usize = 32;
+pub(super) const MAX_CHAIN: usize = 32;
 
 /// Most cuts (Split, Gather ...) between a stacked constant and its reader that are explained.
 const MAX_CUTS: usize = 4;
@@ -196,7 +196,7 @@ fn follow(view: &GraphView, mut constant: Constant, chain: Vec<(usize, usize)>) 
 }
 
 /// Only casts that lose nothing: to the same type, or from a 16-bit float to float32.
-fn cast(node: &Node, constant: &mut Constant) -> Option<()> {
+pub(super) fn cast(node: &Node, constant: &mut Constant) -> Option<()> {
     let to = DataType::try_from(i32::try_from(int_attribute(node, "to", 0)).ok()?).ok()?;
     let widening = to == DataType::Float
         && matches!(constant.operand_dtype, DataType::Float16 | DataType::Bfloat16);
@@ -221,7 +221,7 @@ fn transpose(node: &Node, constant: &mut Constant) -> Option<()> {
 }
 
 /// The axes of a Squeeze or Unsqueeze: an input since opset 13, an attribute before.
-fn axes(view: &GraphView, node: &Node, rank: usize) -> Option<Option<Vec<usize>>> {
+pub(super) fn axes(view: &GraphView, node: &Node, rank: usize) -> Option<Option<Vec<usize>>> {
     let ints = match node.input.get(1).filter(|value| !value.is_empty()) {
         Some(value) => view.constant(value)?.ints.clone()?,
         None => match attribute(node, "axes") {

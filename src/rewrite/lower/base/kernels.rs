@@ -162,7 +162,8 @@ pub(super) fn of(node: &Node) -> Option<Kernel> {
         ("com.microsoft", op) => CONTRIB.contains(&op).then_some(()).and_then(|()| plain(1)),
         // Codes are integers; the scale of a tensor is float32.
         ("mx", "MxMatMul") => Some(Kernel { inputs: Some(&[0, 3]), bf16: 1, ..Kernel::default() }),
-        ("mx", "MxActMatMul") => plain(1),
+        // All else of an expert's product is integers.
+        ("mx", "MxActMatMul" | "MxExpertMatMul") => plain(1),
         _ => None,
     }
 }

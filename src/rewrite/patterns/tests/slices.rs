@@ -97,7 +97,7 @@ fn a_part_is_no_bias_in_another_shape() {
 }
 
 #[test]
-fn experts_that_are_chosen_at_run_time_say_so() {
+fn experts_that_are_chosen_in_ways_not_understood_say_so() {
     let gathered = |inputs: &[&str]| {
         Build::new()
             .weight("w", &[4, 8, 8])

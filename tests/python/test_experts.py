@@ -1,0 +1,296 @@
+"""MxExpertMatMul, the product with experts chosen at run time, in stock onnxruntime, against NumPy.
+
+    MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so python tests/python/test_experts.py [AREA...]
+
+AREA: values, shapes, errors. Run by tests/it/experts.rs. Exit code 0 means that every check passed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass, replace
+
+import mx_nodes as mx
+import numpy as np
+import onnx
+from mx_nodes import Case, emu
+from onnx import TensorProto, helper
+
+FORMATS = (*emu.MX_FORMATS, "mxint8")
+DTYPES = ("float32", "float16", "bfloat16")
+NODE = "layer.0/MxExpertMatMul"
+FAILURES: list[str] = []
+CHECKS = 0
+
+
+def check(good: bool, what: str) -> None:
+    global CHECKS
+    CHECKS += 1
+    if not good:
+        FAILURES.append(what)
+        print(f"FAILED: {what}", flush=True)
+
+
+@dataclass
+class ExpertCase:
+    """One MxExpertMatMul node: X [*lead, k], index, a stack of `experts` weights [n, k]."""
+
+    experts: int = 5
+    n: int = 24
+    k: int = 100
+    x: tuple = (3, 2)  # without k
+    index: tuple = (3,)
+    weight: str = "fp8_e4m3"
+    activation: str = "fp8_e4m3"
+    scale: str = "e8m0"
+    block: int = 32
+    rounding: str = "even"
+    rule: str = "floor"
+    alpha: float = 1.0
+    dtype: str = "float32"
+    kind: str = "int64"
+    seed: int = 0
+    rank: int | None = None  # attribute index_rank
+
+    def spec(self, fmt: str) -> emu.Spec:
+        return emu.Spec(fmt, self.block, self.rounding, self.rule, self.scale)
+
+    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """X (values that dtype can hold) and the stack, float64; the index, of both signs."""
+        rng = np.random.default_rng(self.seed)
+        scatter = lambda *s: rng.standard_normal(s) * np.exp2(rng.uniform(-2, 2, s))
+        x = mx.from_bits(mx.to_bits(scatter(*self.x, self.k), self.dtype), self.dtype)
+        stack = scatter(self.experts, self.n, self.k).astype(np.float32).astype(np.float64)
+        return x, stack, rng.integers(-self.experts, self.experts, self.index).astype(self.kind)
+
+    def feeds(self) -> dict:
+        x, _, index = self.data()
+        # mx.value would make a vector of a scalar.
+        chosen = mx.ort.OrtValue.ortvalue_from_numpy(np.array(index, self.kind))
+        return {"X": mx.value(mx.to_bits(x, self.dtype), self.dtype), "I": chosen}
+
+    def model(self, declared: dict | None = None) -> onnx.ModelProto:
+        _, stack, _ = self.data()
+        codes, scales = emu.packed(stack.reshape(-1, self.k), self.spec(self.weight))
+        shaped = lambda array: array.reshape(self.experts, self.n, -1)
+        inits = [mx.tensor("W.codes", shaped(codes), TensorProto.UINT8)]
+        if self.scale == "e8m0":
+            inits.append(mx.tensor("W.scales", shaped(scales), TensorProto.UINT8))
+        attributes = Case(
+            n=self.n, k=self.k, weight=self.weight, activation=self.activation, scale=self.scale, block=self.block,
+            rounding=self.rounding, rule=self.rule, alpha=self.alpha,
+        ).attributes()  # fmt: skip
+        del attributes["beta"]
+        rank = {} if self.rank is None else {"index_rank": self.rank}
+        node = helper.make_node(
+            "MxExpertMatMul", ["X", "I", *(t.name for t in inits)], ["Y"], name=NODE, domain="mx",
+            experts=self.experts, **rank, **attributes,
+        )  # fmt: skip
+        shapes = {"X": [*self.x, self.k], "I": list(self.index)} if declared is None else declared
+        types = {"X": mx.ONNX_TYPE[self.dtype], "I": getattr(TensorProto, self.kind.upper())}
+        infos = [helper.make_tensor_value_info(name, types[name], shapes[name]) for name in ("X", "I")]
+        out = helper.make_empty_tensor_value_info("Y")
+        out.type.tensor_type.elem_type = types["X"]
+        return mx.model([node], infos, [out], inits)
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """(Y in float64 before the cast to dtype, sum of |x_i w_i| times |alpha|)."""
+        x, stack, index = self.data()
+        wq = emu.fake_quantize(stack, self.spec(self.weight))[index]
+        wq = np.swapaxes(wq, -1, -2)
+        if x.size == 0 or wq.size == 0:
+            return (np.matmul(x, wq),) * 2
+        xq = x if self.activation == "none" else emu.fake_quantize(x, self.spec(self.activation))
+        alpha = float(np.float32(self.alpha))
+        return alpha * np.matmul(xq, wq), abs(alpha) * np.matmul(np.abs(xq), np.abs(wq))
+
+    def replace(self, **changes) -> "ExpertCase":
+        return replace(self, **changes)
+
+
+def run(case: ExpertCase, declared: dict | None = None, threads: int = 2) -> np.ndarray:
+    return mx.run(mx.session(case.model(declared), threads), case.feeds(), [case.dtype])[0]
+
+
+def check_case(case: ExpertCase, declared: dict | None = None) -> float:
+    y, (want, size) = run(case, declared), case.expected()
+    check(y.shape == want.shape, f"shape {y.shape}, expected {want.shape}: {case}")
+    if y.shape != want.shape or y.size == 0:
+        return 0.0
+    ratio = float((np.abs(y - want) / Case(k=case.k, dtype=case.dtype).tolerance(want, size)).max())
+    check(ratio <= 1.0, f"off by {ratio:.3g} tolerances: {case}")
+    return ratio
+
+
+def values() -> None:
+    """Formats, types, scales, blocks, roundings, factors, many rows an expert."""
+    cases = []
+    for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, DTYPES)):
+        base = ExpertCase(weight=fmt, activation=fmt, dtype=dtype, seed=i, kind=("int64", "int32")[i % 2])
+        cases += [base, base.replace(activation="none"), base.replace(alpha=-0.375, activation=FORMATS[i % 5])]
+    for i, (rounding, rule, block) in enumerate(itertools.product(emu.ROUNDINGS, emu.SCALE_RULES, emu.BLOCK_SIZES)):
+        fmt = FORMATS[i % len(FORMATS)]
+        cases.append(ExpertCase(weight=fmt, activation=fmt, rounding=rounding, rule=rule, block=block, seed=i, k=130))
+    for dtype, fmt, activation in itertools.product(DTYPES, ("bf16", "fp8_e4m3", "fp8_e5m2"), (True, False)):
+        cases.append(ExpertCase(weight=fmt, activation=fmt if activation else "none", scale="none", dtype=dtype))
+    for k, n in itertools.product((1, 31, 32, 33, 65), (1, 5, 16, 33)):
+        cases.append(ExpertCase(k=k, n=n, weight="fp6_e3m2", activation="fp8_e4m3", seed=k))
+    # One row a token, several hundred tokens an expert, work for several threads.
+    cases.append(ExpertCase(experts=3, n=200, k=320, x=(1100, 1), index=(1100,)))
+    cases.append(ExpertCase(experts=8, n=200, k=320, x=(9, 130), index=(9,), weight="fp4_e2m1"))
+    worst = max(check_case(case) for case in cases)
+    case = cases[-2]
+    first = run(case, threads=1)
+    check(all((run(case, threads=t) == first).all() for t in (2, 3)), "the same bits for any number of threads")
+    print(f"{len(cases)} cases, worst {worst:.3f} of the tolerance")
+
+
+SHAPES = (
+    ((4,), ()),
+    ((), ()),
+    ((2, 7), ()),
+    ((), (3,)),
+    ((3, 1), (3,)),
+    ((1, 4), (3,)),
+    ((4,), (2, 3)),
+    ((2, 1, 4), (3,)),
+    ((2, 1, 4), (2, 3)),
+    ((2, 3, 1), (1, 3)),
+    ((4,), (1,)),
+    ((0, 3), ()),
+    ((3, 0), (3,)),
+    ((0, 2), (0,)),
+    ((1, 2), (0,)),
+    ((2,), (0, 3)),
+)
+
+
+def shapes() -> None:
+    """MatMul's broadcasting, scalars, vectors, nothing chosen; declared and unknown; inference."""
+    for x, index in SHAPES:
+        case = ExpertCase(x=x, index=index, seed=len(x))
+        check_case(case)
+        want = run(case)
+        unknown = case.replace(rank=len(index))
+        check(np.array_equal(want, run(unknown, {"X": None, "I": None})), f"the same without declared shapes: {case}")
+
+    def inferred(x, index, rank, **case):
+        made = ExpertCase(**case, rank=rank).model({"X": x, "I": index})
+        made.graph.node.append(helper.make_node("Identity", ["Y"], ["Z"], name="after"))
+        made.graph.output[0].name = "Z"
+        return mx.session(made).get_outputs()[0].shape
+
+    for x, index, rank, want in (
+        (["t", 100], [], 0, ["t", 24]),
+        (["t", 1, 100], ["t"], None, ["t", 1, 24]),
+        (["b", 1, "s", 100], ["b", 3], 2, ["b", 3, "s", 24]),
+        ([100], ["i"], 1, ["i", 24]),
+    ):
+        got = inferred(x, index, rank)
+        check(got == want, f"inferred shape {got}, expected {want}")
+    got = inferred(["t", 100], [], 0, dtype="float16")
+    check(got == ["t", 24], f"inferred shape of float16 {got}")
+
+    # The stack may be computed, too.
+    case = ExpertCase()
+    m = case.model()
+    feeds = case.feeds()
+    for init in list(m.graph.initializer):
+        m.graph.input.append(helper.make_tensor_value_info(init.name, init.data_type, None))
+        feeds[init.name] = mx.value(np.frombuffer(init.raw_data, np.uint8).reshape(list(init.dims)), "uint8")
+    del m.graph.initializer[:]
+    check((mx.run(mx.session(m), feeds, ["float32"])[0] == run(case)).all(), "a stack that is no constant")
+
+
+def bad_models():
+    """(what, model, word of the message) for nodes that break the contract."""
+    for name, value, word in (
+        ("experts", None, "experts"),
+        ("experts", 0, "experts"),
+        ("experts", -2, "experts"),
+        ("experts", 2**40, "experts"),
+        ("experts", 4, "codes"),
+        ("experts", "two", "experts"),
+        ("index_rank", 2, "index_rank"),
+        ("index_rank", -2, "index_rank"),
+        ("index_rank", 63, "index_rank"),
+        ("scale", "tensor", "scale"),
+        ("scale", "none", "scales"),
+        ("weight_format", "fp7", "weight_format"),
+        ("n", 25, "codes"),
+        ("n", 2**31 - 1, "codes"),
+        ("k", 0, "attribute k"),
+        ("k", 500, "X"),
+        ("layout", 2, "layout"),
+    ):
+        m = ExpertCase().model()
+        node = m.graph.node[0]
+        kept = [a for a in node.attribute if a.name != name]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        if value is not None:
+            node.attribute.append(helper.make_attribute(name, value))
+        yield f"{name} = {value}", m, word
+    for what, shapes, word in (
+        ("another k", {"X": [3, 2, 99], "I": [3]}, "X"),
+        ("leading dimensions that do not broadcast", {"X": [4, 2, 100], "I": [3]}, "index"),
+    ):
+        yield what, ExpertCase().model(shapes), word
+    m = ExpertCase().model()
+    del m.graph.node[0].input[3]
+    yield "no scales", m, "scales"
+    m = ExpertCase().model()
+    m.graph.initializer[0].dims[:] = [5 * 24, 128]
+    yield "codes of rank 2", m, "codes"
+    m = ExpertCase().model()
+    m.graph.initializer[1].dims[:] = [5, 4, 24]
+    yield "scales of another shape", m, "scales"
+
+
+def errors() -> None:
+    """Corrupt nodes and indices: an exception that names the node, and the session goes on."""
+    for what, m, word in bad_models():
+        try:
+            mx.session(m)
+            check(False, f"{what}: accepted")
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises several types without a common base
+            check(NODE in str(error) and word in str(error), f"{what}: {error}")
+    case = ExpertCase()
+    for kind in ("int64", "int32"):
+        case = case.replace(kind=kind)
+        s, good = mx.session(case.model({"X": None, "I": None})), case.feeds()
+        want = mx.run(s, good, ["float32"])[0]
+        limits = np.iinfo(kind)
+        for index in ([5], [-6], [0, 1, 7], [limits.max], [limits.min]):
+            feeds = {**good, "I": mx.value(np.array(index, kind), kind)}
+            feeds["X"] = mx.value(np.zeros((1, 100), np.float32), "float32")
+            try:
+                s.run_with_ort_values(None, feeds)
+                check(False, f"index {index} was accepted")
+            except Exception as error:  # noqa: BLE001
+                named = NODE in str(error) and str(index[-1]) in str(error) and "-5 to 4" in str(error)
+                check(named, f"index {index}: {error}")
+            check((mx.run(s, good, ["float32"])[0] == want).all(), f"after index {index}")
+        for x, index in (((2, 99), (2,)), ((), ()), ((4, 2, 100), (3,)), ((0,), (1,))):
+            made = (np.ones(x, np.float32), np.zeros(index, kind))
+            feeds = dict(zip("XI", map(mx.ort.OrtValue.ortvalue_from_numpy, made)))
+            try:
+                s.run_with_ort_values(None, feeds)
+                check(False, f"X {x}, index {index} were accepted")
+            except Exception as error:  # noqa: BLE001
+                check(NODE in str(error), f"X {x}, index {index}: {error}")
+
+
+AREAS = {"values": values, "shapes": shapes, "errors": errors}
+
+
+def main() -> int:
+    for area in sys.argv[1:] or AREAS:
+        AREAS[area]()
+    print(f"{CHECKS} checks, {len(FAILURES)} failed (onnxruntime {mx.ort.__version__})")
+    return 1 if FAILURES or not CHECKS else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
