@@ -4,6 +4,7 @@
 mod cli;
 mod custom_ops;
 mod eval;
+mod experts;
 mod hostile;
 mod judges;
 mod lowerings;

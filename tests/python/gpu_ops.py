@@ -28,6 +28,7 @@ from onnx.compose import add_prefix
 
 import mx_nodes as mx
 import test_custom_ops as cpu_tests
+import test_experts as expert_tests
 from broken_models import broken_models
 from mx_nodes import ActCase, Case, emu, ort
 
@@ -228,6 +229,47 @@ def act_matmul() -> None:
     groups, first, _ = against_cpu_and_emulation(cases, "products")
     again = run_groups(groups)
     check(all(np.array_equal(a, b) for a, b in zip(first, again)), "the same bits again")
+
+
+def experts() -> None:
+    """MxExpertMatMul: values and shapes against the emulation; stacks that cannot be addressed; bad indices."""
+    cases = expert_tests.value_cases() + [expert_tests.ExpertCase(x=x, index=index) for x, index in expert_tests.SHAPES]
+    worst, refused = 0.0, 0
+    for case in cases:
+        size = 4 if case.dtype == "float32" else 2
+        bits = emu.ELEMENTS[case.weight].bits
+        width = -(-case.k // case.block) * case.block
+        codes, scales = case.n * width * bits // 8, case.n * -(-case.k // case.block) * (case.scale == "e8m0")
+        if case.n * size % 16 or codes % 16 or scales % 4:
+            refused += 1
+            try:
+                session(case.model())
+                check(False, f"accepted: {case}")
+            except Exception as error:  # noqa: BLE001
+                check(expert_tests.NODE in str(error) and "multiples of 16" in str(error), f"{case}: {str(error)[:300]}")
+            continue
+        y, (want, total) = mx.run(session(case.model()), case.feeds(), [case.dtype])[0], case.expected()
+        check(y.shape == want.shape, f"shape {y.shape}, expected {want.shape}: {case}")
+        if y.shape == want.shape and y.size:
+            ratio = float((np.abs(y - want) / Case(k=case.k, dtype=case.dtype).tolerance(want, total)).max())
+            check(ratio <= 1.0, f"off by {ratio:.3g} tolerances: {case}")
+            worst = max(worst, ratio)
+    note(f"{len(cases) - refused} cases, worst {worst:.3f} of the tolerance, {refused} refused")
+    case = expert_tests.ExpertCase()
+    s, good = session(case.model()), case.feeds()
+    first = mx.run(s, good, ["float32"])[0]
+    try:
+        s.run_with_ort_values(None, {**good, "I": mx.value(np.array([0, 5, 1]), "int64")})
+        check(False, "index 5 of 5 experts was accepted")
+    except Exception as error:  # noqa: BLE001
+        check(expert_tests.NODE in str(error) and "-5 to 4" in str(error), f"index 5: {str(error)[:300]}")
+    check(np.array_equal(mx.run(s, good, ["float32"])[0], first), "the same bits again, after an error")
+    # An index that was computed on the device comes to the host by itself.
+    m = case.model()
+    m.graph.node[0].input[1] = "J"
+    m.graph.node.insert(0, helper.make_node("Neg", ["I"], ["K"]))
+    m.graph.node.insert(1, helper.make_node("Neg", ["K"], ["J"]))
+    check(np.array_equal(mx.run(session(m), good, ["float32"])[0], first), "an index made on the device")
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -543,6 +585,7 @@ AREAS = dict(
     regimes=regimes,
     special=special,
     act_matmul=act_matmul,
+    experts=experts,
     scores=scores,
     graphs=graphs,
     threads=threads,

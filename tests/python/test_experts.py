@@ -1,21 +1,29 @@
 """MxExpertMatMul, the product with experts chosen at run time, in stock onnxruntime, against NumPy.
 
-    MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so python tests/python/test_experts.py [AREA...]
+    MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so python tests/python/test_experts.py [AREA...]
 
-AREA: values, shapes, errors. Run by tests/it/experts.rs. Exit code 0 means that every check passed.
+AREA: values, shapes, errors (the operator), models (what mxrewrite makes of all forms). Run by tests/it/experts.rs. Exit code 0 means that every check passed.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import mx_nodes as mx
+import mx_nodes as mx  # also puts scripts/ on the path
+import check_zoo
+import mx_tools as tools
 import numpy as np
 import onnx
 from mx_nodes import Case, emu
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 FORMATS = (*emu.MX_FORMATS, "mxint8")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -123,7 +131,7 @@ def check_case(case: ExpertCase, declared: dict | None = None) -> float:
     return ratio
 
 
-def values() -> None:
+def value_cases() -> list[ExpertCase]:
     """Formats, types, scales, blocks, roundings, factors, many rows an expert."""
     cases = []
     for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, DTYPES)):
@@ -139,6 +147,12 @@ def values() -> None:
     # One row a token, several hundred tokens an expert, work for several threads.
     cases.append(ExpertCase(experts=3, n=200, k=320, x=(1100, 1), index=(1100,)))
     cases.append(ExpertCase(experts=8, n=200, k=320, x=(9, 130), index=(9,), weight="fp4_e2m1"))
+    return cases
+
+
+def values() -> None:
+    """Every case against float64 emulation."""
+    cases = value_cases()
     worst = max(check_case(case) for case in cases)
     case = cases[-2]
     first = run(case, threads=1)
@@ -282,7 +296,199 @@ def errors() -> None:
                 check(NODE in str(error), f"X {x}, index {index}: {error}")
 
 
-AREAS = {"values": values, "shapes": shapes, "errors": errors}
+# ------------------------------------------------------------------------------------------ models
+
+
+@dataclass
+class Form:
+    """One way to write a product with chosen experts, its stack and what it is fed."""
+
+    name: str
+    stack: np.ndarray  # [experts, n, k]
+    x: np.ndarray
+    index: np.ndarray
+    stored_kn: bool = False  # the initialiser is [experts, k, n]
+    left: bool = False  # the weight is operand A
+    points: bool = False  # the index input has a last axis of one
+    steps: tuple = ()  # operators between the stack and the product, see build
+
+    @property
+    def initializer(self) -> str:
+        return f"model.layers.{self.name}.mlp.experts.down_proj"
+
+    def emulated(self, weight: emu.Spec, activation: emu.Spec | None) -> tuple[np.ndarray, np.ndarray]:
+        """(the product, sum of |x w|), float64, as MatMul of the original graph has it."""
+        turn = lambda v: np.swapaxes(v, -1, -2)
+        wq = emu.fake_quantize(self.stack, weight)[self.index]
+        x = turn(self.x) if self.left else self.x
+        xq = emu.fake_quantize(x, activation) if activation else x.astype(np.float64)
+        y, size = np.matmul(xq, turn(wq)), np.matmul(np.abs(xq), np.abs(turn(wq)))
+        return (turn(y), turn(size)) if self.left else (y, size)
+
+
+def forms(dtype: str) -> list[Form]:
+    rng = np.random.default_rng(11)
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype).astype(np.float32)
+    pick = lambda *shape: rng.integers(-4, 4, shape)
+    stack = lambda: draw(4, 24, 72)
+    return [
+        Form("0", stack(), draw(5, 72), pick(), steps=("Gather", (1, 0))),
+        Form("1", stack(), draw(2, 5, 72), pick(), stored_kn=True, steps=("Gather",)),
+        Form("2", stack(), draw(6, 1, 72), pick(6), steps=("Gather", (0, 2, 1))),
+        Form("3", stack(), draw(2, 1, 3, 72), pick(2, 6), stored_kn=True, steps=("Gather",)),
+        Form("4", stack(), draw(6, 72, 1), pick(6), left=True, steps=("Gather",)),
+        Form("5", stack(), draw(6, 72, 2), pick(6), left=True, steps=("GatherND+Unsqueeze",)),
+        Form("6", stack(), draw(6, 1, 72), pick(6), points=True, steps=("GatherND", (0, 2, 1))),
+        Form("7", stack(), draw(1, 3, 72), pick(6), steps=((0, 2, 1), "Identity", "Gather")),
+        Form("8", stack(), draw(72, 2), pick(3), left=True, stored_kn=True, steps=((0, 2, 1), "Gather")),
+    ]
+
+
+def build(made: list[Form], dtype: str) -> onnx.ModelProto:
+    """The forms side by side, and a router whose own choice picks the experts of one more product."""
+    onnx_type, nodes, inputs, outputs, inits = mx.ONNX_TYPE[dtype], [], [], [], []
+    inits.append(mx.tensor("last", np.array([-1], np.int64), TensorProto.INT64))
+    for form in made:
+        stored = np.swapaxes(form.stack, 1, 2) if form.stored_kn else form.stack
+        inits.append(mx.tensor(form.initializer, stored.astype(dtype), onnx_type))
+        x, i, y, current = (f"{kind}{form.name}" for kind in ("x", "i", "y", "w"))
+        index_shape = [*form.index.shape, *([1] if form.points else [])]
+        x_dims = [f"{x}_{axis}" if extent != 72 else 72 for axis, extent in enumerate(form.x.shape)]
+        inputs.append(helper.make_tensor_value_info(x, onnx_type, x_dims))
+        inputs.append(helper.make_tensor_value_info(i, TensorProto.INT64, index_shape))
+        outputs.append(helper.make_empty_tensor_value_info(y))
+        outputs[-1].type.tensor_type.elem_type = onnx_type
+        current = form.initializer
+        for number, step in enumerate(form.steps):
+            before, current = current, f"{form.name}_{number}"
+            if isinstance(step, tuple):
+                nodes.append(helper.make_node("Transpose", [before], [current], perm=list(step)))
+            elif step == "GatherND+Unsqueeze":
+                nodes.append(helper.make_node("Unsqueeze", [i, "last"], [f"{i}_points"]))
+                nodes.append(helper.make_node("GatherND", [before, f"{i}_points"], [current]))
+            else:
+                nodes.append(helper.make_node(step, [before] + [i] * step.startswith("Gather"), [current]))
+        operands = [current, x] if form.left else [x, current]
+        nodes.append(helper.make_node("MatMul", operands, [y], name=f"product_{form.name}"))
+    return mx.model(nodes, inputs, outputs, inits)
+
+
+def add_router(m: onnx.ModelProto, dtype: str) -> None:
+    """TopK of a router picks two experts a token; their results are summed with the router's weights."""
+    rng, onnx_type, path = np.random.default_rng(3), mx.ONNX_TYPE[dtype], "model.layers.9.mlp"
+    m.graph.initializer.extend(
+        [
+            mx.tensor(f"{path}.gate.weight", rng.standard_normal((72, 4)).astype(dtype), onnx_type),
+            mx.tensor(f"{path}.experts.up_proj", rng.standard_normal((4, 24, 72)).astype(dtype), onnx_type),
+            mx.tensor("two", np.array([2], np.int64), TensorProto.INT64),
+            mx.tensor("back", np.array([-2], np.int64), TensorProto.INT64),
+            mx.tensor("one", np.array([1], np.int64), TensorProto.INT64),
+        ]
+    )
+    m.graph.node.extend(
+        [
+            helper.make_node("MatMul", ["tokens", f"{path}.gate.weight"], ["scores"], name="router"),
+            helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
+            helper.make_node("TopK", ["shares", "two"], ["top", "chosen"], axis=-1),
+            helper.make_node("Gather", [f"{path}.experts.up_proj", "chosen"], ["picked"]),
+            helper.make_node("Transpose", ["picked"], ["turned"], perm=[0, 1, 3, 2]),
+            helper.make_node("Unsqueeze", ["tokens", "one"], ["each"]),
+            helper.make_node("Unsqueeze", ["each", "back"], ["rows"]),
+            helper.make_node("MatMul", ["rows", "turned"], ["of_experts"], name="moe"),
+            helper.make_node("Squeeze", ["of_experts", "back"], ["flat"]),
+            helper.make_node("Unsqueeze", ["top", "last"], ["weights"]),
+            helper.make_node("Mul", ["flat", "weights"], ["weighted"]),
+            helper.make_node("ReduceSum", ["weighted", "one"], ["mixed"], keepdims=0),
+        ]
+    )
+    m.graph.input.append(helper.make_tensor_value_info("tokens", onnx_type, ["t", 72]))
+    m.graph.output.append(helper.make_tensor_value_info("mixed", onnx_type, ["t", 24]))
+
+
+def rewrite(path: Path, out: Path, *flags: str) -> dict:
+    command = [os.environ["MX_REWRITE"], path, "-o", out, "--force", "--json", *flags]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{flags}: exit {done.returncode}: {done.stderr.decode()}")
+    return json.loads(done.stdout)
+
+
+def feeds_of(made: list[Form], dtype: str) -> dict:
+    feeds = {"tokens": np.random.default_rng(5).standard_normal((7, 72)).astype(dtype)}
+    for form in made:
+        feeds[f"x{form.name}"] = form.x.astype(dtype)
+        feeds[f"i{form.name}"] = form.index[..., None] if form.points else np.asarray(form.index)
+    return feeds
+
+
+def judge(made: list[Form], out: Path, dtype: str) -> float:
+    """Every product of a rewritten model against the emulation; the worst, as a multiple of the bound."""
+    model = onnx.load(out)
+    nodes = {n.name: n for n in model.graph.node if n.op_type == "MxExpertMatMul"}
+    names = [f"product_{form.name}" for form in made] + ["moe"]
+    check(sorted(nodes) == sorted(names), f"{out.name}: MxExpertMatMul nodes are {sorted(nodes)}")
+    left = Counter(n.op_type for n in model.graph.node)
+    check(left["Gather"] + left["GatherND"] == 0, f"{out.name}: what chose the weights is still there: {left}")
+    check({"router"} == {n.name for n in model.graph.node if n.op_type == "MatMul"}, f"{out.name}: the router")
+    check(not any(len(t.dims) == 3 and t.data_type != TensorProto.UINT8 for t in model.graph.initializer), f"{out.name}: stacks")
+    values = ["tokens", "chosen", "of_experts"]
+    session = tools.session(check_zoo.expose(model, values[1:]), Path(mx.LIBRARY))
+    outputs = [f"y{form.name}" for form in made] + values[1:]
+    feeds = feeds_of(made, dtype)
+    got = dict(zip(outputs, session.run(outputs, feeds)))
+    stack = numpy_helper.to_array(next(t for t in onnx.load(out.parent / "model.onnx").graph.initializer if t.name.endswith("up_proj")))
+    moe = Form("9", tools.to_float32(stack), tools.to_float32(feeds["tokens"])[:, None, None], got["chosen"])
+    worst = 0.0
+    for form, node, y in [(f, nodes[f"product_{f.name}"], got[f"y{f.name}"]) for f in made] + [(moe, nodes["moe"], got["of_experts"])]:
+        exact, size = form.emulated(check_zoo.spec_of(node, "weight"), check_zoo.spec_of(node, "activation"))
+        room = 1e-5 * size + (np.abs(exact) * 2.0**-10 + 2.0**-24 if dtype == "float16" else 0)
+        check(y.shape == exact.shape, f"{out.name}, form {form.name}: shape {y.shape}, expected {exact.shape}")
+        if y.shape == exact.shape:
+            worst = max(worst, float((np.abs(tools.to_float32(y) - exact) / room).max()))
+    check(worst <= 1, f"{out.name}: {worst:.3g} times the bound")
+    return worst
+
+
+def models() -> None:
+    """All forms through mxrewrite and onnxruntime, site by site."""
+    for dtype in ("float32", "float16"):
+        made = forms(dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            path, worst = Path(folder) / "model.onnx", 0.0
+            original = build(made, dtype)
+            add_router(original, dtype)
+            onnx.save(original, path)
+            flags = {fmt: ["--tier-a", "--format", fmt] for fmt in ("fp8_e4m3", "fp6_e2m3", "fp4_e2m1")}
+            flags["weight-only"] = ["--all-linears", "--format", "fp4_e2m1", "--activation-format", "none"]
+            flags |= {low: ["--all-linears", "--lower", low] for low in ("bfp16", "nvfp8-emu-e4m3", "nvfp8-emu-e5m2")}
+            for name, options in flags.items():
+                plan = rewrite(path, Path(folder) / f"{name}.onnx", *options)["plan"]
+                check({(s["role"], s["experts"], s["n"], s["k"]) for s in plan["sites"]} == {("expert", 4, 24, 72)}, f"{name}: {plan['sites']}")
+                check([s["node"] for s in plan["skipped"]] == ["router"], f"{name}: {plan['skipped']}")
+                worst = max(worst, judge(made, Path(folder) / f"{name}.onnx", dtype))
+            recipe = Path(folder) / "experts.toml"
+            recipe.write_text('[[rules]]\nrole = "expert"\nweight_format = "fp8_e4m3"\n')
+            rewrite(path, Path(folder) / "recipe.onnx", "--recipe", str(recipe))
+            same = [onnx.load(Path(folder) / f"{n}.onnx").graph for n in ("recipe", "fp8_e4m3")]
+            check(same[0] == same[1], "a rule for role expert makes what the tier makes")
+            rewrite(path, Path(folder) / "again.onnx", "--recipe", str(Path(folder) / "fp4_e2m1.onnx"))
+            same = [onnx.load(Path(folder) / f"{n}.onnx").graph for n in ("again", "fp4_e2m1")]
+            check(same[0] == same[1], "the recipe of a rewritten model makes the same model")
+            rewrite(path, Path(folder) / "base.onnx", *flags["weight-only"], "--base-dtype", "fp16")
+            base = tools.session(Path(folder) / "base.onnx", Path(mx.LIBRARY)).run(None, feeds_of(made, dtype))
+            full = tools.session(Path(folder) / "weight-only.onnx", Path(mx.LIBRARY)).run(None, feeds_of(made, dtype))
+            off = max(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max() for a, b in zip(base[:-1], full[:-1]))
+            check(off < 2e-3, f"--base-dtype fp16: {off:.3g} of the range off")
+            for lowering in ("int8", "nvfp8"):
+                try:
+                    rewrite(path, Path(folder) / "none.onnx", "--all-linears", "--lower", lowering)
+                    check(False, f"--lower {lowering} replaced experts")
+                except RuntimeError as error:
+                    check("exit 1" in str(error) and f"--lower {lowering} has no form" in str(error), str(error))
+        print(f"{len(made) + 1} forms in {dtype}, {len(flags)} targets, worst {worst:.3f} of the bound")
+
+
+AREAS = {"values": values, "shapes": shapes, "errors": errors, "models": models}
 
 
 def main() -> int:

@@ -239,3 +239,72 @@ fn shapes_match_dimension_by_dimension_and_unknown_ones_pass() {
     assert!(check_x_shape(8, &[]).is_err());
     assert!(check_x_shape(8, &[8, 7]).is_err());
 }
+
+fn experts() -> MxExpertMatMulAttrs {
+    MxExpertMatMulAttrs::new(fp8(), 3, Some(1)).unwrap()
+}
+
+#[test]
+fn an_experts_node_reads_back_what_was_written() {
+    let bag = Bag(experts().to_attributes().into_iter().collect());
+    assert_eq!(MxExpertMatMulAttrs::read(&bag).unwrap(), experts());
+    assert!(!bag.0.contains_key(attr::BETA), "there is no bias");
+    let unknown = MxExpertMatMulAttrs::read(&bag.without(attr::INDEX_RANK)).unwrap();
+    assert_eq!(unknown.index_rank(), None);
+    let again = Bag(unknown.to_attributes().into_iter().collect());
+    assert_eq!(MxExpertMatMulAttrs::read(&again).unwrap(), unknown);
+    for (name, value) in [
+        (attr::EXPERTS, AttributeValue::Int(0)),
+        (attr::EXPERTS, AttributeValue::Int(-1)),
+        (attr::EXPERTS, AttributeValue::Int(i64::MAX)),
+        (attr::EXPERTS, text("three")),
+        (attr::INDEX_RANK, AttributeValue::Int(-2)),
+        (attr::INDEX_RANK, AttributeValue::Int(63)),
+        (attr::SCALE, text("tensor")),
+    ] {
+        let error = MxExpertMatMulAttrs::read(&bag.with(name, value)).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+    assert!(MxExpertMatMulAttrs::read(&bag.without(attr::EXPERTS)).is_err());
+    let weight = spec(ElementFormat::Fp8E4M3, ScaleKind::E8M0, 32);
+    let large = MxMatMulAttrs::new(MAX_DIM as usize, 1 << 20, weight, None).unwrap();
+    let error = MxExpertMatMulAttrs::new(large, MAX_DIM as usize, None).unwrap_err();
+    assert!(matches!(error, ContractError::TooLarge { .. }), "{error}");
+}
+
+#[test]
+fn shapes_of_chosen_experts_are_those_of_matmul() {
+    let attrs = MxExpertMatMulAttrs::new(fp8(), 3, None).unwrap();
+    assert_eq!((attrs.codes_shape(), attrs.scales_shape()), ([3, 7, 128], Some([3, 7, 4])));
+    for (x, index, want) in [
+        (&[5, 100][..], &[][..], &[5, 7][..]),
+        (&[100], &[], &[7]),
+        (&[100], &[4], &[4, 7]),
+        (&[4, 1, 100], &[4], &[4, 1, 7]),
+        (&[2, 1, 9, 100], &[2, 3], &[2, 3, 9, 7]),
+        (&[-1, 1, 100], &[-1], &[-1, 1, 7]),
+        (&[0, 2, 100], &[1], &[0, 2, 7]),
+    ] {
+        assert_eq!(attrs.y_dims(x, index).unwrap(), want, "{x:?} {index:?}");
+    }
+    for (x, index, word) in
+        [(&[5, 99][..], &[][..], "X"), (&[], &[1], "X"), (&[4, 2, 100], &[3], "index")]
+    {
+        assert!(attrs.y_dims(x, index).unwrap_err().to_string().contains(word), "{x:?} {index:?}");
+    }
+    assert!(experts().y_dims(&[5, 100], &[]).unwrap_err().to_string().contains("index_rank"));
+    let pairs = attrs.product(&[2, 1, 5, 100], &[3]).unwrap();
+    assert_eq!((pairs.m, pairs.n, pairs.k), (5, 7, 100));
+    assert_eq!(pairs.batches, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]);
+}
+
+#[test]
+fn an_index_names_an_expert_from_either_end() {
+    let attrs = experts();
+    let named: Vec<_> = (-3..3).map(|index| attrs.expert(0, index).unwrap()).collect();
+    assert_eq!(named, [0, 1, 2, 0, 1, 2]);
+    for index in [3, -4, i64::MAX, i64::MIN] {
+        let error = attrs.expert(9, index).unwrap_err().to_string();
+        assert!(error.contains(&format!("{index} at place 9, allowed: -3 to 2")), "{error}");
+    }
+}

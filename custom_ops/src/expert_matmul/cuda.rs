@@ -54,6 +54,15 @@ pub(super) fn run(
     let (problem, x_type) = (&kernel.problem, kernel.x.float_type());
     let plan = LinearPlan::new(device.gpu, problem, product.m, x_type, false)?;
     let (stream, scratch) = device.enqueue_on(ctx, plan.scratch_bytes())?;
+    // SAFETY: the stream is ONNX Runtime's for this device.
+    if unsafe { device.gpu.is_capturing(stream)? } {
+        return Err(CudaError::Unsupported(
+            "a captured graph would keep the experts that were chosen when it was captured: turn \
+             enable_cuda_graph off"
+                .into(),
+        )
+        .into());
+    }
     let (n, k) = (problem.n, problem.k);
     let (x_bytes, y_bytes) = (product.m * k * x_type.bytes(), product.m * n * x_type.bytes());
     let (code_bytes, scale_bytes) =

@@ -13,7 +13,7 @@ use super::CudaError;
 
 /// Functions that this crate calls and that drivers older than CUDA 12 lack, or may.
 /// cudarc panics on a missing one, so their presence is checked once.
-const NEEDED: [&CStr; 12] = [
+const NEEDED: [&CStr; 13] = [
     c"cuInit",
     c"cuCtxPushCurrent_v2",
     c"cuCtxPopCurrent_v2",
@@ -26,6 +26,7 @@ const NEEDED: [&CStr; 12] = [
     c"cuFuncGetAttribute",
     c"cuOccupancyMaxActiveBlocksPerMultiprocessor",
     c"cuLaunchKernelEx",
+    c"cuStreamIsCapturing",
 ];
 
 /// Loads and initialises the driver.

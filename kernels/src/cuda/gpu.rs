@@ -183,6 +183,23 @@ impl Gpu {
         work()
     }
 
+    /// Whether work on `stream` goes into a graph that is being captured.
+    ///
+    /// # Safety
+    /// `stream` is a stream of this device.
+    ///
+    /// # Errors
+    /// What the driver says, for the default stream also that another one is being captured.
+    pub unsafe fn is_capturing(&self, stream: Stream) -> Result<bool, CudaError> {
+        self.with_current(|| {
+            let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+            // SAFETY: as the caller promises; the status is written.
+            let code = unsafe { sys::cuStreamIsCapturing(stream.0.cast(), &mut status) };
+            check("cuStreamIsCapturing", code)?;
+            Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+        })
+    }
+
     /// Enqueues zeros into `words` 32-bit words.
     ///
     /// # Safety

@@ -236,8 +236,8 @@ fn turn(node: &Node, weight: &mut Constant, index_rank: &mut Option<usize>) -> R
     Ok(())
 }
 
-/// Longest chain of nodes by which a rank is found.
-const RANK_CHAIN: usize = 24;
+/// Longest chain of nodes by which a rank is found; an Add doubles the ways to go, hence not long.
+const RANK_CHAIN: usize = 12;
 
 /// The rank of a value, from what the model declares or from the operators that made it.
 fn rank(view: &GraphView, value: &str, left: usize) -> Option<usize> {
@@ -262,11 +262,17 @@ fn rank(view: &GraphView, value: &str, left: usize) -> Option<usize> {
         list.dims.first().map_or(Some(1), |&count| usize::try_from(count).ok())
     };
     match node.op_type.as_deref()? {
-        "Identity" | "Cast" | "Relu" | "Sigmoid" | "Softmax" | "Clip" | "Neg" | "Abs" | "Slice"
-        | "Split" | "TopK" | "CumSum" | "ScatterElements" | "Concat" | "Trilu" => of(0),
+        "Identity" | "Cast" | "Slice" | "Split" | "Tile" | "TopK" | "CumSum" | "Concat"
+        | "Trilu" | "ScatterElements" | "Softmax" | "Relu" | "Sigmoid" | "Tanh" | "Erf"
+        | "Gelu" | "Swish" | "HardSwish" | "Clip" | "Neg" | "Abs" | "Exp" | "Sqrt" | "Pow" => of(0),
         "Add" | "Sub" | "Mul" | "Div" | "Mod" | "Min" | "Max" => Some(of(0)?.max(of(1)?)),
+        "MatMul" => match (of(0)?, of(1)?) {
+            (a, b) if a > 1 && b > 1 => Some(a.max(b)),
+            _ => None,
+        },
         "Gather" => (of(0)? + of(1)?).checked_sub(1),
-        "Reshape" | "Expand" => reshaped(view, node),
+        "Reshape" => count(1),
+        "Expand" => Some(of(0)?.max(count(1)?)),
         "Transpose" => attribute(node, "perm").map(|perm| perm.ints.len()).or_else(|| of(0)),
         "Unsqueeze" => match node.input.len() {
             1 => Some(of(0)? + attribute(node, "axes")?.ints.len()),
@@ -282,11 +288,4 @@ fn rank(view: &GraphView, value: &str, left: usize) -> Option<usize> {
         "NonZero" | "Flatten" => Some(2),
         _ => None,
     }
-}
-
-/// The rank that a Reshape's or Expand's target gives; an Expand may also keep what it had.
-fn reshaped(view: &GraphView, node: &Node) -> Option<usize> {
-    let target = view.constant(node.input.get(1)?)?;
-    let &[len] = &target.dims[..] else { return None };
-    is_op(node, "Reshape").then(|| usize::try_from(len).ok())?
 }

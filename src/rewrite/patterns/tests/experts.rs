@@ -92,15 +92,29 @@ fn a_weight_on_the_left_turns_x_and_y() {
     let unknown = chosen(&[4, 48, 32], 1).node("Opaque", &["x"], "v");
     let unknown = unknown.node("Gather", &["w", "i"], "e").node("MatMul", &["e", "v"], "y");
     assert!(unknown.reason().contains("rank of operand B 'v'"));
-    // torch's bmm(weight, x.unsqueeze(-1)): the rank follows from the graph.
-    let linear = chosen(&[4, 48, 32], 1)
-        .input("rows", 2)
+    // transformers' batched products, as torch's TorchScript exporter writes them without any shape.
+    let mut found = Build::new()
+        .weight("up", &[4, 64, 32])
+        .weight("down", &[4, 32, 64])
         .ints("last", &[-1])
+        .node("Flatten", &["x"], "rows")
+        .node("Opaque", &["x"], "choice")
+        .node("Reshape", &["choice", "last"], "i")
+        .node("Gather", &["up", "i"], "e")
         .node("Unsqueeze", &["rows", "last"], "column")
-        .node("Gather", &["w", "i"], "e")
-        .node("MatMul", &["e", "column"], "y")
-        .linear();
-    assert_eq!(experts(&linear).turned, Some([3, 3]));
+        .node("MatMul", &["e", "column"], "h")
+        .node("Squeeze", &["h", "last"], "hidden")
+        .node("Sigmoid", &["hidden"], "gate")
+        .node("Mul", &["hidden", "gate"], "act")
+        .node("Gather", &["down", "i"], "d")
+        .node("Unsqueeze", &["act", "last"], "again")
+        .node("MatMul", &["d", "again"], "y")
+        .matches();
+    assert_eq!(found.len(), 2);
+    for (n, k) in [(32, 64), (64, 32)] {
+        let Some(Match::Linear(linear)) = found.pop() else { panic!("{found:?}") };
+        assert_eq!((linear.n, linear.k, experts(&linear).turned), (n, k, Some([3, 3])));
+    }
 }
 
 #[test]
