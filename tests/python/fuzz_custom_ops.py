@@ -194,7 +194,7 @@ def mutate_node(rng, m) -> None:
     node = rng.choice(m.graph.node)
     what = rng.randrange(6)
     if what == 0:
-        node.op_type = rng.choice(("MxMatMul", "TokenScores", "MxActMatMul", "MatMul", ""))
+        node.op_type = rng.choice(("MxMatMul", "TokenScores", "MxActMatMul", "MxExpertMatMul", "MatMul", ""))
     elif what == 1:
         node.domain = rng.choice(("", "mx", "com.microsoft"))
     elif what == 2:

@@ -449,8 +449,41 @@ def judge(made: list[Form], out: Path, dtype: str) -> float:
     return worst
 
 
+def bodies() -> None:
+    """A product in a branch of an If whose weight is chosen outside, by points that are squeezed inside."""
+    form = next(form for form in forms("float32") if form.left)
+    empty = lambda name: onnx.ValueInfoProto(name=name)
+    then = helper.make_graph([helper.make_node("MatMul", ["e", "x"], ["a"], name="product")], "then", [], [empty("a")])
+    other = helper.make_graph([helper.make_node("MatMul", ["e", "x"], ["b"], name="negated"), helper.make_node("Neg", ["b"], ["c"])], "else", [], [empty("c")])
+    nodes = [
+        helper.make_node("GatherND", [form.initializer, "points"], ["e"]),
+        helper.make_node("If", ["which"], ["y"], then_branch=then, else_branch=other, name="if"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["s", 72, 1]),
+        helper.make_tensor_value_info("points", TensorProto.INT64, ["s", 1]),
+        helper.make_tensor_value_info("which", TensorProto.BOOL, []),
+    ]
+    made = mx.model(nodes, inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["s", 24, 1])], [mx.tensor(form.initializer, form.stack, TensorProto.FLOAT)])
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "model.onnx", Path(folder) / "out.onnx"
+        onnx.save(made, path)
+        report = rewrite(path, out, "--tier-a")
+        check(report["sites"] == 2, f"in bodies: {report['plan']}")
+        rewritten = onnx.load(out)
+        check([n.op_type for n in rewritten.graph.node] == ["If"], "the choice outside is gone")
+        check(len({t.name for t in rewritten.graph.initializer if t.data_type == TensorProto.UINT8}) == 2, "one stack for both branches")
+        spec = emu.Spec("fp8_e4m3")
+        exact, size = form.emulated(spec, spec)
+        session = tools.session(out, Path(mx.LIBRARY))
+        for which, sign in ((True, 1), (False, -1)):
+            y = session.run(None, {"x": form.x, "points": form.index[:, None], "which": np.array(which)})[0]
+            check((np.abs(sign * y - exact) <= 1e-5 * size).all(), f"in branch {which}")
+
+
 def models() -> None:
     """All forms through mxrewrite and onnxruntime, site by site."""
+    bodies()
     for dtype in ("float32", "float16"):
         made = forms(dtype)
         with tempfile.TemporaryDirectory() as folder:
