@@ -32,6 +32,7 @@ use mxrewrite::verify::VerifyOptions;
 #[command(override_usage = USAGE)]
 #[command(group = ArgGroup::new("selection"))]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -318,7 +319,7 @@ fn check(cli: &Cli, report: &RewriteReport) -> anyhow::Result<bool> {
         both["check"] = serde_json::to_value(&found)?;
         print(&json(&both)?)?;
     } else {
-        print(&format!("\n{}", found.text()))?;
+        print(&format!("\n{}", found.summary()))?;
     }
     if !passed {
         let _ = writeln!(

@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ort::value::DynValue;
 use serde::Serialize;
 
 use super::{
@@ -87,7 +88,7 @@ impl Side {
 /// Inputs of every run.
 pub(super) enum Cases {
     /// Of language models.
-    Tokens { windows: Vec<Window>, feeds: [Feeds; 2] },
+    Tokens { windows: Vec<Window>, feeds: [Feeds; 2], draw: Option<Draw> },
     /// Of any other graph: tensors by input name, one list a run.
     Tensors { runs: Vec<Vec<(String, Numbers)>>, sides: [Vec<ValueInfo>; 2] },
 }
@@ -116,18 +117,44 @@ impl Cases {
         let feeds = [a.feeds()?, b.feeds()?];
         let fixed = feeds.iter().filter_map(|feeds| feeds.columns).min();
         let seq_len = size.seq_len.min(fixed.unwrap_or(usize::MAX));
-        let windows = match source {
-            Source::Text { data, tokenizer } => text(a, data, tokenizer, size.samples, seq_len)?,
-            Source::Random { seed } => random_windows(a, *seed, size.samples, seq_len)?,
-            Source::Tensors(_) => Vec::new(),
+        let (windows, draw) = match source {
+            Source::Random { seed } => {
+                let mut draw = Draw::new(a, *seed, seq_len)?;
+                ((0..size.samples).map(|_| draw.window()).collect(), Some(draw))
+            }
+            Source::Text { data, tokenizer } => {
+                (text(a, data, tokenizer, size.samples, seq_len)?, None)
+            }
+            Source::Tensors(_) => (Vec::new(), None),
         };
-        Ok(Self::Tokens { windows, feeds })
+        Ok(Self::Tokens { windows, feeds, draw })
+    }
+
+    /// Samples.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Tokens { windows, .. } => windows.len(),
+            Self::Tensors { runs, .. } => runs.len(),
+        }
+    }
+
+    /// Puts other random tokens in the place of a sample that A refuses (a traced mixture of experts may
+    /// run only when every expert gets a token). False where tokens are not random, or too many were
+    /// refused.
+    pub fn redraw(&mut self, index: usize) -> bool {
+        let Self::Tokens { windows, draw: Some(draw), .. } = self else { return false };
+        draw.left = match draw.left.checked_sub(1) {
+            Some(left) => left,
+            None => return false,
+        };
+        windows[index] = draw.window();
+        true
     }
 
     /// Tokens of the longest run, as far as they are known.
     pub fn longest(&self) -> usize {
         match self {
-            Self::Tokens { windows, feeds } => {
+            Self::Tokens { windows, feeds, .. } => {
                 let rows = feeds.iter().filter_map(|f| f.rows).max().unwrap_or(1);
                 rows * windows.iter().map(|w| w.ids.len()).max().unwrap_or(1)
             }
@@ -141,27 +168,52 @@ impl Cases {
 
     /// Makes the inputs of every run, one after the other. `run` gets its name and the inputs of A and
     /// of B, and returns the outputs of A.
-    pub fn drive(
-        &self,
-        run: &mut dyn FnMut(&str, Inputs, Inputs) -> Result<Outputs>,
-    ) -> Result<()> {
+    pub fn drive(&self, run: &mut Run<'_>) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.drive_one(index, run))
+    }
+
+    /// The same for one sample.
+    pub fn drive_one(&self, index: usize, run: &mut Run<'_>) -> Result<()> {
         match self {
-            Self::Tokens { windows, feeds } => {
-                for index in 0..windows.len() {
-                    drive_window(windows, index, feeds, run)?;
-                }
-                Ok(())
-            }
+            Self::Tokens { windows, feeds, .. } => drive_window(windows, index, feeds, run),
             Self::Tensors { runs, sides } => {
-                for (index, tensors) in runs.iter().enumerate() {
-                    let inputs = |side: &[ValueInfo]| -> Result<Inputs> {
-                        side.iter().map(|input| typed(tensors, input)).collect()
-                    };
-                    run(&format!("run {index}"), inputs(&sides[0])?, inputs(&sides[1])?)?;
-                }
-                Ok(())
+                let inputs = |side: &[ValueInfo]| -> Result<Inputs> {
+                    side.iter().map(|input| typed(&runs[index], input)).collect()
+                };
+                run(&format!("run {index}"), inputs(&sides[0])?, inputs(&sides[1])?).map(drop)
             }
         }
+    }
+}
+
+/// What is done with the inputs of a run.
+pub(super) type Run<'a> = dyn FnMut(&str, Inputs, Inputs) -> Result<Outputs> + 'a;
+
+/// Random tokens.
+pub(super) struct Draw {
+    random: Random,
+    vocabulary: u64,
+    seq_len: usize,
+    /// Samples that may still be replaced.
+    left: usize,
+}
+
+impl Draw {
+    fn new(a: &Side, seed: u64, seq_len: usize) -> Result<Self> {
+        let inspection = instrument::inspect(&a.model, &a.path.display().to_string())?;
+        let vocabulary = inspection.vocabulary.filter(|&size| size > 0).ok_or_else(|| {
+            a.error(
+                "neither logits nor embedding say how large the vocabulary is; pass --data and \
+                 --tokenizer",
+            )
+        })?;
+        Ok(Self { random: Random::new(seed), vocabulary: vocabulary as u64, seq_len, left: 32 })
+    }
+
+    fn window(&mut self) -> Window {
+        // Vocabularies are counted in u32 everywhere.
+        let ids = (0..self.seq_len).map(|_| self.random.below(self.vocabulary) as u32).collect();
+        Window { ids, bytes: 0, subset: None }
     }
 }
 
@@ -176,13 +228,11 @@ fn typed(tensors: &[(String, Numbers)], input: &ValueInfo) -> Result<(String, Dy
     Ok((wanted.to_owned(), value))
 }
 
-use ort::value::DynValue;
-
 fn drive_window(
     windows: &[Window],
     index: usize,
     feeds: &[Feeds; 2],
-    run: &mut dyn FnMut(&str, Inputs, Inputs) -> Result<Outputs>,
+    run: &mut Run<'_>,
 ) -> Result<()> {
     let ids = &windows[index].ids;
     let steps = feeds.iter().all(Feeds::steps) && ids.len() > 1;
@@ -243,19 +293,6 @@ fn text(
         inspection.check_ids(&shown, corpus.largest_id(), tokenizer.len())?;
     }
     Ok(corpus.windows)
-}
-
-fn random_windows(a: &Side, seed: u64, samples: usize, seq_len: usize) -> Result<Vec<Window>> {
-    let inspection = instrument::inspect(&a.model, &a.path.display().to_string())?;
-    let vocabulary = inspection.vocabulary.ok_or_else(|| {
-        a.error("neither logits nor embedding say how large the vocabulary is; pass --data and --tokenizer")
-    })?;
-    let mut random = Random::new(seed);
-    let window = |_| {
-        let ids = (0..seq_len).map(|_| random.below(vocabulary as u64) as u32).collect();
-        Window { ids, bytes: 0, subset: None }
-    };
-    Ok((0..samples).map(window).collect())
 }
 
 /// A float input of normally distributed numbers; open extents are 1 in front, else the length.

@@ -35,6 +35,8 @@ pub struct LayerReport {
     pub node: String,
     /// Its module path.
     pub module_path: Option<String>,
+    /// The body that it stands in; `None` = the main graph.
+    pub body: Option<String>,
     /// Element format of the weight.
     pub weight_format: String,
     /// Element format of the activation.
@@ -57,6 +59,7 @@ impl LayerReport {
         Self {
             node: planned.site.node_name.clone(),
             module_path: planned.site.module_path.clone(),
+            body: None,
             weight_format: planned.format.weight_name().to_owned(),
             activation_format: planned.format.activation_name().to_owned(),
             accumulated: None,
@@ -134,6 +137,8 @@ fn probes<'a>(
     let mut probes = Vec::new();
     for (index, planned) in sites.iter().enumerate() {
         let (site, report) = (&planned.site, &mut reports[index]);
+        let body = bodies.branches.get(site.graph).map(|branch| branch.title.clone());
+        report.body = body.filter(|title| !title.is_empty());
         if site.graph >= bodies.branches.len() || bodies.maker(site.graph, &site.y).is_none() {
             report.note = Some(format!("B has no value `{}`, the layer's output in A", site.y));
             continue;
@@ -225,9 +230,14 @@ fn run_group(
     })?;
     for probe in group {
         let report = &mut reports[probe.index];
-        if report.accumulated.is_none() {
-            report.note.get_or_insert_with(|| "did not run with these inputs".to_owned());
-        }
+        let note = match (&report.accumulated, &report.local) {
+            (Some(_), _) => continue,
+            (None, None) => "did not run with these inputs",
+            (None, Some(_)) => {
+                "gets other rows in B than in A: what it is fed was routed otherwise"
+            }
+        };
+        report.note.get_or_insert_with(|| note.to_owned());
     }
     Ok(())
 }

@@ -231,3 +231,77 @@ fn count(executed: &[Executed]) -> Vec<OpCount> {
     };
     counts.into_iter().map(row).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(name: &str, body: Option<&str>) -> MxNode {
+        MxNode {
+            node: name.to_owned(),
+            op: "MxMatMul".to_owned(),
+            module_path: None,
+            body: body.map(str::to_owned),
+            weight_format: None,
+            activation_format: None,
+            provider: None,
+            kernels: Vec::new(),
+            runs: 0,
+        }
+    }
+
+    fn event(node: &str, op: &str, provider: &str) -> Executed {
+        Executed {
+            node: node.to_owned(),
+            op: op.to_owned(),
+            provider: format!("{provider}ExecutionProvider"),
+            runs: 1,
+        }
+    }
+
+    fn ran(node: &str, provider: &'static str, kernel: &'static str) -> Ran {
+        Ran { node: node.to_owned(), op: "MxMatMul", provider, kernel, runs: 1 }
+    }
+
+    fn placed(executed: &[Executed], ran: &[Ran], device: Device) -> Placement {
+        let nodes = vec![node("a", None), node("b", Some("then_branch of If c"))];
+        Placement::new(nodes, None, executed, ran, device)
+    }
+
+    #[test]
+    fn nodes_that_ran_as_they_should_are_no_failure() {
+        let executed = [event("a", "MxMatMul", "CUDA"), event("b", "MxMatMul", "CUDA")];
+        let kernels =
+            [ran("a", "cuda", "fused"), ran("a", "cuda", "wide"), ran("b", "cuda", "wide")];
+        let placement = placed(&executed, &kernels, Device::Cuda(0));
+        assert!(placement.failures.is_empty() && placement.notes.is_empty(), "{placement:?}");
+        assert_eq!(placement.mx_nodes[0].kernels, ["fused", "wide"]);
+        let count = &placement.ops[0];
+        assert_eq!((count.op.as_str(), count.nodes, count.runs), ("MxMatMul", 2, 2));
+    }
+
+    #[test]
+    fn a_node_on_the_cpu_fails_where_a_gpu_was_asked_for() {
+        let executed = [event("a", "MxMatMul", "CPU"), event("b", "MxMatMul", "CUDA")];
+        let kernels = [ran("a", "cpu", "avx2"), ran("b", "cuda", "fused")];
+        let [failure] = &placed(&executed, &kernels, Device::Cuda(1)).failures[..] else {
+            panic!()
+        };
+        assert_eq!(failure, "node 'a' ran on the CPU, not on cuda:1");
+        assert!(placed(&executed, &kernels, Device::Cpu).failures.is_empty());
+    }
+
+    #[test]
+    fn what_did_not_run_fails_but_in_a_branch_that_was_not_taken() {
+        let placement = placed(&[], &[], Device::Cpu);
+        assert_eq!(placement.failures, ["node 'a' was not run"]);
+        assert!(placement.notes[0].contains("then_branch of If c"), "{:?}", placement.notes);
+        let other = placed(&[event("a", "MatMul", "CPU")], &[], Device::Cpu);
+        assert_eq!(other.failures[0], "node 'a' ran as MatMul, not as MxMatMul");
+        // The optimiser may have changed the name; the kernel knows its own.
+        let renamed =
+            placed(&[event("x", "MxMatMul", "CPU")], &[ran("a", "cpu", "avx2")], Device::Cpu);
+        assert!(renamed.failures.is_empty());
+        assert_eq!(renamed.mx_nodes[0].provider.as_deref(), Some("CPUExecutionProvider"));
+    }
+}

@@ -1,6 +1,6 @@
 //! A comparison as text.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{Difference, LayerReport, MxNode, OutputReport, VerifyReport};
 
@@ -55,9 +55,12 @@ fn owned<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).to_vec()
 }
 
-/// The whole report.
-pub(super) fn text(report: &VerifyReport) -> String {
-    let mut text = format!("A {}\nB {}\n", report.a.display(), report.b.display());
+/// The whole report, or with `brief` nothing node by node.
+pub(super) fn text(report: &VerifyReport, brief: bool) -> String {
+    let mut text = match brief {
+        true => String::new(),
+        false => format!("A {}\nB {}\n", report.a.display(), report.b.display()),
+    };
     let _ = writeln!(
         text,
         "ONNX Runtime {}, {}: {}; {} runs",
@@ -67,7 +70,7 @@ pub(super) fn text(report: &VerifyReport) -> String {
     if !report.layers.is_empty() {
         text.push_str(&layers(&report.layers));
     }
-    text.push_str(&placement(report));
+    text.push_str(&if brief { kernels(report) } else { placement(report) });
     for note in &report.notes {
         let _ = writeln!(text, "note: {note}");
     }
@@ -128,7 +131,10 @@ fn layers(layers: &[LayerReport]) -> String {
     for layer in layers {
         let (local, whole) = (layer.local.as_ref(), layer.accumulated.as_ref());
         let mut row = vec![
-            layer.shown().to_owned(),
+            match &layer.body {
+                Some(body) => format!("{} ({body})", layer.shown()),
+                None => layer.shown().to_owned(),
+            },
             layer.weight_format.clone(),
             layer.activation_format.clone(),
             local.map_or_else(missing, decibels),
@@ -157,14 +163,33 @@ fn placement(report: &VerifyReport) -> String {
         return text + "\nB has no MX node\n\n";
     }
     let mut rows = vec![owned(["MX node", "module path", "format", "provider", "kernel", "runs"])];
-    rows.extend(placement.mx_nodes.iter().map(mx_row));
+    rows.extend(placement.mx_nodes.iter().map(|node| mx_row(node).to_vec()));
     let ran = placement.mx_nodes.iter().filter(|node| node.provider.is_some()).count();
     text.push_str(&format!("\n{}", table(&rows)));
     let _ = writeln!(text, "\n{ran} of {} MX nodes ran\n", placement.mx_nodes.len());
     text
 }
 
-fn mx_row(node: &MxNode) -> Vec<String> {
+/// MX nodes by what they are and what ran them.
+fn kernels(report: &VerifyReport) -> String {
+    let nodes = &report.placement.mx_nodes;
+    if nodes.is_empty() {
+        return "\nthe result has no MX node\n\n".to_owned();
+    }
+    let mut counts: BTreeMap<Vec<String>, usize> = BTreeMap::new();
+    for node in nodes {
+        let [_, _, format, provider, kernel, _] = mx_row(node);
+        *counts.entry(vec![node.op.clone(), format, provider, kernel]).or_default() += 1;
+    }
+    let mut rows = vec![owned(["MX operator", "format", "provider", "kernel", "nodes"])];
+    rows.extend(counts.into_iter().map(|(mut row, count)| {
+        row.push(count.to_string());
+        row
+    }));
+    format!("\n{}\n", table(&rows))
+}
+
+fn mx_row(node: &MxNode) -> [String; 6] {
     let dash = || "-".to_owned();
     let format = |name: &Option<String>| name.clone().unwrap_or_else(dash);
     let kernels = match (&node.provider, node.kernels.is_empty()) {
@@ -172,7 +197,7 @@ fn mx_row(node: &MxNode) -> Vec<String> {
         (Some(_), true) => "no rows".to_owned(),
         (Some(_), false) => node.kernels.join(", "),
     };
-    vec![
+    [
         node.node.clone(),
         node.module_path.clone().unwrap_or_else(dash),
         format!("{} x {}", format(&node.weight_format), format(&node.activation_format)),

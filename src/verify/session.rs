@@ -54,7 +54,7 @@ impl Session {
         let load = |reason: String| VerifyError::Load {
             path: path.to_owned(),
             device: device.to_string(),
-            reason,
+            reason: reason.trim().to_owned(),
         };
         let bytes = model
             .to_bytes()
@@ -75,7 +75,7 @@ impl Session {
         move |error| VerifyError::Run {
             path: path.clone(),
             device: device.clone(),
-            reason: error.to_string(),
+            reason: error.to_string().trim().to_owned(),
         }
     }
 

@@ -11,4 +11,5 @@ mod recipes;
 mod shell;
 mod size;
 mod support;
+mod verify;
 mod zoo;
