@@ -200,8 +200,10 @@ pub(super) struct Draw {
 
 impl Draw {
     fn new(a: &Side, seed: u64, seq_len: usize) -> Result<Self> {
-        let inspection = instrument::inspect(&a.model, &a.path.display().to_string())?;
-        let vocabulary = inspection.vocabulary.filter(|&size| size > 0).ok_or_else(|| {
+        // An encoder has no logits; its embedding still says how many tokens there are.
+        let inspected = instrument::inspect(&a.model, "").ok().and_then(|found| found.vocabulary);
+        let vocabulary = inspected.or_else(|| instrument::embedding_rows(&a.model));
+        let vocabulary = vocabulary.filter(|&size| size > 0).ok_or_else(|| {
             a.error(
                 "neither logits nor embedding say how large the vocabulary is; pass --data and \
                  --tokenizer",

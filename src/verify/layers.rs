@@ -103,9 +103,13 @@ pub(super) fn compare(
     };
     let mut notes = Vec::new();
     let found: HashSet<&str> = again.sites.iter().map(|s| s.site.node_name.as_str()).collect();
-    for site in plan.sites.iter().filter(|site| !found.contains(site.node.as_str())) {
-        let path = site.module_path.as_deref().unwrap_or(&site.node);
-        notes.push(format!("layer {path} of B is not found in A, and is not compared"));
+    let mut lost = plan.sites.iter().filter(|site| !found.contains(site.node.as_str()));
+    if let Some(first) = lost.next() {
+        let path = first.module_path.as_deref().unwrap_or(&first.node);
+        let (more, all) = (1 + lost.count(), plan.sites.len());
+        notes.push(format!(
+            "{more} of {all} layers of B are not found in A and not compared, such as {path}"
+        ));
     }
     let planned: HashSet<&str> = plan.sites.iter().map(|site| site.node.as_str()).collect();
     let sites: Vec<&PlannedSite> =

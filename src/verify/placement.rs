@@ -47,7 +47,7 @@ pub struct MxNode {
     /// Execution provider that ran it; `None` = it did not run.
     pub provider: Option<String>,
     /// Kernels that computed it: `avx512`, `avx2`, `scalar` on the CPU; `fused`, `wide`, `dense`,
-    /// `fp8` ... on a GPU. Empty when every run had no rows to compute.
+    /// `fp8 cublaslt` ... on a GPU. Empty when every run had no rows to compute.
     pub kernels: Vec<String>,
     /// How often it ran.
     pub runs: u64,

@@ -131,10 +131,7 @@ fn layers(layers: &[LayerReport]) -> String {
     for layer in layers {
         let (local, whole) = (layer.local.as_ref(), layer.accumulated.as_ref());
         let mut row = vec![
-            match &layer.body {
-                Some(body) => format!("{} ({body})", layer.shown()),
-                None => layer.shown().to_owned(),
-            },
+            layer_name(layer, layers),
             layer.weight_format.clone(),
             layer.activation_format.clone(),
             local.map_or_else(missing, decibels),
@@ -145,6 +142,18 @@ fn layers(layers: &[LayerReport]) -> String {
         rows.push(row);
     }
     format!("\n{}", table(&rows))
+}
+
+/// The layer's path; with its node and body where others have the same path.
+fn layer_name(layer: &LayerReport, layers: &[LayerReport]) -> String {
+    let shown = layer.shown();
+    if layers.iter().filter(|other| other.shown() == shown).count() == 1 {
+        return shown.to_owned();
+    }
+    match &layer.body {
+        Some(body) => format!("{shown} ({body})"),
+        None => format!("{shown} ({})", layer.node),
+    }
 }
 
 fn placement(report: &VerifyReport) -> String {

@@ -147,7 +147,7 @@ fn exports_of_every_kind_pass() {
         ("llama31-genai", 4, 10),
         ("llama31-optimum-merged", 4, 28),
         ("mixtral-hfexp", 2, 24),
-        ("mixtral-ts28", 2, 24),
+        ("mixtral-ts28", 2, 32),
     ] {
         passes(&zoo.join(name).join("model.onnx"), &dir.path().join(name), runs, layers);
     }

@@ -178,7 +178,6 @@ def missing(path: Path, folder: Path) -> None:
 
 def outputs(path: Path, folder: Path) -> None:
     """Outputs that are missing, extra or of another shape; a model without layers; text as data."""
-    a = onnx.load(path)
     report = verify(path, path, "--layers")
     assert report["outputs"]["both"][0]["identical"] and report["placement"]["mx_nodes"] == []
     renamed = onnx.load(path)
@@ -200,7 +199,15 @@ def outputs(path: Path, folder: Path) -> None:
     onnx.save(cut, folder / "cut.onnx")
     report = verify(path, folder / "cut.onnx", code=1)
     assert "in A and" in report["failures"][0] and "100] in B" in report["failures"][0], report["failures"]
-    assert a.graph.output[0].name == "logits"
+    # Two rewrites: A has no layer that B's plan could name.
+    fp8, fp4 = folder / "fp8.onnx", folder / "fp4.onnx"
+    rewrite(path, fp8, "--tier-a")
+    rewrite(path, fp4, "--tier-a", "--format", "fp4_e2m1")
+    report = verify(fp8, fp4, "--layers")
+    assert report["layers"] == [] and "15 of 15 layers of B are not found in A" in report["notes"][0], report["notes"]
+    text = ["--data", "fixtures/mini_pile.parquet", "--tokenizer", "fixtures/tinylm/tokenizer.json"]
+    report = verify(path, fp8, *text, "--samples", "3", "--seq-len", "20")
+    assert report["runs"] == 3 and report["inputs"].startswith("3 documents of"), report["inputs"]
 
 
 def merged(folder: Path) -> None:
@@ -314,6 +321,17 @@ def plain(folder: Path) -> None:
     again = verify(path, folder / "out.onnx", "--seed", "4", "--layers")
     other = verify(path, folder / "out.onnx", "--seed", "5", "--layers")
     assert report == again != other
+    encoder = merged_decoder()
+    del encoder.graph.node[1:], encoder.graph.input[1:], encoder.graph.output[:]
+    encoder.graph.node.append(helper.make_node("MatMul", ["hidden", "w.then"], ["out"], "/mlp/fc1/MatMul"))
+    encoder.graph.node.append(helper.make_node("ReduceMean", ["out"], ["pooled"], "pool", axes=[1], keepdims=0))
+    for name, rank in [("out", 3), ("hidden", 3), ("pooled", 2)]:
+        encoder.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank))
+    onnx.save(encoder, folder / "encoder.onnx")
+    rewrite(folder / "encoder.onnx", folder / "out.onnx", "--check")
+    report = verify(folder / "encoder.onnx", folder / "out.onnx")
+    assert [o["name"] for o in report["outputs"]["both"]] == ["out", "hidden", "pooled"]
+    assert "random tokens" in report["inputs"] and report["outputs"]["both"][1]["identical"]
     save(helper.make_node("Unheard", ["h"], ["y"], "odd", domain="nowhere"), helper.make_opsetid("nowhere", 1))
     done = rewrite(path, folder / "odd.onnx", "--check", code=1)
     for text in ["--check:", "does not load it on cpu", "Unheard", "stays as written"]:

@@ -47,7 +47,7 @@ pub struct VerifyArgs {
     #[arg(long)]
     layers: bool,
     /// Fail when an output is off by more than this
-    #[arg(long, value_name = "X", value_parser = bound)]
+    #[arg(long, value_name = "X", value_parser = bound, allow_negative_numbers = true)]
     max_error: Option<f64>,
     /// Fail when an output, or with --layers a layer alone, has a lower signal-to-noise ratio
     #[arg(long, value_name = "DB", allow_negative_numbers = true)]
