@@ -12,4 +12,5 @@ mod recipes;
 mod shell;
 mod size;
 mod support;
+mod verify;
 mod zoo;
