@@ -3,7 +3,7 @@
 
 use super::{
     RewritePlan, SiteFormat,
-    lower::{Int8, Mx, base, bf16},
+    lower::{Int8, Mx, Qdq, base, bf16, qdq},
     lowering::{BaseDtype, Lowering},
     patch::Patch,
     weights::Threads,
@@ -61,7 +61,7 @@ pub enum ExecuteError {
 /// Carries out a plan that was made from this model. Weights are quantised by `threads` threads
 /// (`None` = one a processor), one at a time, when the result is written by [`Model::save`] or
 /// [`Model::to_bytes`]. Without any layer to replace the model is returned as it is (under
-/// [`Lowering::Bf16`] the whole graph is rounded, layers or not), but for the plan's base type.
+/// [`Lowering::Bf16`] and [`Lowering::Fp16`] the whole graph is rounded or converted, layers or not), but for the plan's base type.
 ///
 /// # Errors
 /// A layer or model that the lowering cannot take; a weight that cannot be read.
@@ -71,8 +71,8 @@ pub fn execute(
     threads: Option<usize>,
 ) -> Result<Model, ExecuteError> {
     let threads = Threads::new(threads)?;
-    let base = plan.recipe.base_dtype;
-    let whole = plan.recipe.lowering == Lowering::Bf16;
+    let base = plan.recipe.lowering.base(plan.recipe.base_dtype);
+    let whole = plan.recipe.lowering.is_whole_graph();
     let mut out = match whole || plan.sites.is_empty() {
         true => model.clone(),
         false => replace_sites(model, plan, threads)?,
@@ -80,7 +80,7 @@ pub fn execute(
     if let Some(base) = base {
         out = base::convert(model, &out, base)?;
     }
-    if whole && base != Some(BaseDtype::Bf16) {
+    if plan.recipe.lowering == Lowering::Bf16 && base != Some(BaseDtype::Bf16) {
         out = bf16::round(&out)?;
     }
     if plan.sites.is_empty() && !whole {
@@ -108,20 +108,31 @@ fn replace_sites(
     threads: Threads,
 ) -> Result<Model, ExecuteError> {
     let mut patch = Patch::new(model, threads)?;
-    let (mut mx, mut int8) = (Mx::default(), Int8::default());
+    let (mut mx, mut int8, mut qdq) = (Mx::default(), Int8::default(), Qdq::default());
+    let by_standard = plan.recipe.lowering == Lowering::Qdq;
     for planned in &plan.sites {
         match &planned.format {
+            SiteFormat::Mx { weight, activation } if by_standard => {
+                qdq.lower(&mut patch, planned, weight, activation.as_ref())?;
+            }
             SiteFormat::Mx { weight, activation } => {
                 mx.lower(&mut patch, planned, weight, activation.as_ref())?;
             }
             SiteFormat::Int8 => int8.lower(&mut patch, planned)?,
-            SiteFormat::Bf16 => {
+            SiteFormat::Bf16 | SiteFormat::Fp16 => {
                 return Err(ExecuteError::Unsupported {
                     lowering: plan.recipe.lowering.name(),
-                    reason: "bf16 is a format of whole graphs, not of single layers".to_owned(),
+                    reason: format!(
+                        "{} is a format of whole graphs, not of single layers",
+                        planned.format.weight_name()
+                    ),
                 });
             }
         }
     }
-    patch.finish()
+    let mut out = patch.finish()?;
+    if by_standard {
+        qdq::raise(&mut out, &plan.sites)?;
+    }
+    Ok(out)
 }

@@ -145,8 +145,8 @@ pub fn require_sites(
     plan: &RewritePlan,
     options: &RewriteOptions,
 ) -> Result<(), RewriteError> {
-    // bfloat16 rounds the whole graph, layers or not.
-    if !plan.sites.is_empty() || options.allow_empty || plan.recipe.lowering == Lowering::Bf16 {
+    // The whole graph is rounded or converted, layers or not.
+    if !plan.sites.is_empty() || options.allow_empty || plan.recipe.lowering.is_whole_graph() {
         return Ok(());
     }
     Err(RewriteError::NothingToReplace {
@@ -163,7 +163,7 @@ pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
     let lowering = options.recipe.as_ref().map_or(options.lowering, |recipe| recipe.lowering);
     let by_recipe = options.recipe.as_ref().map(|r| format!("{stem}.{}.onnx", file_part(&r.name)));
     let name = match lowering {
-        Lowering::Bf16 => format!("{stem}.bf16.onnx"),
+        Lowering::Bf16 | Lowering::Fp16 => format!("{stem}.{lowering}.onnx"),
         // Tiers c and d are a mixture of formats.
         Lowering::Mx if options.tier.has_fixed_formats() => format!("{stem}.{tier}-mx.onnx"),
         Lowering::Mx => {
@@ -173,7 +173,7 @@ pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
         lowering => format!("{stem}.{tier}-{lowering}.onnx"),
     };
     let name = by_recipe.unwrap_or(name);
-    let name = match options.base_dtype.filter(|_| lowering != Lowering::Bf16) {
+    let name = match options.base_dtype.filter(|_| !lowering.is_whole_graph()) {
         Some(base) => format!("{}.{base}.onnx", name.trim_end_matches(".onnx")),
         None => name,
     };

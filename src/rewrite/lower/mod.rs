@@ -4,13 +4,16 @@ pub(crate) mod base;
 pub(crate) mod bf16;
 mod int8;
 mod mx;
+mod packer;
 mod pair;
+pub(crate) mod qdq;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use base::cast_output_name;
 pub(crate) use int8::Int8;
 pub(crate) use mx::Mx;
+pub(crate) use qdq::Qdq;
 
 use crate::onnx::proto::{Attribute, AttributeType, Node};
 
