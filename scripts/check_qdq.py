@@ -95,6 +95,19 @@ def check_bytes(found: list[Site], original, asked: str) -> list[str]:
     return wrong
 
 
+def check_validity(rewritten: onnx.ModelProto, original: onnx.ModelProto) -> list[str]:
+    """onnx's checker and shape inference, where they accept the original."""
+    try:
+        onnx.checker.check_model(original, full_check=True)
+    except Exception:  # operators of ONNX Runtime's own
+        return []
+    try:
+        onnx.checker.check_model(rewritten, full_check=True)
+    except Exception as e:
+        return [f"onnx.checker: {str(e)[:400]}"]
+    return []
+
+
 def cut(model: onnx.ModelProto, site: Site, data_type: int) -> onnx.ModelProto:
     """The nodes between a site's X, of a type, and its Y."""
     producer = {o: i for i, n in enumerate(model.graph.node) for o in n.output}

@@ -2,7 +2,7 @@
 //! the model.
 
 use super::{
-    RewritePlan, SiteFormat,
+    Notes, RewritePlan, SiteFormat,
     lower::{Int8, Mx, Qdq, base, bf16, qdq},
     lowering::{BaseDtype, Lowering},
     patch::Patch,
@@ -70,6 +70,20 @@ pub fn execute(
     plan: &RewritePlan,
     threads: Option<usize>,
 ) -> Result<Model, ExecuteError> {
+    execute_noting(model, plan, threads, &Notes::default())
+}
+
+/// [`execute`], with what there is to know of the result in `notes`; those on weights are taken when
+/// the result is written.
+///
+/// # Errors
+/// As [`execute`].
+pub fn execute_noting(
+    model: &Model,
+    plan: &RewritePlan,
+    threads: Option<usize>,
+    notes: &Notes,
+) -> Result<Model, ExecuteError> {
     let threads = Threads::new(threads)?;
     let base = plan.recipe.lowering.base(plan.recipe.base_dtype);
     let whole = plan.recipe.lowering.is_whole_graph();
@@ -78,7 +92,7 @@ pub fn execute(
         false => replace_sites(model, plan, threads)?,
     };
     if let Some(base) = base {
-        out = base::convert(model, &out, base)?;
+        out = base::convert(model, &out, base, notes)?;
     }
     if plan.recipe.lowering == Lowering::Bf16 && base != Some(BaseDtype::Bf16) {
         out = bf16::round(&out)?;
@@ -99,7 +113,7 @@ pub fn execute(
 /// # Errors
 /// An opset before 13; a value whose type is not known where it must be.
 pub fn convert(model: &Model, to: BaseDtype) -> Result<Model, ExecuteError> {
-    base::convert(model, model, to)
+    base::convert(model, model, to, &Notes::default())
 }
 
 fn replace_sites(

@@ -83,10 +83,14 @@ fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
         let RewriteOptions { activation, block_size, rounding, scale_rule, .. } = *options;
         let numbers = Numbers { weight, activation, block_size, rounding, scale_rule };
         let format = numbers.format(options.lowering)?;
-        format.check(options.lowering).map_err(|why| RecipeError::Conflict {
-            option: "the format, rounding or activation format",
+        format.check(options.lowering).map_err(|refusal| RecipeError::Conflict {
+            option: match refusal.key {
+                "rounding" => "--rounding",
+                "activation_format" => "--activation-format",
+                _ => "--format",
+            },
             with: format!("--lower {}", options.lowering),
-            why,
+            why: refusal.why,
         })?;
         Ok(format)
     };
@@ -185,6 +189,7 @@ fn check_beside_recipe(options: &RewriteOptions) -> Result<(), RecipeError> {
 mod tests {
     use super::*;
     use crate::rewrite::BaseDtype;
+    use mx_kernels::Rounding;
 
     fn pair(rule: &Rule) -> (&'static str, &'static str) {
         rule.format.as_ref().map_or(("keep", "keep"), |f| (f.weight_name(), f.activation_name()))
@@ -218,6 +223,7 @@ mod tests {
         for (lowering, expected) in [
             (Lowering::Int8, ("int8", "none")),
             (Lowering::Bf16, ("bf16", "bf16")),
+            (Lowering::Fp16, ("fp16", "fp16")),
             (Lowering::Bfp16, ("bf16", "bf16")),
             (Lowering::NvFp8EmuE4m3, ("fp8_e4m3", "fp8_e4m3")),
             (Lowering::NvFp8EmuE5m2, ("fp8_e5m2", "fp8_e5m2")),
@@ -245,8 +251,28 @@ mod tests {
         let lowering = Lowering::Bf16;
         let options = RewriteOptions { lowering, base_dtype, ..Default::default() };
         assert!(Recipe::new(&options).unwrap_err().to_string().contains("--base-dtype"));
+        for base_dtype in BaseDtype::ALL.map(Some) {
+            let lowering = Lowering::Qdq;
+            let options = RewriteOptions { lowering, base_dtype, ..Default::default() };
+            assert!(Recipe::new(&options).unwrap_err().to_string().contains("--lower fp16"));
+        }
         let options = RewriteOptions { block_size: 20, ..Default::default() };
         assert!(matches!(Recipe::new(&options), Err(RecipeError::Format(_))));
+    }
+
+    #[test]
+    fn qdq_takes_what_standard_operators_say() {
+        let qdq = RewriteOptions { lowering: Lowering::Qdq, ..Default::default() };
+        let refusal = |options: &RewriteOptions| Recipe::new(options).unwrap_err().to_string();
+        let floor = RewriteOptions { rounding: Rounding::Floor, ..qdq.clone() };
+        assert!(refusal(&floor).starts_with("--rounding does not"), "{}", refusal(&floor));
+        let weights = RewriteOptions { activation: Activation::None, ..floor };
+        assert!(Recipe::new(&weights).is_ok());
+        let format = Some(ElementFormat::MxInt8);
+        let int8 = RewriteOptions { format, ..qdq.clone() };
+        assert!(refusal(&int8).starts_with("--format does not"), "{}", refusal(&int8));
+        let activation = Activation::Format(ElementFormat::MxInt8);
+        assert!(Recipe::new(&RewriteOptions { activation, ..qdq }).is_err());
     }
 
     #[test]

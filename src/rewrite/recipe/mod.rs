@@ -61,7 +61,7 @@ impl SiteFormat {
     }
 
     /// Why `lowering` cannot say it, with what to use instead.
-    pub(super) fn check(&self, lowering: Lowering) -> Result<(), &'static str> {
+    pub(super) fn check(&self, lowering: Lowering) -> Result<(), qdq::Refusal> {
         match (lowering, self) {
             (Lowering::Qdq, Self::Mx { weight, activation }) => {
                 qdq::check(weight, activation.as_ref())

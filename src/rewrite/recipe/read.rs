@@ -223,7 +223,11 @@ impl Reader<'_> {
         if !lowering.takes_formats() {
             self.check_fixed(entries, lowering, &format)?;
         }
-        format.check(lowering).map_err(|why| self.error(item.line, why.to_owned()))?;
+        format.check(lowering).map_err(|refusal| {
+            let line = field(entries, refusal.key).map_or(item.line, |item| item.line);
+            let (key, why) = (refusal.key, refusal.why);
+            self.error(line, format!("{key} does not go with lowering \"{lowering}\": {why}"))
+        })?;
         Ok(format)
     }
 

@@ -72,23 +72,33 @@ fn formats(format: &SiteFormat) -> impl Iterator<Item = ElementFormat> {
     specs.into_iter().flatten().map(|spec| spec.format)
 }
 
-/// Refuses what standard operators cannot say, with what to use instead.
+/// What standard operators cannot say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::rewrite) struct Refusal {
+    /// The key in a recipe; on the command line an option of the same name.
+    pub key: &'static str,
+    /// Why, and what to use instead.
+    pub why: &'static str,
+}
+
+/// Refuses what standard operators cannot say.
 pub(in crate::rewrite) fn check(
     weight: &QuantSpec,
     activation: Option<&QuantSpec>,
-) -> Result<(), &'static str> {
-    let formats = [Some(weight), activation].into_iter().flatten();
-    if formats.clone().any(|spec| element_type(spec.format).is_none()) {
-        return Err(
-            "ONNX has no element type for mxint8 under a shared exponent; use an fp8, fp6 or \
-                    fp4 format, or --lower mx",
-        );
+) -> Result<(), Refusal> {
+    let why = "ONNX has no element type for mxint8 under a shared exponent; use an fp8, fp6 or fp4 \
+               format, or --lower mx";
+    if element_type(weight.format).is_none() {
+        return Err(Refusal { key: "weight_format", why });
     }
-    if activation.is_some_and(|spec| spec.rounding != Rounding::Even) {
-        return Err(
-            "QuantizeLinear rounds activations half to even and no other way; use rounding \
-                    even, activation format none, or --lower mx",
-        );
+    let Some(activation) = activation else { return Ok(()) };
+    if element_type(activation.format).is_none() {
+        return Err(Refusal { key: "activation_format", why });
+    }
+    if activation.rounding != Rounding::Even {
+        let why = "QuantizeLinear rounds activations half to even and no other way; use rounding even, \
+                   activation format none, or --lower mx";
+        return Err(Refusal { key: "rounding", why });
     }
     Ok(())
 }
@@ -124,7 +134,7 @@ impl Qdq {
     ) -> Result<(), ExecuteError> {
         let site = &planned.site;
         let failed = |reason: String| ExecuteError::Site { node: site.node_name.clone(), reason };
-        check(weight, activation).map_err(|reason| failed(reason.to_owned()))?;
+        check(weight, activation).map_err(|refusal| failed(refusal.why.to_owned()))?;
         let id = NodeId(site.node);
         let mut changed = patch.graph_mut(site.graph).node(id).clone();
         if changed.input.get(1) != Some(&site.weight.operand) {
