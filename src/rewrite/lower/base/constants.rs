@@ -39,7 +39,8 @@ fn width(data_type: DataType) -> usize {
     if data_type == DataType::Float { 4 } else { 2 }
 }
 
-/// An initialiser in type `to`, made when it is written.
+/// An initialiser in type `to`, made when it is written. `notes` learns then how many numbers of a
+/// weight had to be limited; a single number is a mask's lowest, not a weight.
 pub(super) fn converted(
     model: &Model,
     info: &TensorInfo,
@@ -58,7 +59,9 @@ pub(super) fn converted(
             limited += beyond;
             release(part(&view, first, PIECE));
         }
-        notes.limited(&original.name, limited, type_name(to));
+        if view.elements() > 1 {
+            notes.limited(&original.name, limited, type_name(to));
+        }
         Ok(())
     });
     Ok(TensorInfo::new(&info.name, info.dims.clone(), to, Payload::Stream { len, write }))
@@ -124,7 +127,9 @@ pub(super) fn converted_node(
 ) -> Result<Option<Node>, onnx::Error> {
     let Some(view) = view_of_node(model, node)? else { return Ok(None) };
     let (raw_data, limited) = convert_part(&view, 0, view.elements(), to)?;
-    notes.limited(node.output.first().map_or("", String::as_str), limited, type_name(to));
+    if view.elements() > 1 {
+        notes.limited(node.output.first().map_or("", String::as_str), limited, type_name(to));
+    }
     let dims = view.dims.iter().map(|&d| d as i64).collect();
     let tensor =
         Tensor { dims, data_type: Some(to as i32), raw_data: Some(raw_data), ..Tensor::default() };

@@ -145,6 +145,22 @@ fn half_precision_layers_compute_in_float32() {
 }
 
 #[test]
+fn fused_products_read_the_weight_transposed() {
+    let mut builder = ModelBuilder::new(20)
+        .input("x", DataType::Float, &["a", "m", "32"])
+        .floats("w", &[32, 4], &ramp(128))
+        .node("FusedMatMul", &["x", "w"], &["y"])
+        .output("y", DataType::Float, &["a", "m", "4"]);
+    builder.nodes[0].domain = Some("com.microsoft".into());
+    builder.nodes[0].attribute.push(float_attribute("alpha", 0.5));
+    let out = rewrite_with(&builder.model(), &qdq(ElementFormat::Fp8E4M3));
+    let fused = named(&out, "FusedMatMul")[0];
+    assert_eq!((attribute(fused, "transB"), fused.attribute.len()), (Some(1), 2));
+    assert!(named(&out, "Transpose").is_empty());
+    assert_eq!(fused.input[1], "w.qdq");
+}
+
+#[test]
 fn older_nodes_get_the_form_of_the_new_opset() {
     let ints = |name: &str, values: &[i64]| crate::rewrite::lower::ints(name, values);
     let model = biased()
