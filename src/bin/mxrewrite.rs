@@ -161,8 +161,9 @@ struct Formats {
     #[arg(long, value_name = "S", default_value = "floor")]
     #[arg(value_parser = PossibleValuesParser::new(["floor", "ceil", "even", "rceil"]))]
     scale_rule: String,
-    /// What layers become: mx, int8 (weight-only DequantizeLinear), bf16 (the whole graph rounded),
-    /// bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales), nvfp8 (fp8
+    /// What layers become: mx, qdq (MX by standard operators of opset 24, FP6 28; ONNX Runtime 1.31
+    /// does not load them), int8 (weight-only DequantizeLinear), bf16 (the whole graph rounded), fp16
+    /// (the whole graph converted), bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales), nvfp8 (fp8
     /// E4M3 with one scale a tensor)
     #[arg(long, value_name = "TARGET", default_value = "mx")]
     lower: Lowering,
@@ -186,6 +187,7 @@ Examples:
   mxrewrite model.onnx --lower int8                     weight-only int8, standard operators
   mxrewrite model.onnx --check                          and compare the result with the model
   mxrewrite verify model.onnx out.onnx --layers         the same for files, layer by layer
+  mxrewrite model.onnx --lower qdq --format fp4_e2m1    MX in standard operators, no custom ones
   mxrewrite --print-recipe tier-c > mine.toml           a recipe to start from (docs/recipes.md)
   mxrewrite model.onnx --recipe mine.toml
 
@@ -302,6 +304,10 @@ fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<bool> {
     let report = rewrite::rewrite_file(model, &output, options);
     spinner.finish_and_clear();
     let report = report?;
+    for note in &report.notes {
+        // As with errors: with stderr closed there is nobody left to tell.
+        let _ = writeln!(std::io::stderr(), "note: {note}");
+    }
     if cli.check {
         return check(cli, &report);
     }
@@ -399,6 +405,8 @@ fn summary(report: &RewriteReport) -> String {
     let base = report.plan.recipe.base_dtype;
     let mut text = if report.lowering == Lowering::Bf16 && base == Some(BaseDtype::Bf16) {
         "the whole graph converted to bfloat16\n".to_owned()
+    } else if report.lowering == Lowering::Fp16 {
+        "the whole graph converted to float16\n".to_owned()
     } else if report.lowering == Lowering::Bf16 {
         format!("every weight and float result rounded to bfloat16 ({} layers)\n", report.sites)
     } else {
@@ -416,7 +424,7 @@ fn summary(report: &RewriteReport) -> String {
     } else if asked {
         text.push_str("no attention product found: attention is inside fused operators\n");
     }
-    if let Some(base) = base.filter(|_| report.lowering != Lowering::Bf16) {
+    if let Some(base) = base.filter(|_| !report.lowering.is_whole_graph()) {
         text.push_str(&format!("everything else converted to {base}\n"));
     }
     text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));

@@ -3,6 +3,7 @@
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
+    lowering::Lowering,
     products::PlannedProduct,
     recipe::{Recipe, SiteFormat},
     sites::{Site, SiteScan, Skipped},
@@ -47,7 +48,7 @@ impl RewritePlan {
             .filter_map(|site| {
                 let format = recipe.rules.get(site.rule)?.format?;
                 let bytes_before = weight_bytes(&site);
-                let bytes_after = planned_bytes(&site, &format);
+                let bytes_after = planned_bytes(&site, &format, recipe.lowering);
                 let expected_sqnr = None;
                 Some(PlannedSite { site, format, bytes_before, bytes_after, expected_sqnr })
             })
@@ -77,7 +78,7 @@ fn weight_bytes(site: &Site) -> u64 {
     (site.n as u64).saturating_mul(site.k as u64).saturating_mul(element)
 }
 
-fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
+fn planned_bytes(site: &Site, format: &SiteFormat, lowering: Lowering) -> u64 {
     match format {
         SiteFormat::Mx { weight, .. } => {
             let scales = match weight.scale {
@@ -85,7 +86,15 @@ fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
                 mx_kernels::ScaleKind::Tensor => 4,
                 mx_kernels::ScaleKind::None => 0,
             };
-            (weight.codes_len(site.n, site.k) as u64).saturating_add(scales as u64)
+            let codes = match lowering {
+                // Rows are not filled up to whole blocks.
+                Lowering::Qdq => (site.n as u64)
+                    .saturating_mul(site.k as u64)
+                    .saturating_mul(weight.format.bits().into())
+                    .div_ceil(8),
+                _ => weight.codes_len(site.n, site.k) as u64,
+            };
+            codes.saturating_add(scales as u64)
         }
         // One scale of X's type an output channel.
         SiteFormat::Int8 => {
@@ -94,6 +103,7 @@ fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
         }
         // Rounded in place.
         SiteFormat::Bf16 => weight_bytes(site),
+        SiteFormat::Fp16 => (site.n as u64).saturating_mul(site.k as u64).saturating_mul(2),
     }
 }
 

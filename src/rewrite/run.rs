@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::{
-    BaseDtype, Filter, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, Rule, Select,
-    SiteFormat, execute, find_sites, inline::inline, layers::layer_number,
+    BaseDtype, Filter, Lowering, Notes, Recipe, RewriteError, RewriteOptions, RewritePlan, Rule,
+    Select, SiteFormat, execute, execute_noting, find_sites, inline::inline, layers::layer_number,
 };
 use crate::{
     graph::GraphError,
@@ -39,6 +39,9 @@ pub struct RewriteReport {
     pub weight_bytes_after: u64,
     /// Bytes of the whole output, data file included.
     pub bytes: u64,
+    /// What there is to know of the output: tensors that float16 could not hold, or why ONNX Runtime
+    /// does not load it.
+    pub notes: Vec<String>,
     /// What was done, layer by layer.
     pub plan: RewritePlan,
 }
@@ -116,7 +119,8 @@ pub fn rewrite_file(
 ) -> Result<RewriteReport, RewriteError> {
     let (model, plan) = plan_file(input, options)?;
     require_sites(input, &plan, options)?;
-    let mut rewritten = execute(&model, &plan, options.threads)
+    let notes = Notes::default();
+    let mut rewritten = execute_noting(&model, &plan, options.threads, &notes)
         .map_err(|source| RewriteError::Execute { path: input.to_owned(), source })?;
     let mut save = SaveOptions {
         overwrite: options.overwrite,
@@ -142,6 +146,7 @@ pub fn rewrite_file(
         weight_bytes_before,
         weight_bytes_after,
         bytes: saved.bytes,
+        notes: notes.lines(&plan),
         plan,
     })
 }
@@ -172,8 +177,8 @@ pub fn require_sites(
     plan: &RewritePlan,
     options: &RewriteOptions,
 ) -> Result<(), RewriteError> {
-    // bfloat16 rounds the whole graph, layers or not.
-    if !plan.is_empty() || options.allow_empty || plan.recipe.lowering == Lowering::Bf16 {
+    // The whole graph is rounded or converted, layers or not.
+    if !plan.is_empty() || options.allow_empty || plan.recipe.lowering.is_whole_graph() {
         return Ok(());
     }
     Err(RewriteError::NothingToReplace {
@@ -190,17 +195,20 @@ pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
     let lowering = options.recipe.as_ref().map_or(options.lowering, |recipe| recipe.lowering);
     let by_recipe = options.recipe.as_ref().map(|r| format!("{stem}.{}.onnx", file_part(&r.name)));
     let name = match lowering {
-        Lowering::Bf16 => format!("{stem}.bf16.onnx"),
+        Lowering::Bf16 | Lowering::Fp16 => format!("{stem}.{lowering}.onnx"),
         // Tiers c and d are a mixture of formats.
-        Lowering::Mx if options.tier.has_fixed_formats() => format!("{stem}.{tier}-mx.onnx"),
-        Lowering::Mx => {
+        Lowering::Mx | Lowering::Qdq if options.tier.has_fixed_formats() => {
+            format!("{stem}.{tier}-{lowering}.onnx")
+        }
+        Lowering::Mx | Lowering::Qdq => {
             let format = options.format.map_or("fp8_e4m3", |format| format.name());
-            format!("{stem}.{tier}-{format}.onnx")
+            let suffix = if lowering == Lowering::Qdq { ".qdq" } else { "" };
+            format!("{stem}.{tier}-{format}{suffix}.onnx")
         }
         lowering => format!("{stem}.{tier}-{lowering}.onnx"),
     };
     let name = by_recipe.unwrap_or(name);
-    let name = match options.base_dtype.filter(|_| lowering != Lowering::Bf16) {
+    let name = match options.base_dtype.filter(|_| !lowering.is_whole_graph()) {
         Some(base) => format!("{}.{base}.onnx", name.trim_end_matches(".onnx")),
         None => name,
     };
@@ -230,6 +238,10 @@ mod tests {
         assert_eq!(name(Tier::A, Lowering::Mx, Some("fp4_e2m1")), path("model.v2.a-fp4_e2m1.onnx"));
         assert_eq!(name(Tier::C, Lowering::Mx, None), path("model.v2.c-mx.onnx"));
         assert_eq!(name(Tier::Full, Lowering::Bf16, None), path("model.v2.bf16.onnx"));
+        assert_eq!(name(Tier::Full, Lowering::Fp16, None), path("model.v2.fp16.onnx"));
+        let e4m3 = name(Tier::Full, Lowering::Qdq, None);
+        assert_eq!(e4m3, path("model.v2.full-fp8_e4m3.qdq.onnx"));
+        assert_eq!(name(Tier::D, Lowering::Qdq, None), path("model.v2.d-qdq.onnx"));
         let base_dtype = Some(BaseDtype::F16);
         let options = RewriteOptions { base_dtype, ..Default::default() };
         let with_base = default_output(Path::new("a/model.v2.onnx"), &options);

@@ -106,6 +106,13 @@ fn quantise(
             }
             Ok(())
         }
+        SiteFormat::Fp16 => {
+            let largest = half::f16::MAX.to_f32();
+            for (value, out) in values.iter().zip(out) {
+                *out = half::f16::from_f32(value.clamp(-largest, largest)).to_f32();
+            }
+            Ok(())
+        }
     }
 }
 

@@ -4,16 +4,14 @@
 //! Weights are quantised while the model is written, a few tiles of rows at a time; a weight that
 //! several layers share is quantised once.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use bytes::Bytes;
 use mx_custom_ops::contract::{AttributeValue, DOMAIN, DOMAIN_VERSION, MxMatMulAttrs, op};
 use mx_kernels::{QuantSpec, ScaleKind};
 
-use super::{float, int, ints, node, string};
+use super::{float, int, ints, node, packer::Packer, string};
 use crate::{
     onnx::{
-        self, DataType, NodeId, Payload, Sink,
+        DataType, NodeId, Payload,
         proto::{Attribute, Node},
     },
     rewrite::{
@@ -21,7 +19,6 @@ use crate::{
         patch::{Patch, add_module_path},
         plan::PlannedSite,
         sites::{Bias, BiasShape, Layout, Region, Site, Weight},
-        weights::{Rows, Threads},
     },
 };
 
@@ -175,89 +172,4 @@ pub(super) fn attributes(list: Vec<(&'static str, AttributeValue)>) -> Vec<Attri
         AttributeValue::Other => None,
     };
     list.into_iter().filter_map(attribute).collect()
-}
-
-/// Quantises one weight.
-struct Packer {
-    rows: Rows,
-    spec: QuantSpec,
-    threads: Threads,
-    /// The scales, from when the codes are written to when they are.
-    scales: Mutex<Option<Vec<u8>>>,
-}
-
-/// Scales up to so many bytes wait for their turn; more are made a second time.
-const WAITING: usize = 16 << 20;
-
-impl Packer {
-    fn new(rows: Rows, spec: QuantSpec, threads: Threads) -> Self {
-        Self { rows, spec, threads, scales: Mutex::new(None) }
-    }
-
-    fn payloads(self) -> (Payload, Payload) {
-        let (n, k) = (self.rows.n, self.rows.k);
-        let len = |len: usize| len as u64;
-        let lens = (len(self.spec.codes_len(n, k)), len(self.spec.scales_len(n, k)));
-        let packer = Arc::new(self);
-        let scales = packer.clone();
-        (
-            Payload::Stream { len: lens.0, write: Arc::new(move |sink| packer.write_codes(sink)) },
-            Payload::Stream { len: lens.1, write: Arc::new(move |sink| scales.write_scales(sink)) },
-        )
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
-        self.scales.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_codes(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
-        let Rows { n, k, .. } = self.rows;
-        if self.spec.scale == ScaleKind::Tensor {
-            let scale = self.tensor_scale()?;
-            *self.waiting() = Some(mx_kernels::pack::tensor_scale_to_bytes(scale).to_vec());
-            // Divided by the scale, codes are those of the plain cast.
-            let cast = QuantSpec { scale: ScaleKind::None, ..self.spec };
-            return self.rows.quantize(&self.threads, &cast, scale, |codes, _| sink(codes));
-        }
-        let keep = self.spec.scales_len(n, k) <= WAITING;
-        let mut all = Vec::new();
-        self.rows.quantize(&self.threads, &self.spec, 1.0, |codes, scales| {
-            if keep {
-                all.extend_from_slice(scales);
-            }
-            sink(codes)
-        })?;
-        *self.waiting() = keep.then_some(all);
-        Ok(())
-    }
-
-    fn write_scales(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
-        let waiting = self.waiting().take();
-        match (waiting, self.spec.scale) {
-            (Some(scales), _) => sink(&scales),
-            (None, ScaleKind::Tensor) => {
-                sink(&mx_kernels::pack::tensor_scale_to_bytes(self.tensor_scale()?))
-            }
-            (None, _) => {
-                self.rows.quantize(&self.threads, &self.spec, 1.0, |_, scales| sink(scales))
-            }
-        }
-    }
-
-    /// The scale of the whole weight, from its largest finite magnitude.
-    fn tensor_scale(&self) -> onnx::Result<f32> {
-        let Rows { n, k, .. } = self.rows;
-        let mut largest = vec![0.0f32; n];
-        let no_output = (&mut [] as &mut [u8], 0);
-        let largest_of = |values: &[f32], largest: &mut [f32], _: &mut [u8]| {
-            for (row, largest) in values.chunks(k).zip(largest) {
-                let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
-                *largest = finite.fold(0.0, f32::max);
-            }
-            Ok(())
-        };
-        self.rows.for_tiles(&self.threads, (&mut largest, 1), no_output, largest_of)?;
-        let largest = largest.into_iter().fold(0.0, f32::max);
-        Ok(mx_kernels::reference::tensor_scale(self.spec.format, largest))
-    }
 }

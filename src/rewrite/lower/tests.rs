@@ -1,6 +1,7 @@
 //! Layers of small models, replaced: nodes, names, sizes, sharing.
 
 mod bodies;
+mod qdq;
 
 use std::collections::BTreeMap;
 

@@ -136,11 +136,12 @@ impl Reader<'_> {
             None => None,
         };
         if let Some(item) = field(entries, "base_dtype")
-            && (lowering, base_dtype) == (Lowering::Bf16, Some(BaseDtype::F16))
+            && let Some(why) = lowering.refuses(base_dtype)
         {
-            let what = "base_dtype \"fp16\" does not go with lowering \"bf16\": the whole graph is \
-                        bfloat16";
-            return Err(self.error(item.line, what.to_owned()));
+            let base = base_dtype.map_or("", BaseDtype::name);
+            let what =
+                format!("base_dtype \"{base}\" does not go with lowering \"{lowering}\": {why}");
+            return Err(self.error(item.line, what));
         }
         let exclude = self.patterns(field(entries, "exclude"), "exclude")?;
         let no_rules = "a recipe needs rules: at least one [[rules]] with a weight_format";
@@ -209,7 +210,7 @@ impl Reader<'_> {
             let names: Vec<&str> = ScaleRule::ALL.iter().map(|r| r.name()).collect();
             numbers.scale_rule = self.name(item, "scale_rule", &names)?;
         }
-        if lowering == Lowering::Mx {
+        if lowering.takes_formats() {
             let Some(weight) = field(entries, "weight_format") else {
                 let what = format!("a rule needs a weight_format: one of {}", WEIGHTS.join(", "));
                 return Err(self.error(item.line, what));
@@ -224,9 +225,14 @@ impl Reader<'_> {
         }
         let format =
             numbers.format(lowering).map_err(|error| self.error(item.line, error.to_string()))?;
-        if lowering != Lowering::Mx {
+        if !lowering.takes_formats() {
             self.check_fixed(entries, lowering, &format)?;
         }
+        format.check(lowering).map_err(|refusal| {
+            let line = field(entries, refusal.key).map_or(item.line, |item| item.line);
+            let (key, why) = (refusal.key, refusal.why);
+            self.error(line, format!("{key} does not go with lowering \"{lowering}\": {why}"))
+        })?;
         Ok(format)
     }
 
@@ -246,7 +252,7 @@ impl Reader<'_> {
                 && self.text(item, key)? != name
             {
                 let what = format!(
-                    "lowering \"{lowering}\" fixes {key} = \"{name}\"; only lowering \"mx\" has a choice"
+                    "lowering \"{lowering}\" fixes {key} = \"{name}\"; only lowerings \"mx\" and \"qdq\" have a choice"
                 );
                 return Err(self.error(item.line, what));
             }
