@@ -97,6 +97,11 @@ struct Layers {
     /// Leave layers out that this expression finds; repeatable
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
+    /// The weights before the export: a folder of *.safetensors or one such file. Layers are named by
+    /// the content of their weights, and weights that are MX codes there (gpt-oss, compressed-tensors
+    /// mxfp4 and mxfp8) are taken as they are unless a format is asked for (docs/checkpoints.md)
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
     /// Attention products (activation times activation): not built yet.
     #[arg(long, hide = true)]
     attention: bool,
@@ -223,6 +228,7 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
         scale_rule: formats.scale_rule.parse::<ScaleRule>()?,
         include: include.clone(),
         exclude: exclude.clone(),
+        checkpoint: cli.layers.checkpoint.clone(),
         allow_empty: cli.allow_empty,
         overwrite: cli.force,
         threads: cli.threads.map(usize::from),
@@ -325,6 +331,9 @@ fn summary(report: &RewriteReport) -> String {
     };
     if let Some(base) = base.filter(|_| report.lowering != Lowering::Bf16) {
         text.push_str(&format!("everything else converted to {base}\n"));
+    }
+    if let Some(checkpoint) = &report.plan.checkpoint {
+        text.push_str(&rewrite::checkpoint_line(&report.plan, checkpoint));
     }
     text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));
     if let Some(data) = &report.data {

@@ -7,6 +7,7 @@
 //! [`rewrite_file`] does it all from file to file, for the command and for mxeval's stages alike.
 
 pub mod base;
+pub mod checkpoint;
 mod error;
 pub mod execute;
 pub mod filter;
@@ -29,13 +30,14 @@ mod table;
 pub mod tiers;
 mod weights;
 
+pub use checkpoint::{Checkpoint, CheckpointError, CheckpointUse};
 pub use error::RewriteError;
 pub use execute::{ExecuteError, PLAN_KEY, execute};
 pub use filter::{Filter, FilterError, Select};
 pub use layers::LayerRange;
 pub use lowering::{BaseDtype, Lowering};
 pub use patch::MODULE_PATH_KEY;
-pub use plan::{PlannedSite, RewritePlan};
+pub use plan::{PlannedSite, RewritePlan, WeightSource};
 pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
     RewriteReport, SHA256_KEY, convert_file, default_output, plan_file, require_sites, rewrite_file,
@@ -45,5 +47,5 @@ pub use sites::{
     Bias, BiasShape, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
 };
 pub use sqnr::measure_plan;
-pub use table::plan_table;
+pub use table::{checkpoint_line, plan_table};
 pub use tiers::Tier;

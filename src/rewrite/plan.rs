@@ -3,6 +3,7 @@
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
+    checkpoint::{CheckpointUse, PackedWeight},
     recipe::{Recipe, SiteFormat},
     sites::{Site, SiteScan, Skipped},
 };
@@ -21,6 +22,28 @@ pub struct PlannedSite {
     /// Expected signal-to-quantisation-noise ratio of the weight in decibels, when it was measured
     /// ([`measure_plan`](super::measure_plan)).
     pub expected_sqnr: Option<f64>,
+    /// Where codes and scales come from, when there is a checkpoint.
+    pub weight_source: Option<WeightSource>,
+    /// What else there is to know.
+    pub note: Option<String>,
+}
+
+/// Where the codes and scales of a weight come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightSource {
+    /// They are the checkpoint's, byte by byte.
+    Checkpoint,
+    /// They are made of the weight's values.
+    Quantised,
+}
+
+impl PlannedSite {
+    /// The codes and scales that are taken as they are.
+    pub(crate) fn imported(&self) -> Option<&PackedWeight> {
+        let imported = self.weight_source == Some(WeightSource::Checkpoint);
+        self.site.packed.as_ref().filter(|_| imported)
+    }
 }
 
 /// What a rewrite does to a model.
@@ -32,6 +55,8 @@ pub struct RewritePlan {
     pub skipped: Vec<Skipped>,
     /// The recipe that decided.
     pub recipe: Recipe,
+    /// How much of the graph is in the checkpoint, when there is one.
+    pub checkpoint: Option<CheckpointUse>,
 }
 
 impl RewritePlan {
@@ -42,14 +67,26 @@ impl RewritePlan {
             .sites
             .into_iter()
             .filter_map(|site| {
-                let format = recipe.rules.get(site.rule)?.format?;
+                let chosen = recipe.rules.get(site.rule)?.format?;
+                let (format, weight_source, refused) = match scan.checkpoint {
+                    Some(_) => import(&site, chosen, recipe.import),
+                    None => (chosen, None, None),
+                };
+                let notes: Vec<String> = site.note.clone().into_iter().chain(refused).collect();
                 let bytes_before = weight_bytes(&site);
                 let bytes_after = planned_bytes(&site, &format);
-                let expected_sqnr = None;
-                Some(PlannedSite { site, format, bytes_before, bytes_after, expected_sqnr })
+                Some(PlannedSite {
+                    site,
+                    format,
+                    bytes_before,
+                    bytes_after,
+                    expected_sqnr: None,
+                    weight_source,
+                    note: (!notes.is_empty()).then(|| notes.join("; ")),
+                })
             })
             .collect();
-        Self { sites, skipped: scan.skipped, recipe }
+        Self { sites, skipped: scan.skipped, recipe, checkpoint: scan.checkpoint }
     }
 
     /// Sums of `bytes_before` and `bytes_after` over all sites.
@@ -58,6 +95,30 @@ impl RewritePlan {
             (before.saturating_add(planned.bytes_before), after.saturating_add(planned.bytes_after))
         })
     }
+}
+
+/// The format of a site for which a rule chose `chosen`, where its codes come from, and why they are
+/// not the checkpoint's although that has some. `always`: they are, whatever the rule says.
+fn import(
+    site: &Site,
+    chosen: SiteFormat,
+    always: bool,
+) -> (SiteFormat, Option<WeightSource>, Option<String>) {
+    let quantised = |why| (chosen, Some(WeightSource::Quantised), why);
+    let Some(packed) = &site.packed else { return quantised(None) };
+    let SiteFormat::Mx { weight, activation } = chosen else { return quantised(None) };
+    let stored = packed.spec(&weight);
+    if always || weight == stored {
+        return (
+            SiteFormat::Mx { weight: stored, activation },
+            Some(WeightSource::Checkpoint),
+            None,
+        );
+    }
+    quantised(Some(format!(
+        "quantised again: the checkpoint holds {} in blocks of {}, and {} in blocks of {} is asked for",
+        stored.format, stored.block_size, weight.format, weight.block_size
+    )))
 }
 
 fn weight_bytes(site: &Site) -> u64 {
@@ -104,6 +165,10 @@ struct SiteRecord<'a> {
     bytes_after: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     expected_sqnr_db: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_source: Option<WeightSource>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<&'a str>,
 }
 
 impl Serialize for PlannedSite {
@@ -125,6 +190,8 @@ impl Serialize for PlannedSite {
             bytes_before: self.bytes_before,
             bytes_after: self.bytes_after,
             expected_sqnr_db: self.expected_sqnr,
+            weight_source: self.weight_source,
+            note: self.note.as_deref(),
         }
         .serialize(serializer)
     }
@@ -132,10 +199,13 @@ impl Serialize for PlannedSite {
 
 impl Serialize for RewritePlan {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(3))?;
+        let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("sites", &self.sites)?;
         map.serialize_entry("skipped", &self.skipped)?;
         map.serialize_entry("recipe", &self.recipe)?;
+        if let Some(checkpoint) = &self.checkpoint {
+            map.serialize_entry("checkpoint", checkpoint)?;
+        }
         map.end()
     }
 }

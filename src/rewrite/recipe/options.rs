@@ -1,5 +1,7 @@
 //! What a user asks of a rewrite.
 
+use std::path::PathBuf;
+
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 
 use super::Recipe;
@@ -35,6 +37,9 @@ pub struct RewriteOptions {
     pub include: Vec<String>,
     /// Regular expressions that take layers away.
     pub exclude: Vec<String>,
+    /// Folder or file of safetensors in which the weights are looked up: module paths by content, and
+    /// packed MX weights as they are.
+    pub checkpoint: Option<PathBuf>,
     /// Finding nothing to replace is no error.
     pub allow_empty: bool,
     /// An existing output may be replaced.
@@ -61,6 +66,7 @@ impl Default for RewriteOptions {
             base_dtype: None,
             include: Vec::new(),
             exclude: Vec::new(),
+            checkpoint: None,
             allow_empty: false,
             overwrite: false,
             threads: None,
