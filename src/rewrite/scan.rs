@@ -151,9 +151,11 @@ impl Search<'_> {
             (path, path_source) = (Some(HEAD.to_owned()), PathSource::Structure);
         }
         let node_name = view.node_name(linear.node);
-        let Settled { path, source: path_source, role, note } = match content {
+        let Settled { path, source: path_source, role, mixture, note } = match content {
             Some(found) => found.settle(path, path_source, head, tied),
-            None => Settled { path, source: path_source, role: None, note: None },
+            None => {
+                Settled { path, source: path_source, role: None, mixture: Vec::new(), note: None }
+            }
         };
         let packed = path.is_none() && !head && is_packed(view, &linear);
         let of_path = if packed { Role::Packed } else { roles::role(path.as_deref(), head) };
@@ -164,7 +166,17 @@ impl Search<'_> {
             node: &node_name,
             initializer: &linear.weight.root,
         };
-        match filter.decide(&subject) {
+        let mut decision = filter.decide(&subject);
+        if matches!(decision, Decision::Leave(_)) && !mixture.is_empty() && !head {
+            let part = |path| Subject {
+                path: Some(path),
+                role: roles::role(Some(path), false),
+                ..subject
+            };
+            let parts: Vec<Subject<'_>> = mixture.iter().map(|path| part(path)).collect();
+            decision = filter.decide_parts(&parts);
+        }
+        match decision {
             Decision::Leave(reason) => {
                 let reason = note.map_or(reason.clone(), |note| format!("{reason}; {note}"));
                 Err(Skipped { node: node_name, op, reason, module_path: path })

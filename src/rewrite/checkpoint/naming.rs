@@ -30,6 +30,8 @@ pub(crate) struct Found {
     parts: Option<String>,
     /// What the layers in it are for, when they are several.
     role: Option<Role>,
+    /// Paths of the layers in it, when they are several of different roles.
+    mixture: Vec<String>,
     /// Its codes and scales, when the checkpoint holds such.
     pub packed: Option<PackedWeight>,
 }
@@ -41,6 +43,8 @@ pub(crate) struct Settled {
     pub source: PathSource,
     /// In place of what the path says.
     pub role: Option<Role>,
+    /// Paths of the layers in it, when they are several of different roles.
+    pub mixture: Vec<String>,
     pub note: Option<String>,
 }
 
@@ -61,7 +65,7 @@ impl Found {
             let parts = pieces.first().and_then(|piece| piece.range.clone());
             pieces.dedup_by(|a, b| a.path == b.path);
             let paths = pieces.into_iter().map(|piece| piece.path).collect();
-            return Self { paths, parts, role: None, packed };
+            return Self { paths, parts, role: None, mixture: Vec::new(), packed };
         }
         let pieces = pieces(matrices, assembly);
         let sure = assembly.iter().all(|runs| runs.len() == 1);
@@ -77,7 +81,11 @@ impl Found {
                 Some(format!("rows of {}, in this order", list(several.iter().map(|p| &p.path))))
             }
         };
-        Self { paths, parts, role, packed }
+        let mixture = match role {
+            Some(Role::Packed) => pieces.into_iter().map(|piece| piece.path).collect(),
+            _ => Vec::new(),
+        };
+        Self { paths, parts, role, mixture, packed }
     }
 
     /// True when the checkpoint holds the content under several names.
@@ -94,7 +102,7 @@ impl Found {
         head: bool,
         tied: bool,
     ) -> Settled {
-        let keep = |path, note| Settled { path, source, role: None, note };
+        let keep = |path, note| Settled { path, source, role: None, mixture: Vec::new(), note };
         let known =
             self.paths.iter().find(|found| path.as_deref().is_some_and(|path| agree(path, found)));
         if head || tied {
@@ -118,7 +126,8 @@ impl Found {
             }
             let source = PathSource::CheckpointAmbiguous;
             let first = self.paths.first().cloned();
-            return Settled { path: first, source, role: self.role, note: Some(note) };
+            let (role, mixture) = (self.role, self.mixture.clone());
+            return Settled { path: first, source, role, mixture, note: Some(note) };
         }
         let found = &self.paths[0];
         match path {
@@ -144,6 +153,7 @@ impl Found {
             path: Some(path.to_owned()),
             source: PathSource::Checkpoint,
             role: self.role,
+            mixture: self.mixture.clone(),
             note: (!notes.is_empty()).then(|| notes.join("; ")),
         }
     }
