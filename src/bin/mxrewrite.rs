@@ -163,6 +163,7 @@ Examples:
   mxrewrite model.onnx --lower int8                     weight-only int8, standard operators
   mxrewrite --print-recipe tier-c > mine.toml           a recipe to start from (docs/recipes.md)
   mxrewrite model.onnx --recipe mine.toml
+  mxrewrite model.onnx --checkpoint DIR                 layers named by the values of their weights
 
 Run the result in ONNX Runtime with libmx_custom_ops.so registered as a custom-op library.
 Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty), 2 usage.";

@@ -1,5 +1,6 @@
 //! The plan of a rewrite: which node becomes what. Pure and serialisable; making one changes nothing.
 
+use mx_kernels::{QuantSpec, ScaleKind};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
@@ -115,9 +116,14 @@ fn import(
             None,
         );
     }
+    let spelled = |spec: &QuantSpec| match spec.scale {
+        ScaleKind::E8M0 => format!("{} in blocks of {}", spec.format, spec.block_size),
+        scale => format!("{} with scale {}", spec.format, scale.name()),
+    };
     quantised(Some(format!(
-        "quantised again: the checkpoint holds {} in blocks of {}, and {} in blocks of {} is asked for",
-        stored.format, stored.block_size, weight.format, weight.block_size
+        "quantised again: the checkpoint holds {}, and {} is asked for",
+        spelled(&stored),
+        spelled(&weight)
     )))
 }
 
@@ -130,9 +136,9 @@ fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
     match format {
         SiteFormat::Mx { weight, .. } => {
             let scales = match weight.scale {
-                mx_kernels::ScaleKind::E8M0 => weight.scales_len(site.n, site.k),
-                mx_kernels::ScaleKind::Tensor => 4,
-                mx_kernels::ScaleKind::None => 0,
+                ScaleKind::E8M0 => weight.scales_len(site.n, site.k),
+                ScaleKind::Tensor => 4,
+                ScaleKind::None => 0,
             };
             (weight.codes_len(site.n, site.k) as u64).saturating_add(scales as u64)
         }

@@ -8,6 +8,7 @@ mod eval;
 mod judges;
 mod lowerings;
 mod models;
+mod packed;
 mod recipes;
 mod shell;
 mod size;

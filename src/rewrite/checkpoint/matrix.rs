@@ -75,6 +75,24 @@ impl FloatKind {
         }
     }
 
+    /// All of `bytes` as float32, a loop a type.
+    fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        let words = |out: &mut [f32], widen: fn([u8; 2]) -> f32| {
+            for (out, raw) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = widen(*raw);
+            }
+        };
+        match self {
+            Self::F32 => {
+                for (out, raw) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = f32::from_le_bytes(*raw);
+                }
+            }
+            Self::F16 => words(out, |raw| f16::from_le_bytes(raw).to_f32()),
+            Self::Bf16 => words(out, |raw| bf16::from_le_bytes(raw).to_f32()),
+        }
+    }
+
     fn read(self, bytes: &[u8]) -> f32 {
         match (self, bytes) {
             (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
@@ -94,6 +112,16 @@ pub(super) fn bits(value: f32) -> u32 {
     } else {
         value.to_bits()
     }
+}
+
+/// Whether two rows are the same values.
+pub(super) fn equal(a: &[f32], b: &[f32]) -> bool {
+    // Equal bits, compared without a branch a value, are what there is nearly always.
+    let same = |(a, b): (&[f32], &[f32])| {
+        let differing = a.iter().zip(b).fold(0, |d, (a, b)| d | (a.to_bits() ^ b.to_bits()));
+        differing == 0 || a.iter().zip(b).all(|(&a, &b)| bits(a) == bits(b))
+    };
+    a.chunks(64).zip(b.chunks(64)).all(same)
 }
 
 impl Matrix {
@@ -168,8 +196,9 @@ impl Matrix {
             Values::Float { float, bytes } => {
                 let width = float.width();
                 let bytes = &bytes[row * self.cols * width..][..self.cols * width];
-                for (out, raw) in out.iter_mut().zip(bytes.chunks_exact(width)) {
-                    *out = target.round(float.read(raw));
+                float.widen(bytes, out);
+                if target != FloatKind::F32 && target != *float {
+                    out.iter_mut().for_each(|value| *value = target.round(*value));
                 }
             }
             Values::Packed { format, codes, scales } => {
@@ -274,6 +303,13 @@ mod tests {
         assert_eq!(bits(-0.0), bits(0.0));
         assert_eq!(bits(-f32::NAN), bits(f32::NAN));
         assert_ne!(bits(1.0), bits(-1.0));
+        let mut row = [1.5; 130];
+        row[128] = 0.0;
+        let mut other = row;
+        other[128] = -0.0;
+        assert!(equal(&row, &other));
+        other[129] = f32::NAN;
+        assert!(!equal(&row, &other));
         assert_eq!(FloatKind::F16.round(1e6), f32::INFINITY);
         assert_eq!(FloatKind::Bf16.round(1.0 + 1.0 / 512.0), 1.0);
     }

@@ -2,7 +2,7 @@
 
 use super::{
     index::{Index, Line, line_key, row_keys},
-    matrix::{FloatKind, Matrix, bits},
+    matrix::{FloatKind, Matrix, equal},
 };
 use crate::{onnx, rewrite::weights::Rows};
 
@@ -121,10 +121,8 @@ impl Search<'_> {
             let (ours, theirs) = (&mut ours[..count * k], &mut theirs[..count * k]);
             self.rows.read(row + done, ours)?;
             matrix.read(line.columns, (line.line + done * step, step), self.target, theirs);
-            let differs = |(ours, theirs): (&[f32], &[f32])| {
-                ours.iter().zip(theirs).any(|(&a, &b)| bits(a) != bits(b))
-            };
-            if let Some(at) = ours.chunks(k).zip(theirs.chunks(k)).position(differs) {
+            let mut pairs = ours.chunks(k).zip(theirs.chunks(k));
+            if let Some(at) = pairs.position(|(ours, theirs)| !equal(ours, theirs)) {
                 return Ok(done + at);
             }
         }
