@@ -115,6 +115,11 @@ struct Layers {
     /// Leave layers out that this expression finds; repeatable
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
+    /// The weights before the export: a folder of *.safetensors or one such file. Layers are named by
+    /// the content of their weights, and weights that are MX codes there (gpt-oss, compressed-tensors
+    /// mxfp4 and mxfp8) are taken as they are unless a format is asked for (docs/checkpoints.md)
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
     /// Also attention's products of two activations (queries with keys, probabilities with values),
     /// both operands in the activations' format
     #[arg(long)]
@@ -190,6 +195,7 @@ Examples:
   mxrewrite model.onnx --lower qdq --format fp4_e2m1    MX in standard operators, no custom ones
   mxrewrite --print-recipe tier-c > mine.toml           a recipe to start from (docs/recipes.md)
   mxrewrite model.onnx --recipe mine.toml
+  mxrewrite model.onnx --checkpoint DIR                 layers named by the values of their weights
 
 Run the result in ONNX Runtime with libmx_custom_ops.so registered as a custom-op library.
 Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty), 2 usage.";
@@ -277,6 +283,7 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
         include: include.clone(),
         exclude: exclude.clone(),
         attention: cli.layers.attention,
+        checkpoint: cli.layers.checkpoint.clone(),
         allow_empty: cli.allow_empty,
         overwrite: cli.force,
         threads: cli.threads.map(usize::from),
@@ -426,6 +433,9 @@ fn summary(report: &RewriteReport) -> String {
     }
     if let Some(base) = base.filter(|_| !report.lowering.is_whole_graph()) {
         text.push_str(&format!("everything else converted to {base}\n"));
+    }
+    if let Some(checkpoint) = &report.plan.checkpoint {
+        text.push_str(&rewrite::checkpoint_line(&report.plan, checkpoint));
     }
     text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));
     if let Some(data) = &report.data {

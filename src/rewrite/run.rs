@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::{
-    BaseDtype, Filter, Lowering, Notes, Recipe, RewriteError, RewriteOptions, RewritePlan, Rule,
-    Select, SiteFormat, execute, execute_noting, find_sites, inline::inline, layers::layer_number,
+    BaseDtype, Checkpoint, Filter, Lowering, Notes, Recipe, RewriteError, RewriteOptions,
+    RewritePlan, Rule, Select, SiteFormat, SiteScan, checkpoint::Names, execute, execute_noting,
+    inline::inline, layers::layer_number, scan::find_named_sites,
 };
 use crate::{
     graph::GraphError,
@@ -58,7 +59,7 @@ pub fn plan_file(
     // Options first: a mistyped expression is told without reading gigabytes.
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
-    plan_opened(Model::open(input)?, recipe, filter, input)
+    plan_opened(Model::open(input)?, options, recipe, filter, input)
 }
 
 /// Plans the rewrite of a model that is in memory. Returns what the plan is of: the model, or the same with
@@ -73,36 +74,52 @@ pub fn plan_model(
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
     let path = model.path().map_or_else(|| PathBuf::from("the model"), Path::to_owned);
-    plan_opened(model, recipe, filter, &path)
+    plan_opened(model, options, recipe, filter, &path)
 }
 
 /// `path` is what errors call the model.
 fn plan_opened(
     opened: Model,
+    options: &RewriteOptions,
     recipe: Recipe,
     filter: Filter,
     path: &Path,
 ) -> Result<(Model, RewritePlan), RewriteError> {
+    let checkpoint = options.checkpoint.as_deref().map(Checkpoint::open).transpose()?;
     let inlined = inline(&opened)?;
     let seen = inlined.as_ref().unwrap_or(&opened);
     let graph = |source| RewriteError::Graph { path: path.to_owned(), source };
+    let names = match &checkpoint {
+        Some(checkpoint) => {
+            let all = everything(seen, &Names::default()).map_err(graph)?;
+            checkpoint.find(seen, &all.sites, options.threads)?
+        }
+        None => Names::default(),
+    };
     let filter = match filter.counts_from_end() {
-        true => filter.with_depth(depth(seen).map_err(graph)?),
+        true => filter.with_depth(depth(seen, &names).map_err(graph)?),
         false => filter,
     };
-    let scan = find_sites(seen, &filter).map_err(graph)?;
+    let scan = find_named_sites(seen, &filter, &names).map_err(graph)?;
     let plan = RewritePlan::new(scan, recipe);
     // A model in which nothing is replaced stays as it is, functions included.
     let model = inlined.filter(|_| !plan.is_empty()).unwrap_or(opened);
     Ok((model, plan))
 }
 
-/// Layers of the model: one more than the highest number in a module path.
-fn depth(model: &Model) -> Result<usize, GraphError> {
+/// Every Linear of the model, routers and the head too.
+fn everything(model: &Model, names: &Names) -> Result<SiteScan, GraphError> {
     let everything = Rule { select: Select::everything(), format: Some(SiteFormat::Bf16) };
     // Without expressions there is none that does not compile.
-    let Ok(filter) = Filter::new("everything", &[everything], &[]) else { return Ok(0) };
-    let scan = find_sites(model, &filter)?;
+    let Ok(filter) = Filter::new("everything", &[everything], &[]) else {
+        return Ok(SiteScan::default());
+    };
+    find_named_sites(model, &filter, names)
+}
+
+/// Layers of the model: one more than the highest number in a module path.
+fn depth(model: &Model, names: &Names) -> Result<usize, GraphError> {
+    let scan = everything(model, names)?;
     let taken = scan.sites.iter().filter_map(|site| site.module_path.as_deref());
     let left = scan.skipped.iter().filter_map(|skipped| skipped.module_path.as_deref());
     Ok(taken.chain(left).filter_map(layer_number).max().map_or(0, |last| last + 1))

@@ -55,7 +55,7 @@ impl Mx {
                 node: site.node_name.clone(),
                 reason: error.to_string(),
             })?;
-        let packed = self.pack(patch, site, weight)?;
+        let packed = self.pack(patch, planned, weight)?;
         let bias = site.bias.as_ref().map(|bias| vector(patch, site, bias)).transpose()?;
         let at = NodeId(site.replaces.last().copied().unwrap_or(site.node));
         let x = match site.transpose_x {
@@ -100,9 +100,10 @@ impl Mx {
     fn pack(
         &mut self,
         patch: &mut Patch<'_>,
-        site: &Site,
+        planned: &PlannedSite,
         spec: &QuantSpec,
     ) -> Result<Packed, ExecuteError> {
+        let site = &planned.site;
         let name = &site.weight.initializer;
         let Weight { layout, region, .. } = site.weight;
         let (home, rows) = patch.rows(site)?;
@@ -110,8 +111,10 @@ impl Mx {
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
             return Ok(packed.clone());
         }
-        let packer = Packer::new(rows, *spec, patch.threads.clone());
-        let (codes_payload, scales_payload) = packer.payloads();
+        let (codes_payload, scales_payload) = match planned.imported() {
+            Some(packed) => packed.payloads(),
+            None => Packer::new(rows, *spec, patch.threads.clone()).payloads(),
+        };
         let codes_dims = [site.n, spec.row_bytes(site.k)];
         let codes = patch.add_tensor(
             &format!("{name}.mx_codes"),

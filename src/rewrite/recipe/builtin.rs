@@ -35,12 +35,16 @@ impl Recipe {
             let mut recipe = recipe.clone();
             recipe.exclude.extend(options.exclude.iter().cloned());
             recipe.base_dtype = options.base_dtype.or(recipe.base_dtype);
+            if recipe.import && options.checkpoint.is_none() {
+                return Err(RecipeError::NoCheckpoint { name: recipe.name });
+            }
             return Ok(recipe);
         }
         Ok(Self {
             name: options.tier.title(),
             lowering: options.lowering,
             base_dtype: options.base_dtype,
+            import: imports(options),
             rules: tier_rules(options)?,
             exclude: options.exclude.clone(),
         })
@@ -76,6 +80,15 @@ impl Recipe {
         }
         Ok(Some(recipe))
     }
+}
+
+/// Packed weights are taken as they are unless the options ask for a format.
+fn imports(options: &RewriteOptions) -> bool {
+    let default = RewriteOptions::default();
+    let asks = options.format.is_some()
+        || options.tier.has_fixed_formats()
+        || options.block_size != default.block_size;
+    options.checkpoint.is_some() && options.lowering == Lowering::Mx && !asks
 }
 
 fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {

@@ -111,6 +111,9 @@ pub struct Recipe {
     pub lowering: Lowering,
     /// Float type of everything else.
     pub base_dtype: Option<BaseDtype>,
+    /// Weights that a checkpoint holds as MX codes are taken as they are, whatever format the rules
+    /// say. Needs a checkpoint.
+    pub import: bool,
     /// The rules.
     pub rules: Vec<Rule>,
     /// Regular expressions of layers that no rule takes.
@@ -129,6 +132,15 @@ pub enum RecipeError {
         with: String,
         /// Why.
         why: &'static str,
+    },
+    /// A recipe that takes weights from a checkpoint, without one.
+    #[error(
+        "{name} takes packed weights from a checkpoint (packed_weights = \"checkpoint\"): name it with \
+         --checkpoint, or take that line out"
+    )]
+    NoCheckpoint {
+        /// The recipe.
+        name: String,
     },
     /// Something in a recipe file that is not understood.
     #[error("{place}: {what}")]

@@ -10,7 +10,7 @@ use mx_kernels::{Rounding, ScaleRule};
 
 use super::{
     Activation, BUILT_IN, Numbers, Recipe, RecipeError, Rule, SiteFormat,
-    print::KEEP,
+    print::{IMPORT, KEEP},
     tree::{self, Item, Value},
 };
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
 /// More than any recipe or plan; a device file ends here.
 const LARGEST: u64 = 64 << 20;
 
-const TOP_KEYS: &[&str] = &["name", "lowering", "base_dtype", "exclude", "rules"];
+const TOP_KEYS: &[&str] = &["name", "lowering", "base_dtype", "packed_weights", "exclude", "rules"];
 const RULE_KEYS: &[&str] = &[
     "role",
     "layers",
@@ -151,7 +151,15 @@ impl Reader<'_> {
             None => return Err(self.error(item.line, no_rules.to_owned())),
         };
         let rules = rules.iter().map(|item| self.rule(item, lowering)).collect::<Result<_>>()?;
-        Ok(Recipe { name, lowering, base_dtype, rules, exclude })
+        let import = match field(entries, "packed_weights") {
+            Some(item) => self.choice(item, "packed_weights", &[IMPORT]).map(|_| true)?,
+            None => false,
+        };
+        if let (Some(item), true) = (field(entries, "packed_weights"), lowering != Lowering::Mx) {
+            let what = "packed_weights goes with lowering \"mx\" only";
+            return Err(self.error(item.line, what.to_owned()));
+        }
+        Ok(Recipe { name, lowering, base_dtype, import, rules, exclude })
     }
 
     fn rule(&self, item: &Item, lowering: Lowering) -> Result<Rule> {
