@@ -88,7 +88,8 @@ fn imports(options: &RewriteOptions) -> bool {
     let asks = options.format.is_some()
         || options.tier.has_fixed_formats()
         || options.block_size != default.block_size;
-    options.checkpoint.is_some() && options.lowering == Lowering::Mx && !asks
+    let lowering = matches!(options.lowering, Lowering::Mx | Lowering::Qdq);
+    options.checkpoint.is_some() && lowering && !asks
 }
 
 fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
@@ -131,7 +132,7 @@ fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
     }
     if options.attention {
         let format = format(attention)?;
-        if let Some(why) = format.why_not_products() {
+        if let Some(why) = format.why_not_products(options.lowering) {
             let with = "--attention".to_owned();
             let option = match options.lowering {
                 Lowering::Mx => "--activation-format none",

@@ -71,8 +71,11 @@ impl SiteFormat {
     }
 
     /// Why products of two activations cannot have this format, if they cannot.
-    pub(super) fn why_not_products(&self) -> Option<&'static str> {
+    pub(super) fn why_not_products(&self, lowering: Lowering) -> Option<&'static str> {
         match self {
+            Self::Mx { .. } if lowering == Lowering::Qdq => {
+                Some("it is for weights; only --lower mx has products of activations")
+            }
             Self::Mx { activation: Some(spec), .. } if spec.scale != ScaleKind::Tensor => None,
             Self::Mx { activation: Some(_), .. } => {
                 Some("products of activations take shared exponents or none, not a tensor's scale")
@@ -80,7 +83,7 @@ impl SiteFormat {
             Self::Mx { activation: None, .. } => {
                 Some("both operands of attention's products are activations")
             }
-            Self::Int8 | Self::Bf16 => Some("it leaves products of activations alone"),
+            Self::Int8 | Self::Bf16 | Self::Fp16 => Some("it leaves products of activations alone"),
         }
     }
 

@@ -193,7 +193,7 @@ impl Reader<'_> {
             false => Some(self.format(item, entries, lowering)?),
         };
         if select.roles.contains(&Role::Product)
-            && let Some(why) = format.as_ref().and_then(SiteFormat::why_not_products)
+            && let Some(why) = format.as_ref().and_then(|format| format.why_not_products(lowering))
         {
             return Err(self.error(item.line, format!("role product: {why}")));
         }

@@ -25,7 +25,7 @@ use crate::{
         patch::{Patch, add_module_path},
         plan::PlannedSite,
         recipe::SiteFormat,
-        sites::{Layout, Region, Site, Weight},
+        sites::{Layout, Region, Weight},
     },
 };
 
@@ -142,7 +142,7 @@ impl Qdq {
         }
         // MatMul has no attribute for it.
         let transposes = site.op != "MatMul";
-        changed.input[1] = self.weight(patch, site, weight, !transposes)?;
+        changed.input[1] = self.weight(patch, planned, weight, !transposes)?;
         if transposes {
             set(&mut changed, int("transB", 1));
         }
@@ -162,7 +162,7 @@ impl Qdq {
         if !is_float {
             widen(&mut at, &mut changed, site.weight.operand_dtype);
         }
-        add_module_path(&mut changed, planned);
+        add_module_path(&mut changed, site.module_path.as_deref());
         patch.graph_mut(site.graph).replace_node(id, changed);
         patch.drop_value(site.graph, &site.weight.operand);
         Ok(())
@@ -172,11 +172,12 @@ impl Qdq {
     fn weight(
         &mut self,
         patch: &mut Patch<'_>,
-        site: &Site,
+        planned: &PlannedSite,
         spec: &QuantSpec,
         k_first: bool,
     ) -> Result<String, ExecuteError> {
-        let index = self.quantized(patch, site, spec)?;
+        let site = &planned.site;
+        let index = self.quantized(patch, planned, spec)?;
         let key = (index, k_first, site.graph > 0);
         if let Some(value) = self.weights.get(&key) {
             return Ok(value.clone());
@@ -213,9 +214,10 @@ impl Qdq {
     fn quantized(
         &mut self,
         patch: &mut Patch<'_>,
-        site: &Site,
+        planned: &PlannedSite,
         spec: &QuantSpec,
     ) -> Result<usize, ExecuteError> {
+        let site = &planned.site;
         let name = &site.weight.initializer;
         let Weight { layout, region, .. } = site.weight;
         let (home, rows) = patch.rows(site)?;
@@ -228,8 +230,11 @@ impl Qdq {
             node: site.node_name.clone(),
             reason: format!("ONNX has no element type for {}", spec.format.name()),
         })?;
-        let packer = Packer::new(rows, *spec, patch.threads.clone()).dense();
-        let (codes, scales) = packer.payloads();
+        let (codes, scales) = match planned.imported() {
+            // A checkpoint's rows are whole blocks, so packed and dense are the same bytes.
+            Some(packed) => packed.payloads(),
+            None => Packer::new(rows, *spec, patch.threads.clone()).dense().payloads(),
+        };
         let (n, k) = (site.n, site.k);
         let codes = patch.add_tensor(&format!("{name}.qdq_codes"), &[n, k], element, codes);
         let dims = [n, spec.blocks(k)];
