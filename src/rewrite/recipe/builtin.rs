@@ -88,8 +88,7 @@ fn imports(options: &RewriteOptions) -> bool {
     let asks = options.format.is_some()
         || options.tier.has_fixed_formats()
         || options.block_size != default.block_size;
-    let lowering = matches!(options.lowering, Lowering::Mx | Lowering::Qdq);
-    options.checkpoint.is_some() && lowering && !asks
+    options.checkpoint.is_some() && options.lowering.takes_formats() && !asks
 }
 
 fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {

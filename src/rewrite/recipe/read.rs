@@ -155,8 +155,8 @@ impl Reader<'_> {
             Some(item) => self.choice(item, "packed_weights", &[IMPORT]).map(|_| true)?,
             None => false,
         };
-        if let (Some(item), true) = (field(entries, "packed_weights"), lowering != Lowering::Mx) {
-            let what = "packed_weights goes with lowering \"mx\" only";
+        if let (Some(item), true) = (field(entries, "packed_weights"), !lowering.takes_formats()) {
+            let what = "packed_weights goes with lowering \"mx\" or \"qdq\"";
             return Err(self.error(item.line, what.to_owned()));
         }
         Ok(Recipe { name, lowering, base_dtype, import, rules, exclude })

@@ -203,3 +203,34 @@ fn what_qdq_cannot_say_is_refused_at_its_line() {
     let message = Recipe::from_text(&base, "r").unwrap_err().to_string();
     assert!(message.starts_with("r:1: base_dtype"), "{message}");
 }
+
+#[test]
+fn packed_weights_are_taken_unless_a_format_is_asked_for() {
+    let checkpoint = || RewriteOptions { checkpoint: Some("ckpt".into()), ..Default::default() };
+    let taken = Recipe::new(&checkpoint()).unwrap();
+    assert!(taken.import && !Recipe::new(&RewriteOptions::default()).unwrap().import);
+    round_trip(&taken);
+    let format = Some(ElementFormat::Fp4E2M1);
+    for options in [
+        RewriteOptions { format, ..checkpoint() },
+        RewriteOptions { tier: Tier::C, ..checkpoint() },
+        RewriteOptions { block_size: 16, ..checkpoint() },
+        RewriteOptions { lowering: Lowering::Int8, ..checkpoint() },
+    ] {
+        assert!(!Recipe::new(&options).unwrap().import, "{options:?}");
+    }
+    // A recipe that takes them cannot do without.
+    let recipe = Some(taken);
+    let alone = RewriteOptions { recipe: recipe.clone(), ..Default::default() };
+    let error_text = Recipe::new(&alone).unwrap_err().to_string();
+    assert!(error_text.contains("--checkpoint"), "{error_text}");
+    assert!(Recipe::new(&RewriteOptions { recipe, ..checkpoint() }).unwrap().import);
+    let rules = "[[rules]]\nweight_format = \"fp8_e4m3\"\n";
+    assert!(error(&format!("packed_weights = \"no\"\n{rules}")).contains("r.toml:1"));
+    let int8 = "lowering = \"int8\"\npacked_weights = \"checkpoint\"\n[[rules]]\nrole = \"mlp\"\n";
+    assert!(
+        error(int8).starts_with("r.toml:2: packed_weights goes with lowering"),
+        "{}",
+        error(int8)
+    );
+}
