@@ -78,8 +78,19 @@ impl Side {
         VerifyError::Inputs { path: self.path.clone(), reason: reason.into() }
     }
 
-    fn feeds(&self) -> Result<Feeds> {
-        let hints = self.model.dir().map(Hints::read).unwrap_or_default();
+    /// Sizes that the files beside the model say.
+    fn hints(&self) -> Hints {
+        self.model.dir().map(Hints::read).unwrap_or_default()
+    }
+
+    /// How to feed the model. What no file beside it says, `other` may know: a rewritten model is often
+    /// written to a folder of its own.
+    fn feeds(&self, other: Hints) -> Result<Feeds> {
+        let own = self.hints();
+        let hints = Hints {
+            kv_heads: own.kv_heads.or(other.kv_heads),
+            head_size: own.head_size.or(other.head_size),
+        };
         Feeds::new(self.inputs(), hints)
             .map_err(|reason| self.error(format!("{reason}; pass inputs: --data FILE.safetensors")))
     }
@@ -114,7 +125,7 @@ impl Cases {
                 .collect::<Result<_>>()?;
             return Ok(Self::Tensors { runs, sides: sides() });
         }
-        let feeds = [a.feeds()?, b.feeds()?];
+        let feeds = [a.feeds(b.hints())?, b.feeds(a.hints())?];
         let fixed = feeds.iter().filter_map(|feeds| feeds.columns).min();
         let seq_len = size.seq_len.min(fixed.unwrap_or(usize::MAX));
         let (windows, draw) = match source {

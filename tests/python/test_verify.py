@@ -328,7 +328,7 @@ def plain(folder: Path) -> None:
     for name, rank in [("out", 3), ("hidden", 3), ("pooled", 2)]:
         encoder.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank))
     onnx.save(encoder, folder / "encoder.onnx")
-    rewrite(folder / "encoder.onnx", folder / "out.onnx", "--check")
+    rewrite(folder / "encoder.onnx", folder / "out.onnx", "--check", "--all-linears")
     report = verify(folder / "encoder.onnx", folder / "out.onnx")
     assert [o["name"] for o in report["outputs"]["both"]] == ["out", "hidden", "pooled"]
     assert "random tokens" in report["inputs"] and report["outputs"]["both"][1]["identical"]
