@@ -37,6 +37,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+import check_qdq as qdq
 import mx_emulation as emu
 import mx_tools as tools
 
@@ -303,25 +304,24 @@ def check_sites(rewritten: onnx.ModelProto, original: Original, values: dict) ->
 # ------------------------------------------------------------------------------------ end to end
 
 
-def emulated_model(original: Original, rewritten: onnx.ModelProto) -> onnx.ModelProto:
-    """The original graph with both operands of every replaced linear fake quantised."""
+def emulated_model(original: Original, sites: dict) -> onnx.ModelProto:
+    """The original graph with both operands of every replaced linear fake quantised; by node name, the
+    specifications of weight and activation."""
     m = onnx.ModelProto()
     m.CopyFrom(original.model)
     del m.graph.value_info[:]
-    sites = {n.name: n for n in mx_nodes(rewritten)}
     nodes = []
     FakeQuant.specs = {}
     for node in m.graph.node:
         if node.name in sites:
-            mx = sites[node.name]
+            weight, act = sites[node.name]
             b, _, _, _ = original.linear(original.nodes[node.name])
-            wq = emu.fake_quantize(b.T, spec_of(mx, "weight")).T.astype(np.float32)
+            wq = emu.fake_quantize(b.T, weight).T.astype(np.float32)
             m.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(wq), f"emulated.{node.name}"))
             node.input[1] = f"emulated.{node.name}"
             for a in node.attribute:
                 if a.name == "transB":
                     a.i = 0
-            act = spec_of(mx, "activation")
             if act:
                 FakeQuant.specs[node.name] = act
                 quantised = f"quantised.{node.name}"
@@ -350,7 +350,8 @@ def differing_codes(xs: dict) -> dict[str, int]:
 
 def check_end_to_end(original: Original, rewritten, feeds: dict, logits: np.ndarray, xs: dict) -> tuple[list[str], str]:
     FakeQuant.seen = {}
-    reference = ReferenceEvaluator(emulated_model(original, rewritten), new_ops=[FakeQuant])
+    specs = {n.name: (spec_of(n, "weight"), spec_of(n, "activation")) for n in mx_nodes(rewritten)}
+    reference = ReferenceEvaluator(emulated_model(original, specs), new_ops=[FakeQuant])
     want = reference.run([original.model.graph.output[0].name], feeds)[0].astype(np.float64)
     span = float(want.max() - want.min())
     off = float(np.abs(logits - want).max()) / span
@@ -370,8 +371,16 @@ def check_format(args, path: Path, source: onnx.ModelProto, fmt: str, flags: lis
     out = folder / "out.onnx"
     for old in folder.glob("out.onnx*"):
         old.unlink()
-    tools.rewrite(args, path, out, "--format", fmt, *flags)
+    tools.rewrite(args, path, out, "--lower", args.lower, "--format", fmt, *args.activation, *flags)
     rewritten = onnx.load(out)
+    if args.lower == "qdq":
+        all_wrong, notes = [], []
+        for branch in branches(source):
+            wrong, note = check_qdq_branch(args, Original(along(source, branch)), along(rewritten, branch), fmt)
+            label = f"{branch}: " if branch else ""
+            all_wrong += [label + w for w in wrong]
+            notes.append(label + note)
+        return all_wrong, "; ".join(notes)
     file = tools.session(out, args.library)  # as a user loads it, with its external data
     all_wrong, notes = [], []
     for branch in branches(source):
@@ -415,6 +424,31 @@ def check_branch(args, original: Original, rewritten: onnx.ModelProto, fmt: str,
     return wrong, note
 
 
+def check_qdq_branch(args, original: Original, rewritten: onnx.ModelProto, fmt: str) -> tuple[list[str], str]:
+    found = qdq.sites(rewritten)
+    if not found:
+        return ["no site"], ""
+    wrong = qdq.check_bytes(found, original, fmt)
+    wrong += qdq.check_validity(rewritten, original.model)
+    if wrong:
+        return wrong, ""
+    rng = np.random.default_rng(7)
+    feeds = feeds_for(original.model, rng)
+    wrong, worst, how = qdq.check_sites(rewritten, found, original, feeds, rng)
+    note = f"{len(found)} sites, worst {worst:.3f} of the bound{how}"
+    if not args.no_end_to_end:
+        FakeQuant.seen = {}
+        try:
+            emulated = emulated_model(original, {s.node.name: (s.weight, s.activation) for s in found})
+            more, text = qdq.check_end_to_end(rewritten, found, emulated, FakeQuant, feeds)
+        except Exception as e:  # the reference evaluator lacks com.microsoft and 16-bit operators
+            more, text = [], f"end to end not run: {type(e).__name__}: {str(e).splitlines()[0][:120]}"
+            if args.require_end_to_end:
+                more = [text]
+        wrong, note = wrong + more, f"{note}; {text}"
+    return wrong, note
+
+
 def check_model(args, name: str, path: Path, truth: dict | None) -> tuple[list[str], list[str]]:
     wrong, notes = [], []
     if truth is not None:
@@ -452,11 +486,14 @@ def main() -> int:
     p.add_argument("--only", default="", help="regular expression searched in the model's name")
     p.add_argument("--barred", action="store_true", help="of the zoo only <arch>-dynamo, <arch>-ts and mixtral-ts28")
     p.add_argument("--formats", default="fp8_e4m3,fp4_e2m1", help="comma-separated, or all")
+    p.add_argument("--lower", default="mx", choices=("mx", "qdq"), help="the lowering to judge; qdq by onnx's reference evaluator")
+    p.add_argument("--weight-only", action="store_true", help="with --activation-format none")
     p.add_argument("--plan-only", action="store_true")
     p.add_argument("--no-end-to-end", action="store_true")
     p.add_argument("--require-end-to-end", action="store_true", help="fail where the reference evaluator cannot run the graph")
     tools.add_arguments(p)
     args = p.parse_args()
+    args.activation = ["--activation-format", "none"] if args.weight_only else []
     args.formats = (*emu.MX_FORMATS, "mxint8") if args.formats == "all" else tuple(args.formats.split(","))
     chosen = models(args)
     if args.barred:

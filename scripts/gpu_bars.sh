@@ -2,8 +2,9 @@
 # Measures what the project promises of a GPU machine: mxeval and the operators in ONNX Runtime, on real and on large models.
 # scripts/pack_gpu.sh has put the programs into .gpu/ before; neither Rust nor a network is needed.
 #
-#   scripts/gpu_bars.sh [PART...]      default: eval smollm2 llama8b devices python
+#   scripts/gpu_bars.sh [PART...]      default: verify eval smollm2 llama8b devices python
 #
+#   verify     mxrewrite verify of the fixture on cuda:0: every MX node on the GPU, layers against the original
 #   eval       tests/python/gpu_eval.py: the fixture on GPUs against the CPU, every division of labour
 #   smollm2    SmolLM2-135M, all 12 stages on cuda:0: each within 1e-3 of the CPU's cross-entropy
 #   llama8b    a model of Llama 3.1 8B's shape with random weights, made here: time and memory of the MX stages against bf16
@@ -42,16 +43,28 @@ bars() { # bars PART OPTION...
         --work "${MX_WORK:-/dev/shm/mx_work}" --records "$logs" "$@" ${!more:-}
 }
 
+verify() { # outputs and every layer alone at 10 dB or better, no MX node on the CPU
+    local work code
+    work=$(mktemp -d) || return 1
+    "$bin/mxrewrite" fixtures/tinylm/dynamo/model.onnx -o "$work/out.onnx" &&
+        "$bin/mxrewrite" verify fixtures/tinylm/dynamo/model.onnx "$work/out.onnx" --device cuda:0 --layers \
+            --min-sqnr 10 --ort-lib "$ORT_DYLIB_PATH"
+    code=$?
+    rm -rf "$work"
+    return $code
+}
+
 say_machine
-[ $# -gt 0 ] || set -- eval smollm2 llama8b devices python
+[ $# -gt 0 ] || set -- verify eval smollm2 llama8b devices python
 for name in "$@"; do
     case $name in
+        verify) part verify verify ;;
         eval) part eval "$python" tests/python/gpu_eval.py --mxeval "$bin/mxeval" --ort-lib "$ORT_DYLIB_PATH" ;;
         smollm2) bars smollm2 --model "$smollm2/model.onnx" --data "$data" --cpu "${MX_SMOLLM2_CPU:-$root/out/smollm2}" ;;
         llama8b) bars llama8b --model "${MX_LLAMA:-/dev/shm/llama8b}" ;;
         devices) bars devices --model "$smollm2/model.onnx" --data "$data" ;;
         python) bars python ;;
-        *) echo "error: no part named '$name' (eval, smollm2, llama8b, devices, python)" >&2; exit 2 ;;
+        *) echo "error: no part named '$name' (verify, eval, smollm2, llama8b, devices, python)" >&2; exit 2 ;;
     esac
 done
 finish

@@ -17,6 +17,7 @@ mod host;
 mod matmul;
 mod pool;
 mod provider;
+pub mod ran;
 mod scores;
 mod types;
 

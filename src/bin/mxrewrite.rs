@@ -2,6 +2,9 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage. Results go to stdout, everything else to stderr.
 
+#[path = "mxrewrite/verify.rs"]
+mod verify;
+
 use std::{
     io::Write,
     path::{Path, PathBuf},
@@ -9,7 +12,7 @@ use std::{
 };
 
 use clap::{
-    ArgGroup, Args, CommandFactory, Parser, builder::PossibleValuesParser,
+    ArgGroup, Args, CommandFactory, Parser, Subcommand, builder::PossibleValuesParser,
     builder::TypedValueParser,
 };
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,6 +21,7 @@ use mxrewrite::rewrite::{
     self, Activation, BUILT_IN, BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions,
     RewriteReport, Role, Tier,
 };
+use mxrewrite::verify::VerifyOptions;
 
 /// Replace the Linear layers of an ONNX language model by OCP Microscaling (MX) operators.
 ///
@@ -27,7 +31,11 @@ use mxrewrite::rewrite::{
 #[command(name = "mxrewrite", version, after_help = EXAMPLES, max_term_width = 100)]
 #[command(override_usage = USAGE)]
 #[command(group = ArgGroup::new("selection"))]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(disable_help_subcommand = true)]
 struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// The model: an .onnx file, with its external data beside it
     #[arg(required_unless_present = "print_recipe")]
     model: Option<PathBuf>,
@@ -59,10 +67,20 @@ struct Cli {
     /// Go on with what a killed run with the same arguments has left
     #[arg(long)]
     resume: bool,
+    /// Compare the result with the model in ONNX Runtime (mxrewrite verify, random tokens); fails when a
+    /// layer does not run as MX, or NaNs appear
+    #[arg(long, conflicts_with = "plan")]
+    check: bool,
     #[command(flatten)]
     layers: Layers,
     #[command(flatten)]
     formats: Formats,
+}
+
+/// What is not a rewrite. A model file called `verify` is `./verify`.
+#[derive(Subcommand, Debug)]
+enum Command {
+    Verify(verify::VerifyArgs),
 }
 
 #[derive(Args, Debug)]
@@ -97,6 +115,11 @@ struct Layers {
     /// Leave layers out that this expression finds; repeatable
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
+    /// The weights before the export: a folder of *.safetensors or one such file. Layers are named by
+    /// the content of their weights, and weights that are MX codes there (gpt-oss, compressed-tensors
+    /// mxfp4 and mxfp8) are taken as they are unless a format is asked for (docs/checkpoints.md)
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
     /// Also attention's products of two activations (queries with keys, probabilities with values),
     /// both operands in the activations' format
     #[arg(long)]
@@ -143,8 +166,9 @@ struct Formats {
     #[arg(long, value_name = "S", default_value = "floor")]
     #[arg(value_parser = PossibleValuesParser::new(["floor", "ceil", "even", "rceil"]))]
     scale_rule: String,
-    /// What layers become: mx, int8 (weight-only DequantizeLinear), bf16 (the whole graph rounded),
-    /// bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales), nvfp8 (fp8
+    /// What layers become: mx, qdq (MX by standard operators of opset 24, FP6 28; ONNX Runtime 1.31
+    /// does not load them), int8 (weight-only DequantizeLinear), bf16 (the whole graph rounded), fp16
+    /// (the whole graph converted), bfp16 (bf16 operands), nvfp8-emu-e4m3, nvfp8-emu-e5m2 (fp8 casts without scales), nvfp8 (fp8
     /// E4M3 with one scale a tensor)
     #[arg(long, value_name = "TARGET", default_value = "mx")]
     lower: Lowering,
@@ -155,7 +179,8 @@ struct Formats {
 }
 
 /// The model is optional only beside --print-recipe.
-const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]";
+const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]\n       \
+                     mxrewrite verify <A> <B> [OPTIONS]";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -165,21 +190,49 @@ Examples:
   mxrewrite model.onnx --tier d --include lm_head       mixed formats, the head too
   mxrewrite model.onnx --all-linears --exclude 'layers\\.(0|31)\\.' --activation-format none
   mxrewrite model.onnx --lower int8                     weight-only int8, standard operators
+  mxrewrite model.onnx --check                          and compare the result with the model
+  mxrewrite verify model.onnx out.onnx --layers         the same for files, layer by layer
+  mxrewrite model.onnx --lower qdq --format fp4_e2m1    MX in standard operators, no custom ones
   mxrewrite --print-recipe tier-c > mine.toml           a recipe to start from (docs/recipes.md)
   mxrewrite model.onnx --recipe mine.toml
+  mxrewrite model.onnx --checkpoint DIR                 layers named by the values of their weights
 
 Run the result in ONNX Runtime with libmx_custom_ops.so registered as a custom-op library.
 Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty), 2 usage.";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(Command::Verify(args)) = &cli.command {
+        return run_verify(args);
+    }
     let options = match options(&cli) {
         Ok(options) => options,
         Err(error) => usage(&error.to_string()),
     };
     match run(&cli, &options) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(passed) => ExitCode::from(u8::from(!passed)),
         Err(error) => fail(&cli, &error),
+    }
+}
+
+fn run_verify(args: &verify::VerifyArgs) -> ExitCode {
+    if let Some(conflict) = args.conflict() {
+        usage(conflict);
+    }
+    let spinner = spinner("comparing");
+    let report = args.run();
+    spinner.finish_and_clear();
+    let shown = report.and_then(|report| {
+        print(&if args.json { json(&report)? } else { report.text() })?;
+        Ok(report.failures.is_empty())
+    });
+    match shown {
+        Ok(passed) => ExitCode::from(u8::from(!passed)),
+        Err(error) => {
+            // With stderr closed there is nobody left to tell.
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            ExitCode::from(1)
+        }
     }
 }
 
@@ -230,6 +283,7 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
         include: include.clone(),
         exclude: exclude.clone(),
         attention: cli.layers.attention,
+        checkpoint: cli.layers.checkpoint.clone(),
         allow_empty: cli.allow_empty,
         overwrite: cli.force,
         threads: cli.threads.map(usize::from),
@@ -238,23 +292,62 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
     })
 }
 
-fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<()> {
+/// Does what was asked for; false when `--check` found something wrong.
+fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<bool> {
     if let Some(name) = &cli.layers.print_recipe {
         let recipe = Recipe::built_in_with(name, options).map_err(RewriteError::Recipe)?;
-        let Some(recipe) = recipe else { return Ok(()) };
-        return print(&if cli.json { json(&recipe)? } else { recipe.to_toml() });
+        let Some(recipe) = recipe else { return Ok(true) };
+        print(&if cli.json { json(&recipe)? } else { recipe.to_toml() })?;
+        return Ok(true);
     }
     // Clap demands a model for everything else.
-    let Some(model) = &cli.model else { return Ok(()) };
+    let Some(model) = &cli.model else { return Ok(true) };
     if cli.plan {
-        return plan(cli, model, options);
+        plan(cli, model, options)?;
+        return Ok(true);
     }
     let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(model, options));
     let spinner = spinner(&format!("rewriting {}", model.display()));
     let report = rewrite::rewrite_file(model, &output, options);
     spinner.finish_and_clear();
     let report = report?;
-    print(&if cli.json { json(&report)? } else { summary(&report) })
+    for note in &report.notes {
+        // As with errors: with stderr closed there is nobody left to tell.
+        let _ = writeln!(std::io::stderr(), "note: {note}");
+    }
+    if cli.check {
+        return check(cli, &report);
+    }
+    print(&if cli.json { json(&report)? } else { summary(&report) })?;
+    Ok(true)
+}
+
+/// Compares what was written with what was read. The file stays, whatever is found.
+fn check(cli: &Cli, report: &RewriteReport) -> anyhow::Result<bool> {
+    if !cli.json {
+        print(&summary(report))?;
+    }
+    let spinner = spinner(&format!("checking {}", report.output.display()));
+    let found = mxrewrite::verify::verify(&report.input, &report.output, &VerifyOptions::default());
+    spinner.finish_and_clear();
+    let output = report.output.display();
+    let found =
+        found.map_err(|error| anyhow::anyhow!("--check: {error}; {output} stays as written"))?;
+    let passed = found.failures.is_empty();
+    if cli.json {
+        let mut both = serde_json::to_value(report)?;
+        both["check"] = serde_json::to_value(&found)?;
+        print(&json(&both)?)?;
+    } else {
+        print(&format!("\n{}", found.summary()))?;
+    }
+    if !passed {
+        let _ = writeln!(
+            std::io::stderr(),
+            "error: --check found the above; {output} stays as written"
+        );
+    }
+    Ok(passed)
 }
 
 fn plan(cli: &Cli, path: &Path, options: &RewriteOptions) -> anyhow::Result<()> {
@@ -319,6 +412,8 @@ fn summary(report: &RewriteReport) -> String {
     let base = report.plan.recipe.base_dtype;
     let mut text = if report.lowering == Lowering::Bf16 && base == Some(BaseDtype::Bf16) {
         "the whole graph converted to bfloat16\n".to_owned()
+    } else if report.lowering == Lowering::Fp16 {
+        "the whole graph converted to float16\n".to_owned()
     } else if report.lowering == Lowering::Bf16 {
         format!("every weight and float result rounded to bfloat16 ({} layers)\n", report.sites)
     } else {
@@ -336,8 +431,11 @@ fn summary(report: &RewriteReport) -> String {
     } else if asked {
         text.push_str("no attention product found: attention is inside fused operators\n");
     }
-    if let Some(base) = base.filter(|_| report.lowering != Lowering::Bf16) {
+    if let Some(base) = base.filter(|_| !report.lowering.is_whole_graph()) {
         text.push_str(&format!("everything else converted to {base}\n"));
+    }
+    if let Some(checkpoint) = &report.plan.checkpoint {
+        text.push_str(&rewrite::checkpoint_line(&report.plan, checkpoint));
     }
     text.push_str(&format!("wrote {} ({} bytes", report.output.display(), report.bytes));
     if let Some(data) = &report.data {

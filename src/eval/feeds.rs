@@ -5,6 +5,10 @@
 //! recognised by name and checked by type and shape; one that is not known is an error, never a
 //! guess.
 
+mod step;
+
+pub use step::Cache;
+
 use super::schedule::Padded;
 use crate::onnx::proto::{DataType, DimensionValue, ValueInfo};
 use half::{bf16, f16};
@@ -147,7 +151,11 @@ impl Feed {
 }
 
 /// A tensor of whole numbers in the element type that the graph asks for.
-fn numbers(element: DataType, shape: Vec<usize>, values: Vec<i64>) -> ort::Result<DynValue> {
+pub(crate) fn numbers(
+    element: DataType,
+    shape: Vec<usize>,
+    values: Vec<i64>,
+) -> ort::Result<DynValue> {
     fn cast<T>(values: Vec<i64>, to: impl Fn(i64) -> T) -> Vec<T> {
         values.into_iter().map(to).collect()
     }
@@ -284,12 +292,12 @@ impl Hints {
 }
 
 /// Name of a value.
-pub(super) fn name(value: &ValueInfo) -> &str {
+pub(crate) fn name(value: &ValueInfo) -> &str {
     value.name.as_deref().unwrap_or_default()
 }
 
 /// Element type of a value; `Undefined` where it is no tensor.
-pub(super) fn element(value: &ValueInfo) -> DataType {
+pub(crate) fn element(value: &ValueInfo) -> DataType {
     let tensor = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
     tensor
         .and_then(|tensor| DataType::try_from(tensor.elem_type?).ok())
@@ -297,7 +305,7 @@ pub(super) fn element(value: &ValueInfo) -> DataType {
 }
 
 /// Sizes of a value's dimensions, `None` where symbolic; `None` as a whole where the rank is unknown.
-pub(super) fn sizes(value: &ValueInfo) -> Option<Vec<Option<usize>>> {
+pub(crate) fn sizes(value: &ValueInfo) -> Option<Vec<Option<usize>>> {
     let tensor = value.r#type.as_ref()?.tensor_type.as_ref()?;
     tensor.shape.as_ref()?;
     let size = |extent: Extent| match extent {

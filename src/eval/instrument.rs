@@ -106,7 +106,7 @@ fn find_logits<'a>(outputs: &[&'a ValueInfo]) -> std::result::Result<&'a ValueIn
 }
 
 /// Rows of the table that `input_ids` index directly.
-fn embedding_rows(model: &Model) -> Option<usize> {
+pub(crate) fn embedding_rows(model: &Model) -> Option<usize> {
     let graph = model.graph();
     graph.nodes().find_map(|(_, node)| {
         let [table, ids, ..] = &node.input[..] else { return None };

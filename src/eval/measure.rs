@@ -66,7 +66,7 @@ enum Make {
     /// The model in another float type.
     Converted(BaseDtype),
     /// The model with layers replaced.
-    Rewritten(RewriteOptions),
+    Rewritten(Box<RewriteOptions>),
 }
 
 enum Prepared {
@@ -207,7 +207,8 @@ impl Bench<'_> {
             },
         };
         let overwrite = true;
-        Make::Rewritten(RewriteOptions { lowering, format, base_dtype, threads, overwrite, ..base })
+        let options = RewriteOptions { lowering, format, base_dtype, threads, overwrite, ..base };
+        Make::Rewritten(Box::new(options))
     }
 
     /// While GPUs measure, a CPU is left for each of them.

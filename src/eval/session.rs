@@ -198,7 +198,8 @@ fn sum(labels: &[i64], nll: &[f32], entropy: &[f32], top1: &[i64], bytes: u64) -
     score
 }
 
-fn builder(
+/// A session as mxeval sets it up; external data is looked for in `folder`.
+pub(crate) fn builder(
     runtime: &Runtime,
     folder: &Path,
     options: &SessionOptions,

@@ -1,5 +1,6 @@
 //! Edits of a graph and of a model. What is not named in an edit keeps its bytes.
 
+use super::error::Result;
 use super::graph::{Entry, Graph, NodeId, Slot};
 use super::model::{Model, TopField, number};
 use super::proto::{DataType, Node, OperatorSetId, StringStringEntry, ValueInfo};
@@ -137,6 +138,50 @@ impl Model {
         let raw = wire::len_field(number::OPSET_IMPORT, &import.encode_to_vec());
         self.fields.push(TopField::Raw { number: number::OPSET_IMPORT, raw });
         self.opsets.push(import);
+    }
+
+    /// Imports `version` of an operator domain in place of whatever version the model imports.
+    pub fn set_opset(&mut self, domain: &str, version: i64) {
+        let plain = |d: &str| if d == "ai.onnx" { String::new() } else { d.to_owned() };
+        let same = |o: &OperatorSetId| plain(o.domain.as_deref().unwrap_or("")) == plain(domain);
+        // Raw import fields and decoded entries are in the same order.
+        let mut index = 0;
+        let opsets = &self.opsets;
+        self.fields.retain(|field| {
+            let TopField::Raw { number: number::OPSET_IMPORT, .. } = field else { return true };
+            index += 1;
+            !same(&opsets[index - 1])
+        });
+        self.opsets.retain(|o| !same(o));
+        self.import_opset(domain, version);
+    }
+
+    /// Has the model and the local functions that import an older version of the standard domain
+    /// import `version`.
+    ///
+    /// # Errors
+    /// A function that cannot be read.
+    pub fn raise_opset(&mut self, version: i64) -> Result<()> {
+        if self.opset("").is_some_and(|found| found < version) {
+            self.set_opset("", version);
+        }
+        for field in &mut self.fields {
+            if let TopField::Raw { number: number::FUNCTIONS, raw } = field {
+                *raw = super::model::raise_function(raw, version)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Raises the IR version to at least `version`.
+    pub fn raise_ir_version(&mut self, version: i64) {
+        if self.ir_version() >= version {
+            return;
+        }
+        self.note_ir_version(version);
+        let raw = wire::varint_field(number::IR_VERSION, version as u64);
+        self.fields.retain(|f| !matches!(f, TopField::Raw { number: number::IR_VERSION, .. }));
+        self.fields.insert(0, TopField::Raw { number: number::IR_VERSION, raw });
     }
 
     /// Sets one entry of the model's metadata; an entry of the same key is replaced.

@@ -40,4 +40,4 @@ pub use tensor::{
     ExternalRef, Payload, Producer, Sink, Storage, Streamer, TensorInfo, TensorView, element_bits,
 };
 
-pub(crate) use mmap::release;
+pub(crate) use mmap::{map, release};

@@ -7,6 +7,7 @@ use super::proto::{Attribute, Node, OperatorSetId, StringStringEntry};
 use super::tensor::{TensorInfo, TensorView};
 use super::{mmap, read, wire};
 use bytes::Bytes;
+use prost::Message as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -172,6 +173,10 @@ impl Model {
         self.ir_version
     }
 
+    pub(super) fn note_ir_version(&mut self, version: i64) {
+        self.ir_version = version;
+    }
+
     /// Name of the exporter.
     pub fn producer(&self) -> &str {
         &self.producer
@@ -231,6 +236,31 @@ impl Model {
             _ => true,
         });
     }
+}
+
+/// The encoded function with at least `version` of the standard domain, where it imports that.
+pub(super) fn raise_function(raw: &Bytes, version: i64) -> Result<Bytes> {
+    let Some(whole) = wire::fields(raw, 0).next().transpose()? else { return Ok(raw.clone()) };
+    whole.expect_len("function", 0)?;
+    let body = raw.slice(whole.payload);
+    let mut out = Vec::with_capacity(body.len() + 2);
+    let mut changed = false;
+    for field in wire::fields(&body, 0) {
+        let field = field?;
+        if field.number == 9 {
+            let mut import: OperatorSetId =
+                graph::decode("function opset_import", &body, &field, 0)?;
+            let standard = matches!(import.domain.as_deref(), None | Some("" | "ai.onnx"));
+            if standard && import.version.is_some_and(|found| found < version) {
+                import.version = Some(version);
+                out.extend(wire::len_field(9, &import.encode_to_vec()));
+                changed = true;
+                continue;
+            }
+        }
+        out.extend_from_slice(&body[field.whole]);
+    }
+    Ok(if changed { wire::len_field(number::FUNCTIONS, &out) } else { raw.clone() })
 }
 
 fn read_function(raw: &Bytes) -> Result<Function> {

@@ -5,6 +5,7 @@ use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::Builder;
 
 /// Bytes that go from thread to thread at a time.
 const PIECE: usize = 1 << 20;
@@ -48,18 +49,21 @@ impl Pipe {
         let (to_file, from_file) = sync_channel::<Bytes>(AHEAD);
         let (to_hash, from_hash) = sync_channel(AHEAD);
         std::thread::scope(|scope| {
-            let writer =
-                scope.spawn(move || from_file.iter().try_for_each(|piece| file.write_all(&piece)));
-            let hasher = scope.spawn(move || hash_all(hash, &from_hash, note));
+            let thread = || Builder::new().name("output".to_owned());
+            let write = move || from_file.iter().try_for_each(|piece| file.write_all(&piece));
+            let writer = thread().spawn_scoped(scope, write).map_err(PipeError::File)?;
+            let hash = move || hash_all(hash, &from_hash, note);
+            let hasher = thread().spawn_scoped(scope, hash).map_err(PipeError::File)?;
             let mut pipe = Self { piece: Vec::new(), to_file, to_hash };
             let made = make(&mut pipe);
             // A thread that failed has closed its end; its own error says more than that.
             let flushed = pipe.flush();
             drop(pipe);
             let panicked = |_| io::Error::other("a thread of the output panicked");
-            writer.join().unwrap_or_else(|e| Err(panicked(e))).map_err(PipeError::File)?;
-            let hash =
-                hasher.join().unwrap_or_else(|e| Err(panicked(e))).map_err(PipeError::Note)?;
+            let written = writer.join().map_err(panicked).flatten();
+            let hashed = hasher.join().map_err(panicked).flatten();
+            written.map_err(PipeError::File)?;
+            let hash = hashed.map_err(PipeError::Note)?;
             made.map_err(PipeError::Made)?;
             flushed.map_err(PipeError::File)?;
             Ok(hash)

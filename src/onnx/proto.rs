@@ -314,6 +314,10 @@ pub enum DataType {
     Uint2 = 25,
     /// int2.
     Int2 = 26,
+    /// float6 e2m3.
+    Float6E2m3 = 27,
+    /// float6 e3m2.
+    Float6E3m2 = 28,
 }
 
 /// `AttributeProto.AttributeType`.

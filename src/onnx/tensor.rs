@@ -308,6 +308,7 @@ pub fn element_bits(data_type: DataType) -> Option<u64> {
         T::Undefined | T::String => return None,
         T::Uint2 | T::Int2 => 2,
         T::Uint4 | T::Int4 | T::Float4E2m1 => 4,
+        T::Float6E2m3 | T::Float6E3m2 => 6,
         T::Uint8 | T::Int8 | T::Bool => 8,
         T::Float8E4m3fn | T::Float8E4m3fnuz | T::Float8E5m2 | T::Float8E5m2fnuz | T::Float8E8m0 => {
             8

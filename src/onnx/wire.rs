@@ -195,6 +195,14 @@ pub(crate) fn len_field(number: u32, payload: &[u8]) -> Bytes {
     out.into()
 }
 
+/// An encoded varint field.
+pub(crate) fn varint_field(number: u32, value: u64) -> Bytes {
+    let mut out = Vec::with_capacity(12);
+    put_varint(&mut out, u64::from(number) << 3);
+    put_varint(&mut out, value);
+    out.into()
+}
+
 /// Offset of `inner`, a slice of `outer`, from the start of `outer`; 0 when it is not one.
 pub(crate) fn offset_within(outer: &[u8], inner: &[u8]) -> u64 {
     let (start, at) = (outer.as_ptr() as usize, inner.as_ptr() as usize);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ExecuteError, FilterError, RecipeError, Skipped};
+use super::{CheckpointError, ExecuteError, FilterError, RecipeError, Skipped};
 use crate::{graph::GraphError, onnx};
 
 /// Why a rewrite did not happen. No output file is left then.
@@ -15,6 +15,9 @@ pub enum RewriteError {
     /// A regular expression that cannot be used.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// A checkpoint that cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// A model that cannot be read or written.
     #[error(transparent)]
     Onnx(#[from] onnx::Error),

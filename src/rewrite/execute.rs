@@ -2,8 +2,8 @@
 //! the model.
 
 use super::{
-    RewritePlan, SiteFormat,
-    lower::{Int8, Mx, base, bf16, lower_product},
+    Notes, RewritePlan, SiteFormat,
+    lower::{Int8, Mx, Qdq, base, bf16, lower_product, qdq},
     lowering::{BaseDtype, Lowering},
     patch::Patch,
     weights::Threads,
@@ -61,7 +61,7 @@ pub enum ExecuteError {
 /// Carries out a plan that was made from this model. Weights are quantised by `threads` threads
 /// (`None` = one a processor), one at a time, when the result is written by [`Model::save`] or
 /// [`Model::to_bytes`]. Without any layer to replace the model is returned as it is (under
-/// [`Lowering::Bf16`] the whole graph is rounded, layers or not), but for the plan's base type.
+/// [`Lowering::Bf16`] and [`Lowering::Fp16`] the whole graph is rounded or converted, layers or not), but for the plan's base type.
 ///
 /// # Errors
 /// A layer or model that the lowering cannot take; a weight that cannot be read.
@@ -70,17 +70,31 @@ pub fn execute(
     plan: &RewritePlan,
     threads: Option<usize>,
 ) -> Result<Model, ExecuteError> {
+    execute_noting(model, plan, threads, &Notes::default())
+}
+
+/// [`execute`], with what there is to know of the result in `notes`; those on weights are taken when
+/// the result is written.
+///
+/// # Errors
+/// As [`execute`].
+pub fn execute_noting(
+    model: &Model,
+    plan: &RewritePlan,
+    threads: Option<usize>,
+    notes: &Notes,
+) -> Result<Model, ExecuteError> {
     let threads = Threads::new(threads)?;
-    let base = plan.recipe.base_dtype;
-    let whole = plan.recipe.lowering == Lowering::Bf16;
+    let base = plan.recipe.lowering.base(plan.recipe.base_dtype);
+    let whole = plan.recipe.lowering.is_whole_graph();
     let mut out = match whole || plan.is_empty() {
         true => model.clone(),
         false => replace_sites(model, plan, threads)?,
     };
     if let Some(base) = base {
-        out = base::convert(model, &out, base)?;
+        out = base::convert(model, &out, base, notes)?;
     }
-    if whole && base != Some(BaseDtype::Bf16) {
+    if plan.recipe.lowering == Lowering::Bf16 && base != Some(BaseDtype::Bf16) {
         out = bf16::round(&out)?;
     }
     if plan.is_empty() && !whole {
@@ -99,7 +113,7 @@ pub fn execute(
 /// # Errors
 /// An opset before 13; a value whose type is not known where it must be.
 pub fn convert(model: &Model, to: BaseDtype) -> Result<Model, ExecuteError> {
-    base::convert(model, model, to)
+    base::convert(model, model, to, &Notes::default())
 }
 
 fn replace_sites(
@@ -108,23 +122,31 @@ fn replace_sites(
     threads: Threads,
 ) -> Result<Model, ExecuteError> {
     let mut patch = Patch::new(model, threads)?;
-    let (mut mx, mut int8) = (Mx::default(), Int8::default());
+    let (mut mx, mut int8, mut qdq) = (Mx::default(), Int8::default(), Qdq::default());
+    let by_standard = plan.recipe.lowering == Lowering::Qdq;
     for planned in &plan.sites {
+        let is_mx = matches!(planned.format, SiteFormat::Mx { .. }) && !by_standard;
+        if planned.site.experts.is_some() && !is_mx {
+            return Err(ExecuteError::Site {
+                node: planned.site.node_name.clone(),
+                reason: "experts chosen at run time have no form but mx::MxExpertMatMul".to_owned(),
+            });
+        }
         match &planned.format {
+            SiteFormat::Mx { weight, activation } if by_standard => {
+                qdq.lower(&mut patch, planned, weight, activation.as_ref())?;
+            }
             SiteFormat::Mx { weight, activation } => {
                 mx.lower(&mut patch, planned, weight, activation.as_ref())?;
             }
-            SiteFormat::Int8 if planned.site.experts.is_some() => {
-                return Err(ExecuteError::Site {
-                    node: planned.site.node_name.clone(),
-                    reason: "experts chosen at run time have no int8 form".to_owned(),
-                });
-            }
             SiteFormat::Int8 => int8.lower(&mut patch, planned)?,
-            SiteFormat::Bf16 => {
+            SiteFormat::Bf16 | SiteFormat::Fp16 => {
                 return Err(ExecuteError::Unsupported {
                     lowering: plan.recipe.lowering.name(),
-                    reason: "bf16 is a format of whole graphs, not of single layers".to_owned(),
+                    reason: format!(
+                        "{} is a format of whole graphs, not of single layers",
+                        planned.format.weight_name()
+                    ),
                 });
             }
         }
@@ -132,5 +154,9 @@ fn replace_sites(
     for planned in &plan.products {
         lower_product(&mut patch, planned)?;
     }
-    patch.finish()
+    let mut out = patch.finish()?;
+    if by_standard {
+        qdq::raise(&mut out, &plan.sites)?;
+    }
+    Ok(out)
 }

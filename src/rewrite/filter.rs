@@ -4,7 +4,7 @@ use regex::Regex;
 
 use super::{
     layers::{LayerRange, layer_number},
-    recipe::Rule,
+    recipe::{Rule, SiteFormat},
     sites::Role,
 };
 
@@ -77,8 +77,8 @@ struct Compiled {
     layers: Vec<LayerRange>,
     include: Vec<Regex>,
     exclude: Vec<Regex>,
-    /// False for a rule that leaves its layers as they are.
-    takes: bool,
+    /// `None` for a rule that leaves its layers as they are.
+    format: Option<SiteFormat>,
 }
 
 /// What the filter looks at.
@@ -133,13 +133,39 @@ impl Filter {
     pub fn decide(&self, subject: &Subject<'_>) -> Decision {
         let found = self.rules.iter().position(|rule| rule.matches(subject, self.depth));
         let Some(index) = found else { return Decision::Leave(self.reason(subject)) };
-        if !self.rules[index].takes {
+        if self.rules[index].format.is_none() {
             return Decision::Leave(format!("kept by rule {} of {}", index + 1, self.title));
         }
         match self.exclude.iter().find(|regex| finds(regex, subject)) {
             Some(regex) => Decision::Leave(format!("excluded by --exclude '{regex}'")),
             None => Decision::Take(index),
         }
+    }
+
+    /// Takes or leaves one product that several layers make up: it is taken when all of them are, in
+    /// one format.
+    pub fn decide_parts(&self, parts: &[Subject<'_>]) -> Decision {
+        let mut rule: Option<usize> = None;
+        for part in parts {
+            let of = |path: Option<&str>| path.unwrap_or_default().to_owned();
+            let taken = match self.decide(part) {
+                Decision::Take(taken) => taken,
+                Decision::Leave(reason) => {
+                    let path = of(part.path);
+                    return Decision::Leave(format!(
+                        "one product of several layers, of which {path}: {reason}"
+                    ));
+                }
+            };
+            let first = *rule.get_or_insert(taken);
+            if self.rules[first].format != self.rules[taken].format {
+                let (a, b) = (of(parts[0].path), of(part.path));
+                return Decision::Leave(format!(
+                    "one product of several layers, of which {a} and {b} get different formats"
+                ));
+            }
+        }
+        rule.map_or_else(|| Decision::Leave("no layer".to_owned()), Decision::Take)
     }
 
     fn reason(&self, subject: &Subject<'_>) -> String {
@@ -158,7 +184,7 @@ impl Filter {
                  (--attention, or a rule for role product)"
                     .to_owned()
             }
-            (Role::Packed, _) => format!(
+            (Role::Packed, None) => format!(
                 "several layers packed into one product ('{}', a Split follows) under a made-up \
                  name, and one of them may be a router: taken only when named (--include {0})",
                 subject.initializer
@@ -181,7 +207,7 @@ impl Compiled {
             layers: layers.clone(),
             include: compile_all(include)?,
             exclude: compile_all(exclude)?,
-            takes: rule.format.is_some(),
+            format: rule.format,
         })
     }
 
@@ -254,7 +280,6 @@ fn names(regex: &Regex, subject: &Subject<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rewrite::SiteFormat;
 
     fn rules(selects: Vec<Select>) -> Vec<Rule> {
         let rule = |select| Rule { select, format: Some(SiteFormat::Int8) };
@@ -333,6 +358,23 @@ mod tests {
         assert!(!taken("mlp.down_proj", Role::Mlp), "in no layer");
         assert!(!taken("layers.0.mlp.gate_proj", Role::Mlp), "not included");
         assert!(!taken("layers.0.mlp.down_proj", Role::Expert), "another role");
+    }
+
+    #[test]
+    fn a_product_of_several_layers_is_taken_when_all_of_them_are() {
+        let parts = [
+            subject(Some("layers.0.self_attn.q_proj"), Role::Attention),
+            subject(Some("layers.0.mlp.fc1"), Role::Mlp),
+        ];
+        let decide = |rules: &[Rule]| Filter::new("r", rules, &[]).unwrap().decide_parts(&parts);
+        let both = rules(vec![Select::mlp(), Select::attention()]);
+        assert_eq!(decide(&both), Decision::Take(1));
+        assert!(matches!(decide(&both[..1]), Decision::Leave(why) if why.contains("q_proj")));
+        let mut mixed = both;
+        mixed[0].format = Some(SiteFormat::Bf16);
+        assert!(
+            matches!(decide(&mixed), Decision::Leave(why) if why.contains("different formats"))
+        );
     }
 
     #[test]

@@ -13,12 +13,19 @@ pub enum Lowering {
     #[default]
     #[serde(rename = "mx")]
     Mx,
+    /// OCP MX by standard operators alone: blocked QuantizeLinear and DequantizeLinear with FLOAT8E8M0
+    /// scales (opset 24; FP6 28).
+    #[serde(rename = "qdq")]
+    Qdq,
     /// Weight-only int8, symmetric per output channel: standard DequantizeLinear.
     #[serde(rename = "int8")]
     Int8,
     /// Every weight and every float result of the whole graph rounded to bfloat16.
     #[serde(rename = "bf16")]
     Bf16,
+    /// The whole graph converted to float16.
+    #[serde(rename = "fp16")]
+    Fp16,
     /// `mx::MxMatMul` with bfloat16 weight and activation and no shared exponent.
     #[serde(rename = "bfp16")]
     Bfp16,
@@ -36,10 +43,12 @@ pub enum Lowering {
 
 impl Lowering {
     /// All of them, in the order of the help text.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Mx,
+        Self::Qdq,
         Self::Int8,
         Self::Bf16,
+        Self::Fp16,
         Self::Bfp16,
         Self::NvFp8EmuE4m3,
         Self::NvFp8EmuE5m2,
@@ -50,13 +59,43 @@ impl Lowering {
     pub fn name(self) -> &'static str {
         match self {
             Self::Mx => "mx",
+            Self::Qdq => "qdq",
             Self::Int8 => "int8",
             Self::Bf16 => "bf16",
+            Self::Fp16 => "fp16",
             Self::Bfp16 => "bfp16",
             Self::NvFp8EmuE4m3 => "nvfp8-emu-e4m3",
             Self::NvFp8EmuE5m2 => "nvfp8-emu-e5m2",
             Self::NvFp8 => "nvfp8",
         }
+    }
+
+    /// True where the user chooses the element formats: MX, whichever operators compute it.
+    pub fn takes_formats(self) -> bool {
+        matches!(self, Self::Mx | Self::Qdq)
+    }
+
+    /// True where the whole graph is rounded or converted, layers or not.
+    pub fn is_whole_graph(self) -> bool {
+        matches!(self, Self::Bf16 | Self::Fp16)
+    }
+
+    /// Why `base` does not go with the lowering; `None` where it does.
+    pub(crate) fn refuses(self, base: Option<BaseDtype>) -> Option<&'static str> {
+        match (self, base?) {
+            (Self::Bf16, BaseDtype::F16) => Some("the whole graph is bfloat16"),
+            (Self::Fp16, BaseDtype::F32 | BaseDtype::Bf16) => Some("the whole graph is float16"),
+            (Self::Qdq, _) => Some(
+                "scales are computed in the graph in float32; convert the model by itself (--lower \
+                 fp16, or --lower bf16 with --base-dtype bf16) and rewrite the result",
+            ),
+            _ => None,
+        }
+    }
+
+    /// The base type of the whole graph, with that of the recipe.
+    pub(crate) fn base(self, base: Option<BaseDtype>) -> Option<BaseDtype> {
+        if self == Self::Fp16 { Some(BaseDtype::F16) } else { base }
     }
 }
 
@@ -118,13 +157,10 @@ impl fmt::Display for Lowering {
     }
 }
 
-/// A lowering name that is unknown or not built yet.
+/// A lowering name that is unknown.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LoweringError {
-    /// A name from the design whose implementation does not exist yet.
-    #[error("lowering '{0}' is not available yet; available are {list}", list = names())]
-    NotAvailable(String),
-    /// Any other name.
+    /// No lowering has this name.
     #[error("unknown lowering '{0}'; available are {list}", list = names())]
     Unknown(String),
 }
@@ -137,9 +173,7 @@ impl FromStr for Lowering {
     type Err = LoweringError;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Self::ALL.into_iter().find(|lowering| lowering.name() == name).ok_or_else(|| match name {
-            "qdq" | "fp16" => LoweringError::NotAvailable(name.to_owned()),
-            _ => LoweringError::Unknown(name.to_owned()),
-        })
+        let found = Self::ALL.into_iter().find(|lowering| lowering.name() == name);
+        found.ok_or_else(|| LoweringError::Unknown(name.to_owned()))
     }
 }

@@ -7,6 +7,7 @@
 //! [`rewrite_file`] does it all from file to file, for the command and for mxeval's stages alike.
 
 pub mod base;
+pub mod checkpoint;
 mod error;
 pub mod execute;
 pub mod filter;
@@ -14,6 +15,7 @@ mod inline;
 pub mod layers;
 mod lower;
 pub mod lowering;
+mod notes;
 mod patch;
 pub mod paths;
 mod patterns;
@@ -30,13 +32,15 @@ mod table;
 pub mod tiers;
 mod weights;
 
+pub use checkpoint::{Checkpoint, CheckpointError, CheckpointUse};
 pub use error::RewriteError;
-pub use execute::{ExecuteError, PLAN_KEY, execute};
+pub use execute::{ExecuteError, PLAN_KEY, execute, execute_noting};
 pub use filter::{Filter, FilterError, Select};
 pub use layers::LayerRange;
 pub use lowering::{BaseDtype, Lowering};
+pub use notes::Notes;
 pub use patch::MODULE_PATH_KEY;
-pub use plan::{PlannedSite, RewritePlan};
+pub use plan::{PlannedSite, RewritePlan, WeightSource};
 pub use products::{PlannedProduct, Product};
 pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
@@ -48,5 +52,5 @@ pub use sites::{
     Bias, BiasShape, Experts, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
 };
 pub use sqnr::measure_plan;
-pub use table::plan_table;
+pub use table::{checkpoint_line, plan_table};
 pub use tiers::Tier;

@@ -1,8 +1,10 @@
 //! The plan of a rewrite: which node becomes what. Pure and serialisable; making one changes nothing.
 
+use mx_kernels::{QuantSpec, ScaleKind};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
+    checkpoint::{CheckpointUse, PackedWeight},
     lowering::Lowering,
     products::PlannedProduct,
     recipe::{Recipe, SiteFormat},
@@ -23,6 +25,28 @@ pub struct PlannedSite {
     /// Expected signal-to-quantisation-noise ratio of the weight in decibels, when it was measured
     /// ([`measure_plan`](super::measure_plan)).
     pub expected_sqnr: Option<f64>,
+    /// Where codes and scales come from, when there is a checkpoint.
+    pub weight_source: Option<WeightSource>,
+    /// What else there is to know.
+    pub note: Option<String>,
+}
+
+/// Where the codes and scales of a weight come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightSource {
+    /// They are the checkpoint's, byte by byte.
+    Checkpoint,
+    /// They are made of the weight's values.
+    Quantised,
+}
+
+impl PlannedSite {
+    /// The codes and scales that are taken as they are.
+    pub(crate) fn imported(&self) -> Option<&PackedWeight> {
+        let imported = self.weight_source == Some(WeightSource::Checkpoint);
+        self.site.packed.as_ref().filter(|_| imported)
+    }
 }
 
 /// What a rewrite does to a model.
@@ -36,6 +60,8 @@ pub struct RewritePlan {
     pub skipped: Vec<Skipped>,
     /// The recipe that decided.
     pub recipe: Recipe,
+    /// How much of the graph is in the checkpoint, when there is one.
+    pub checkpoint: Option<CheckpointUse>,
 }
 
 impl RewritePlan {
@@ -47,23 +73,37 @@ impl RewritePlan {
             .sites
             .into_iter()
             .filter_map(|site| {
-                let format = recipe.rules.get(site.rule)?.format?;
+                let chosen = recipe.rules.get(site.rule)?.format?;
+                let (format, weight_source, refused) = match scan.checkpoint {
+                    Some(_) => import(&site, chosen, recipe.import),
+                    None => (chosen, None, None),
+                };
                 if let Some(reason) = no_form(&site, &format, recipe.lowering) {
                     let Site { node_name: node, op, module_path, .. } = site;
                     skipped.push(Skipped { node, op, reason, module_path });
                     return None;
                 }
+                let notes: Vec<String> = site.note.clone().into_iter().chain(refused).collect();
                 let bytes_before = weight_bytes(&site);
-                let bytes_after = planned_bytes(&site, &format);
-                let expected_sqnr = None;
-                Some(PlannedSite { site, format, bytes_before, bytes_after, expected_sqnr })
+                let bytes_after = planned_bytes(&site, &format, recipe.lowering);
+                Some(PlannedSite {
+                    site,
+                    format,
+                    bytes_before,
+                    bytes_after,
+                    expected_sqnr: None,
+                    weight_source,
+                    note: (!notes.is_empty()).then(|| notes.join("; ")),
+                })
             })
             .collect();
         let products = scan.products.into_iter().filter_map(|product| {
             let format = recipe.rules.get(product.rule)?.format?;
             Some(PlannedProduct { product, format })
         });
-        Self { sites, products: products.collect(), skipped, recipe }
+        let products = products.collect();
+        let checkpoint = scan.checkpoint;
+        Self { sites, products, skipped, recipe, checkpoint }
     }
 
     /// True when nothing is to be replaced.
@@ -85,11 +125,11 @@ fn no_form(site: &Site, format: &SiteFormat, lowering: Lowering) -> Option<Strin
     let experts = site.experts.as_ref()?;
     let reason = match (lowering, format) {
         // The whole graph is rounded.
-        (Lowering::Bf16, _) => return None,
+        (Lowering::Bf16 | Lowering::Fp16, _) => return None,
         (
             Lowering::Mx | Lowering::Bfp16 | Lowering::NvFp8EmuE4m3 | Lowering::NvFp8EmuE5m2,
             SiteFormat::Mx { weight, .. },
-        ) if weight.scale != mx_kernels::ScaleKind::Tensor => return None,
+        ) if weight.scale != ScaleKind::Tensor => return None,
         (Lowering::Mx, _) => "its format has a scale a tensor".to_owned(),
         (lowering, _) => format!("--lower {lowering} has no form for that"),
     };
@@ -99,20 +139,57 @@ fn no_form(site: &Site, format: &SiteFormat, lowering: Lowering) -> Option<Strin
     ))
 }
 
+/// The format of a site for which a rule chose `chosen`, where its codes come from, and why they are
+/// not the checkpoint's although that has some. `always`: they are, whatever the rule says.
+fn import(
+    site: &Site,
+    chosen: SiteFormat,
+    always: bool,
+) -> (SiteFormat, Option<WeightSource>, Option<String>) {
+    let quantised = |why| (chosen, Some(WeightSource::Quantised), why);
+    let Some(packed) = &site.packed else { return quantised(None) };
+    let SiteFormat::Mx { weight, activation } = chosen else { return quantised(None) };
+    let stored = packed.spec(&weight);
+    if always || weight == stored {
+        return (
+            SiteFormat::Mx { weight: stored, activation },
+            Some(WeightSource::Checkpoint),
+            None,
+        );
+    }
+    let spelled = |spec: &QuantSpec| match spec.scale {
+        ScaleKind::E8M0 => format!("{} in blocks of {}", spec.format, spec.block_size),
+        scale => format!("{} with scale {}", spec.format, scale.name()),
+    };
+    quantised(Some(format!(
+        "quantised again: the checkpoint holds {}, and {} is asked for",
+        spelled(&stored),
+        spelled(&weight)
+    )))
+}
+
 fn weight_bytes(site: &Site) -> u64 {
     let element = crate::onnx::element_bits(site.weight.dtype).unwrap_or(32) / 8;
     (site.rows() as u64).saturating_mul(site.k as u64).saturating_mul(element)
 }
 
-fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
+fn planned_bytes(site: &Site, format: &SiteFormat, lowering: Lowering) -> u64 {
     match format {
         SiteFormat::Mx { weight, .. } => {
             let scales = match weight.scale {
-                mx_kernels::ScaleKind::E8M0 => weight.scales_len(site.rows(), site.k),
-                mx_kernels::ScaleKind::Tensor => 4,
-                mx_kernels::ScaleKind::None => 0,
+                ScaleKind::E8M0 => weight.scales_len(site.rows(), site.k),
+                ScaleKind::Tensor => 4,
+                ScaleKind::None => 0,
             };
-            (weight.codes_len(site.rows(), site.k) as u64).saturating_add(scales as u64)
+            let codes = match lowering {
+                // Rows are not filled up to whole blocks.
+                Lowering::Qdq => (site.rows() as u64)
+                    .saturating_mul(site.k as u64)
+                    .saturating_mul(weight.format.bits().into())
+                    .div_ceil(8),
+                _ => weight.codes_len(site.rows(), site.k) as u64,
+            };
+            codes.saturating_add(scales as u64)
         }
         // One scale of X's type an output channel.
         SiteFormat::Int8 => {
@@ -121,6 +198,7 @@ fn planned_bytes(site: &Site, format: &SiteFormat) -> u64 {
         }
         // Rounded in place.
         SiteFormat::Bf16 => weight_bytes(site),
+        SiteFormat::Fp16 => (site.n as u64).saturating_mul(site.k as u64).saturating_mul(2),
     }
 }
 
@@ -146,6 +224,10 @@ struct SiteRecord<'a> {
     bytes_after: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     expected_sqnr_db: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_source: Option<WeightSource>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<&'a str>,
 }
 
 impl Serialize for PlannedSite {
@@ -168,6 +250,8 @@ impl Serialize for PlannedSite {
             bytes_before: self.bytes_before,
             bytes_after: self.bytes_after,
             expected_sqnr_db: self.expected_sqnr,
+            weight_source: self.weight_source,
+            note: self.note.as_deref(),
         }
         .serialize(serializer)
     }
@@ -182,6 +266,9 @@ impl Serialize for RewritePlan {
         }
         map.serialize_entry("skipped", &self.skipped)?;
         map.serialize_entry("recipe", &self.recipe)?;
+        if let Some(checkpoint) = &self.checkpoint {
+            map.serialize_entry("checkpoint", checkpoint)?;
+        }
         map.end()
     }
 }

@@ -117,7 +117,7 @@ fn is_expert(part: &str) -> bool {
 }
 
 /// Lower-case components, with the spellings of attention and feed-forward blocks made one.
-fn components(path: &str) -> Vec<String> {
+pub(super) fn components(path: &str) -> Vec<String> {
     path.split('.')
         .filter(|part| !part.is_empty())
         .map(|part| {

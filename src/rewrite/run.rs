@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::{
-    BaseDtype, Filter, Lowering, Recipe, RewriteError, RewriteOptions, RewritePlan, Rule, Select,
-    SiteFormat, execute, find_sites, inline::inline, layers::layer_number,
+    BaseDtype, Checkpoint, Filter, Lowering, Notes, Recipe, RewriteError, RewriteOptions,
+    RewritePlan, Rule, Select, SiteFormat, SiteScan, checkpoint::Names, execute, execute_noting,
+    inline::inline, layers::layer_number, scan::find_named_sites,
 };
 use crate::{
     graph::GraphError,
@@ -39,6 +40,9 @@ pub struct RewriteReport {
     pub weight_bytes_after: u64,
     /// Bytes of the whole output, data file included.
     pub bytes: u64,
+    /// What there is to know of the output: tensors that float16 could not hold, or why ONNX Runtime
+    /// does not load it.
+    pub notes: Vec<String>,
     /// What was done, layer by layer.
     pub plan: RewritePlan,
 }
@@ -55,7 +59,7 @@ pub fn plan_file(
     // Options first: a mistyped expression is told without reading gigabytes.
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
-    plan_opened(Model::open(input)?, recipe, filter, input)
+    plan_opened(Model::open(input)?, options, recipe, filter, input)
 }
 
 /// Plans the rewrite of a model that is in memory. Returns what the plan is of: the model, or the same with
@@ -70,36 +74,52 @@ pub fn plan_model(
     let recipe = Recipe::new(options)?;
     let filter = recipe.filter()?;
     let path = model.path().map_or_else(|| PathBuf::from("the model"), Path::to_owned);
-    plan_opened(model, recipe, filter, &path)
+    plan_opened(model, options, recipe, filter, &path)
 }
 
 /// `path` is what errors call the model.
 fn plan_opened(
     opened: Model,
+    options: &RewriteOptions,
     recipe: Recipe,
     filter: Filter,
     path: &Path,
 ) -> Result<(Model, RewritePlan), RewriteError> {
+    let checkpoint = options.checkpoint.as_deref().map(Checkpoint::open).transpose()?;
     let inlined = inline(&opened)?;
     let seen = inlined.as_ref().unwrap_or(&opened);
     let graph = |source| RewriteError::Graph { path: path.to_owned(), source };
+    let names = match &checkpoint {
+        Some(checkpoint) => {
+            let all = everything(seen, &Names::default()).map_err(graph)?;
+            checkpoint.find(seen, &all.sites, options.threads)?
+        }
+        None => Names::default(),
+    };
     let filter = match filter.counts_from_end() {
-        true => filter.with_depth(depth(seen).map_err(graph)?),
+        true => filter.with_depth(depth(seen, &names).map_err(graph)?),
         false => filter,
     };
-    let scan = find_sites(seen, &filter).map_err(graph)?;
+    let scan = find_named_sites(seen, &filter, &names).map_err(graph)?;
     let plan = RewritePlan::new(scan, recipe);
     // A model in which nothing is replaced stays as it is, functions included.
     let model = inlined.filter(|_| !plan.is_empty()).unwrap_or(opened);
     Ok((model, plan))
 }
 
-/// Layers of the model: one more than the highest number in a module path.
-fn depth(model: &Model) -> Result<usize, GraphError> {
+/// Every Linear of the model, routers and the head too.
+fn everything(model: &Model, names: &Names) -> Result<SiteScan, GraphError> {
     let everything = Rule { select: Select::everything(), format: Some(SiteFormat::Bf16) };
     // Without expressions there is none that does not compile.
-    let Ok(filter) = Filter::new("everything", &[everything], &[]) else { return Ok(0) };
-    let scan = find_sites(model, &filter)?;
+    let Ok(filter) = Filter::new("everything", &[everything], &[]) else {
+        return Ok(SiteScan::default());
+    };
+    find_named_sites(model, &filter, names)
+}
+
+/// Layers of the model: one more than the highest number in a module path.
+fn depth(model: &Model, names: &Names) -> Result<usize, GraphError> {
+    let scan = everything(model, names)?;
     let taken = scan.sites.iter().filter_map(|site| site.module_path.as_deref());
     let left = scan.skipped.iter().filter_map(|skipped| skipped.module_path.as_deref());
     Ok(taken.chain(left).filter_map(layer_number).max().map_or(0, |last| last + 1))
@@ -116,7 +136,8 @@ pub fn rewrite_file(
 ) -> Result<RewriteReport, RewriteError> {
     let (model, plan) = plan_file(input, options)?;
     require_sites(input, &plan, options)?;
-    let mut rewritten = execute(&model, &plan, options.threads)
+    let notes = Notes::default();
+    let mut rewritten = execute_noting(&model, &plan, options.threads, &notes)
         .map_err(|source| RewriteError::Execute { path: input.to_owned(), source })?;
     let mut save = SaveOptions {
         overwrite: options.overwrite,
@@ -142,6 +163,7 @@ pub fn rewrite_file(
         weight_bytes_before,
         weight_bytes_after,
         bytes: saved.bytes,
+        notes: notes.lines(&plan),
         plan,
     })
 }
@@ -172,8 +194,8 @@ pub fn require_sites(
     plan: &RewritePlan,
     options: &RewriteOptions,
 ) -> Result<(), RewriteError> {
-    // bfloat16 rounds the whole graph, layers or not.
-    if !plan.is_empty() || options.allow_empty || plan.recipe.lowering == Lowering::Bf16 {
+    // The whole graph is rounded or converted, layers or not.
+    if !plan.is_empty() || options.allow_empty || plan.recipe.lowering.is_whole_graph() {
         return Ok(());
     }
     Err(RewriteError::NothingToReplace {
@@ -190,17 +212,20 @@ pub fn default_output(input: &Path, options: &RewriteOptions) -> PathBuf {
     let lowering = options.recipe.as_ref().map_or(options.lowering, |recipe| recipe.lowering);
     let by_recipe = options.recipe.as_ref().map(|r| format!("{stem}.{}.onnx", file_part(&r.name)));
     let name = match lowering {
-        Lowering::Bf16 => format!("{stem}.bf16.onnx"),
+        Lowering::Bf16 | Lowering::Fp16 => format!("{stem}.{lowering}.onnx"),
         // Tiers c and d are a mixture of formats.
-        Lowering::Mx if options.tier.has_fixed_formats() => format!("{stem}.{tier}-mx.onnx"),
-        Lowering::Mx => {
+        Lowering::Mx | Lowering::Qdq if options.tier.has_fixed_formats() => {
+            format!("{stem}.{tier}-{lowering}.onnx")
+        }
+        Lowering::Mx | Lowering::Qdq => {
             let format = options.format.map_or("fp8_e4m3", |format| format.name());
-            format!("{stem}.{tier}-{format}.onnx")
+            let suffix = if lowering == Lowering::Qdq { ".qdq" } else { "" };
+            format!("{stem}.{tier}-{format}{suffix}.onnx")
         }
         lowering => format!("{stem}.{tier}-{lowering}.onnx"),
     };
     let name = by_recipe.unwrap_or(name);
-    let name = match options.base_dtype.filter(|_| lowering != Lowering::Bf16) {
+    let name = match options.base_dtype.filter(|_| !lowering.is_whole_graph()) {
         Some(base) => format!("{}.{base}.onnx", name.trim_end_matches(".onnx")),
         None => name,
     };
@@ -230,6 +255,10 @@ mod tests {
         assert_eq!(name(Tier::A, Lowering::Mx, Some("fp4_e2m1")), path("model.v2.a-fp4_e2m1.onnx"));
         assert_eq!(name(Tier::C, Lowering::Mx, None), path("model.v2.c-mx.onnx"));
         assert_eq!(name(Tier::Full, Lowering::Bf16, None), path("model.v2.bf16.onnx"));
+        assert_eq!(name(Tier::Full, Lowering::Fp16, None), path("model.v2.fp16.onnx"));
+        let e4m3 = name(Tier::Full, Lowering::Qdq, None);
+        assert_eq!(e4m3, path("model.v2.full-fp8_e4m3.qdq.onnx"));
+        assert_eq!(name(Tier::D, Lowering::Qdq, None), path("model.v2.d-qdq.onnx"));
         let base_dtype = Some(BaseDtype::F16);
         let options = RewriteOptions { base_dtype, ..Default::default() };
         let with_base = default_output(Path::new("a/model.v2.onnx"), &options);

@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     Bias, Filter, Role, Site, SiteScan, Skipped, Weight,
+    checkpoint::{Found, Names, PackedWeight, Settled},
     filter::{Decision, Subject},
     paths::{Evidence, SIGNATURE_KEY, Signature, module_path, parse_signature},
     patterns::{self, Linear, Match, Traced},
@@ -29,15 +30,25 @@ const HEAD: &str = "lm_head";
 /// # Errors
 /// [`GraphError`] for a graph that ONNX does not allow, or that cannot be decoded.
 pub fn find_sites(model: &Model, filter: &Filter) -> Result<SiteScan, GraphError> {
+    find_named_sites(model, filter, &Names::default())
+}
+
+/// The same, with what a checkpoint says of the weights.
+pub(super) fn find_named_sites(
+    model: &Model,
+    filter: &Filter,
+    names: &Names,
+) -> Result<SiteScan, GraphError> {
     let signature = model.graph().metadata().find(|(key, _)| *key == SIGNATURE_KEY);
     let signature = signature.map(|(_, text)| parse_signature(text)).unwrap_or_default();
     let branches = tree(model)?;
     let views = views(model, &branches)?;
-    let mut all = SiteScan::default();
+    let mut all = SiteScan { checkpoint: names.summary.clone(), ..SiteScan::default() };
     for (graph, (view, branch)) in views.iter().zip(&branches).enumerate() {
-        let mut found = scan(view, &signature, filter);
         // The view counts nodes as they are written; sites carry the graph's own ids.
         let ids = branch.graph.node_order();
+        let search = Search { view, signature: &signature, filter };
+        let mut found = search.scan(|node| names.get(graph, ids[node].0));
         for site in &mut found.sites {
             renumber(site, &ids);
             site.graph = graph;
@@ -78,41 +89,126 @@ fn renumber(site: &mut Site, ids: &[NodeId]) {
     site.replaces.iter_mut().for_each(id);
 }
 
-/// Searches one graph.
-fn scan(view: &GraphView, signature: &Signature, filter: &Filter) -> SiteScan {
-    let matches: Vec<(usize, Match)> = (0..view.nodes().len())
-        .filter_map(|index| Some((index, patterns::match_node(view, index)?)))
-        .collect();
-    let mut readers: HashMap<String, usize> = HashMap::new();
-    for (_, found) in &matches {
-        if let Match::Linear(linear) = found {
-            *readers.entry(linear.weight.root.clone()).or_default() += 1;
-        }
-    }
-    let mut found = SiteScan::default();
-    for (index, outcome) in matches {
-        let outcome = match outcome {
-            Match::Linear(linear) => {
-                let shared = readers.get(&linear.weight.root).is_some_and(|&count| count > 1);
-                judge(view, *linear, shared, signature, filter)
+/// What decides in one graph.
+struct Search<'a> {
+    view: &'a GraphView,
+    signature: &'a Signature,
+    filter: &'a Filter,
+}
+
+impl Search<'_> {
+    /// Searches the graph; `content` says what a checkpoint knows of a node's weight.
+    fn scan<'a>(&self, content: impl Fn(usize) -> Option<&'a Found>) -> SiteScan {
+        let view = self.view;
+        let matches: Vec<(usize, Match)> = (0..view.nodes().len())
+            .filter_map(|index| Some((index, patterns::match_node(view, index)?)))
+            .collect();
+        let mut readers: HashMap<String, usize> = HashMap::new();
+        for (_, found) in &matches {
+            if let Match::Linear(linear) = found {
+                *readers.entry(linear.weight.root.clone()).or_default() += 1;
             }
-            Match::Not(reason) => match products::find(view, index, signature) {
-                Some(product) => match judge_product(product, filter) {
-                    Ok(product) => {
-                        found.products.push(product);
-                        continue;
-                    }
-                    Err(skipped) => Err(skipped),
+        }
+        let mut found = SiteScan::default();
+        for (index, outcome) in matches {
+            let outcome = match outcome {
+                Match::Linear(linear) => {
+                    let shared = readers.get(&linear.weight.root).is_some_and(|&count| count > 1);
+                    let content = content(linear.node);
+                    self.judge(*linear, shared, content)
+                }
+                Match::Not(reason) => match products::find(view, index, self.signature) {
+                    Some(product) => match judge_product(product, self.filter) {
+                        Ok(product) => {
+                            found.products.push(product);
+                            continue;
+                        }
+                        Err(skipped) => Err(skipped),
+                    },
+                    None => Err(skipped(view, index, reason, None)),
                 },
-                None => Err(skipped(view, index, reason, None)),
+            };
+            match outcome {
+                Ok(site) => found.sites.push(site),
+                Err(skipped) => found.skipped.push(skipped),
+            }
+        }
+        found
+    }
+
+    /// Names a Linear, and takes or leaves it.
+    fn judge(
+        &self,
+        linear: Linear,
+        shared: bool,
+        content: Option<&Found>,
+    ) -> Result<Site, Skipped> {
+        let Self { view, signature, filter } = *self;
+        let node = &view.nodes()[linear.node];
+        let op = op_name(node);
+        // A Gather of experts is no embedding's.
+        let tied = linear.experts.is_none() && is_embedding(view, &linear.weight.root);
+        let head = produces_logits(view, &linear.y);
+        let own_name = parameter_name(view, &linear);
+        let bias = linear.bias.as_ref().and_then(bias_name);
+        let (mut path, mut path_source) = module_path(
+            &Evidence {
+                metadata: &node.metadata_props,
+                node: node.name.as_deref().unwrap_or_default(),
+                op: &op,
+                initializer: own_name.unwrap_or(&linear.weight.root),
+                tied: tied && own_name.is_none(),
+                shared: shared && own_name.is_none(),
+                bias,
             },
+            signature,
+        );
+        if path.is_none() && head {
+            (path, path_source) = (Some(HEAD.to_owned()), PathSource::Structure);
+        }
+        let node_name = view.node_name(linear.node);
+        let Settled { path, source: path_source, role, mixture, note } = match content {
+            Some(found) => found.settle(path, path_source, head, tied),
+            None => {
+                Settled { path, source: path_source, role: None, mixture: Vec::new(), note: None }
+            }
         };
-        match outcome {
-            Ok(site) => found.sites.push(site),
-            Err(skipped) => found.skipped.push(skipped),
+        let packed = path.is_none() && !head && is_packed(view, &linear);
+        let of_path = match roles::role(path.as_deref(), head) {
+            _ if packed => Role::Packed,
+            Role::Mlp if linear.experts.is_some() => Role::Expert,
+            role => role,
+        };
+        let role = role.filter(|_| !head).unwrap_or(of_path);
+        let subject = Subject {
+            path: path.as_deref(),
+            role,
+            node: &node_name,
+            initializer: &linear.weight.root,
+        };
+        let mut decision = filter.decide(&subject);
+        if matches!(decision, Decision::Leave(_)) && !mixture.is_empty() && !head {
+            let part = |path| Subject {
+                path: Some(path),
+                role: roles::role(Some(path), false),
+                ..subject
+            };
+            let parts: Vec<Subject<'_>> = mixture.iter().map(|path| part(path)).collect();
+            decision = filter.decide_parts(&parts);
+        }
+        match decision {
+            Decision::Leave(reason) => {
+                let reason = note.map_or(reason.clone(), |note| format!("{reason}; {note}"));
+                Err(Skipped { node: node_name, op, reason, module_path: path })
+            }
+            Decision::Take(rule) => {
+                let packed = content.and_then(|found| found.packed.clone());
+                let name =
+                    Name { node_name, op, path, path_source, role, tied, rule, note, packed };
+                Ok(site(linear, name))
+            }
         }
     }
-    found
 }
 
 fn skipped(view: &GraphView, index: usize, reason: String, module_path: Option<String>) -> Skipped {
@@ -133,54 +229,6 @@ fn judge_product(product: Product, filter: &Filter) -> Result<Product, Skipped> 
         Decision::Leave(reason) => {
             let Product { node_name: node, op, module_path, .. } = product;
             Err(Skipped { node, op, reason, module_path })
-        }
-    }
-}
-
-/// Names a Linear, and takes or leaves it.
-fn judge(
-    view: &GraphView,
-    linear: Linear,
-    shared: bool,
-    signature: &Signature,
-    filter: &Filter,
-) -> Result<Site, Skipped> {
-    let node = &view.nodes()[linear.node];
-    let op = op_name(node);
-    // A Gather of experts is no embedding's.
-    let tied = linear.experts.is_none() && is_embedding(view, &linear.weight.root);
-    let head = produces_logits(view, &linear.y);
-    let own_name = parameter_name(view, &linear);
-    let bias = linear.bias.as_ref().and_then(bias_name);
-    let (mut path, mut path_source) = module_path(
-        &Evidence {
-            metadata: &node.metadata_props,
-            node: node.name.as_deref().unwrap_or_default(),
-            op: &op,
-            initializer: own_name.unwrap_or(&linear.weight.root),
-            tied: tied && own_name.is_none(),
-            shared: shared && own_name.is_none(),
-            bias,
-        },
-        signature,
-    );
-    if path.is_none() && head {
-        (path, path_source) = (Some(HEAD.to_owned()), PathSource::Structure);
-    }
-    let node_name = view.node_name(linear.node);
-    let packed = path.is_none() && !head && is_packed(view, &linear);
-    let role = match roles::role(path.as_deref(), head) {
-        _ if packed => Role::Packed,
-        Role::Mlp if linear.experts.is_some() => Role::Expert,
-        role => role,
-    };
-    let subject =
-        Subject { path: path.as_deref(), role, node: &node_name, initializer: &linear.weight.root };
-    match filter.decide(&subject) {
-        Decision::Leave(reason) => Err(Skipped { node: node_name, op, reason, module_path: path }),
-        Decision::Take(rule) => {
-            let name = Name { node_name, op, path, path_source, role, tied, rule };
-            Ok(site(linear, name))
         }
     }
 }
@@ -209,6 +257,8 @@ struct Name {
     role: Role,
     tied: bool,
     rule: usize,
+    note: Option<String>,
+    packed: Option<PackedWeight>,
 }
 
 fn site(linear: Linear, name: Name) -> Site {
@@ -240,6 +290,8 @@ fn site(linear: Linear, name: Name) -> Site {
         residual: linear.residual,
         rule: name.rule,
         experts: linear.experts,
+        note: name.note,
+        packed: name.packed,
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::checkpoint::{CheckpointUse, PackedWeight};
 use super::products::Product;
 use crate::onnx::proto::DataType;
 
@@ -51,6 +52,10 @@ pub struct Site {
     /// The weight is one of a stack, chosen by an index at run time; [`Self::n`] and [`Self::k`] are
     /// then those of one expert, and [`Self::weight`]'s region is the first one's.
     pub experts: Option<Experts>,
+    /// What a checkpoint says of the weight beyond its path.
+    pub note: Option<String>,
+    /// The weight's codes and scales in a checkpoint that holds such.
+    pub packed: Option<PackedWeight>,
 }
 
 /// A stack of weights `[count, ., .]`, one expert behind the other, and what chooses from it.
@@ -212,8 +217,13 @@ pub enum PathSource {
     Initializer,
     /// The node's own name (`/model/layers.0/mlp/up_proj/MatMul`).
     Node,
+    /// A checkpoint's parameter of the same values, every one compared.
+    Checkpoint,
     /// The bias initialiser's name. Exporters merge equal biases, so it may be another layer's.
     Bias,
+    /// The first of several parameters of a checkpoint that have the same values.
+    #[serde(rename = "checkpoint")]
+    CheckpointAmbiguous,
     /// The graph's structure: it produces `logits`, so it is the head.
     Structure,
     /// Nowhere.
@@ -222,13 +232,13 @@ pub enum PathSource {
 
 impl PathSource {
     /// How far a path from this source can be relied on: `high` where the exporter wrote it for this
-    /// very layer, `medium` where it is derived (a node's scope, the head's place), `low` where it may
+    /// very layer or a checkpoint has its values under one name, `medium` where it is derived (a node's scope, the head's place), `low` where it may
     /// be another layer's, `none` without a path.
     pub fn confidence(self) -> &'static str {
         match self {
-            Self::Metadata | Self::Initializer => "high",
+            Self::Metadata | Self::Initializer | Self::Checkpoint => "high",
             Self::Node | Self::Structure => "medium",
-            Self::Bias => "low",
+            Self::Bias | Self::CheckpointAmbiguous => "low",
             Self::None => "none",
         }
     }
@@ -240,6 +250,7 @@ impl fmt::Display for PathSource {
             Self::Metadata => "metadata",
             Self::Initializer => "initializer",
             Self::Node => "node",
+            Self::Checkpoint | Self::CheckpointAmbiguous => "checkpoint",
             Self::Bias => "bias",
             Self::Structure => "structure",
             Self::None => "none",
@@ -270,4 +281,6 @@ pub struct SiteScan {
     pub products: Vec<Product>,
     /// To leave alone, in node order; those of sub-graphs and functions last.
     pub skipped: Vec<Skipped>,
+    /// How much of the graph is in the checkpoint, when there is one.
+    pub checkpoint: Option<CheckpointUse>,
 }

@@ -15,7 +15,7 @@ use crate::onnx::{self, Model};
 
 /// Sets [`PlannedSite::expected_sqnr`](super::PlannedSite::expected_sqnr) of every site: 10 log10 of
 /// sum w^2 / sum (w - q)^2 in decibels, where q is the weight after quantising. Infinite where nothing
-/// is lost, NaN where the weight is not finite.
+/// is lost (codes of a checkpoint are the weight), NaN where the weight is not finite.
 ///
 /// # Errors
 /// A weight that cannot be read.
@@ -26,6 +26,10 @@ pub fn measure_plan(
 ) -> Result<(), ExecuteError> {
     let patch = Patch::new(model, Threads::new(threads)?)?;
     for planned in &mut plan.sites {
+        if planned.imported().is_some() {
+            planned.expected_sqnr = Some(f64::INFINITY);
+            continue;
+        }
         let (_, parts) = patch.stack(&planned.site)?;
         planned.expected_sqnr = Some(decibels(&parts, &planned.format, &patch.threads)?);
     }
@@ -120,6 +124,13 @@ fn quantise(
         SiteFormat::Bf16 => {
             for (value, out) in values.iter().zip(out) {
                 *out = half::bf16::from_f32(*value).to_f32();
+            }
+            Ok(())
+        }
+        SiteFormat::Fp16 => {
+            let largest = half::f16::MAX.to_f32();
+            for (value, out) in values.iter().zip(out) {
+                *out = half::f16::from_f32(value.clamp(-largest, largest)).to_f32();
             }
             Ok(())
         }

@@ -1,6 +1,6 @@
 //! The plan as a table for people.
 
-use super::{RewritePlan, plan::PlannedSite};
+use super::{CheckpointUse, RewritePlan, plan::PlannedSite};
 
 const HEADER: [&str; COLUMNS] = [
     "module path",
@@ -43,11 +43,38 @@ pub fn plan_table(plan: &RewritePlan) -> String {
             text.push_str(&format!("rule {} of {} takes no layer\n", index + 1, plan.recipe.name));
         }
     }
+    if let Some(checkpoint) = &plan.checkpoint {
+        text.push_str(&summary(plan, checkpoint));
+    }
     if !plan.skipped.is_empty() {
         text.push_str(&format!("\nleft alone: {} candidates\n", plan.skipped.len()));
     }
     for skipped in &plan.skipped {
         text.push_str(&format!("  {} ({}): {}\n", skipped.node, skipped.op, skipped.reason));
+    }
+    text
+}
+
+/// How much of the graph is in the checkpoint: one line.
+pub fn checkpoint_line(plan: &RewritePlan, checkpoint: &CheckpointUse) -> String {
+    let CheckpointUse { path, layers, matched, ambiguous, .. } = checkpoint;
+    let imported = plan.sites.iter().filter(|planned| planned.imported().is_some()).count();
+    format!(
+        "checkpoint {}: {matched} of {layers} weights found, {ambiguous} of them several times; \
+         {imported} imported as they are\n",
+        path.display()
+    )
+}
+
+/// The same, and what is to know of single layers.
+fn summary(plan: &RewritePlan, checkpoint: &CheckpointUse) -> String {
+    let mut text = checkpoint_line(plan, checkpoint);
+    for planned in &plan.sites {
+        if let Some(note) = &planned.note {
+            let site = &planned.site;
+            let name = site.module_path.as_deref().unwrap_or(&site.node_name);
+            text.push_str(&format!("  {name}: {note}\n"));
+        }
     }
     text
 }
@@ -66,7 +93,10 @@ fn row(planned: &PlannedSite) -> [String; COLUMNS] {
         },
         site.n.to_string(),
         site.k.to_string(),
-        planned.format.weight_name().to_owned(),
+        match planned.imported() {
+            Some(_) => format!("{} (imported)", planned.format.weight_name()),
+            None => planned.format.weight_name().to_owned(),
+        },
         planned.format.activation_name().to_owned(),
         planned.bytes_before.to_string(),
         planned.bytes_after.to_string(),

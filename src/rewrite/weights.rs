@@ -129,6 +129,32 @@ impl Rows {
         }
     }
 
+    /// Value `j` of rows `first ..`, as many as `out` takes.
+    pub(crate) fn column(
+        &self,
+        j: usize,
+        first: usize,
+        out: &mut [f32],
+    ) -> Result<(), onnx::Error> {
+        let Region { start, pitch } = self.region;
+        match self.layout {
+            Layout::KN => self.view.read_f32(start + j * pitch + first, out),
+            Layout::NK => out.chunks_mut(1).enumerate().try_for_each(|(row, out)| {
+                self.view.read_f32(start + (first + row) * pitch + j, out)
+            }),
+        }
+    }
+
+    /// The stored element type.
+    pub(crate) fn data_type(&self) -> DataType {
+        self.view.data_type
+    }
+
+    /// Takes the weight's pages out of memory.
+    pub(crate) fn release(&self) {
+        onnx::release(&self.view.bytes);
+    }
+
     /// The weight as the kernels take it from where it lies, in a type that they know.
     fn stored(&self) -> Option<StoredWeight<'_>> {
         let float_type = match self.view.data_type {

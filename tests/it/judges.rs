@@ -37,6 +37,12 @@ fn tinylm_sites_and_logits_match_the_emulation() {
     judge("check_zoo.py", &[&models[..], &formats[..]].concat());
 }
 
+#[test]
+fn tinylm_between_standard_operators_matches_the_emulation() {
+    let formats = ["--lower", "qdq", "--formats", "fp4_e2m1", "--require-end-to-end"];
+    judge("check_zoo.py", &[&["fixtures/tinylm/dynamo"][..], &formats[..]].concat());
+}
+
 /// The workplace's exports of twelve architectures; the fixtures above stand for them elsewhere.
 #[test]
 fn zoo_plans_sites_and_logits_match_the_emulation() {

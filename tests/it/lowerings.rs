@@ -42,6 +42,17 @@ fn int8_is_the_dequantised_product() {
     python("int8", &MODELS);
 }
 
+/// Every format that standard operators know, by onnx's reference evaluator.
+#[test]
+fn qdq_computes_what_mx_does() {
+    script("test_qdq.py", "", &["fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1"]);
+}
+
+#[test]
+fn fp16_converts_the_whole_graph() {
+    python("fp16", &MODELS);
+}
+
 #[test]
 fn bf16_rounds_weights_and_results() {
     python("bf16", &MODELS);

@@ -1,6 +1,7 @@
 //! What crosses crates or runs a binary; one module an area.
 #![allow(clippy::print_stdout, reason = "tests say what they skipped and what they measured")]
 
+mod checkpoint;
 mod cli;
 mod custom_ops;
 mod eval;
@@ -9,8 +10,10 @@ mod hostile;
 mod judges;
 mod lowerings;
 mod models;
+mod packed;
 mod recipes;
 mod shell;
 mod size;
 mod support;
+mod verify;
 mod zoo;

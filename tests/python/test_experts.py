@@ -512,7 +512,7 @@ def models() -> None:
             full = tools.session(Path(folder) / "weight-only.onnx", Path(mx.LIBRARY)).run(None, feeds_of(made, dtype))
             off = max(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max() for a, b in zip(base[:-1], full[:-1]))
             check(off < 2e-3, f"--base-dtype fp16: {off:.3g} of the range off")
-            for lowering in ("int8", "nvfp8"):
+            for lowering in ("int8", "nvfp8", "qdq"):
                 try:
                     rewrite(path, Path(folder) / "none.onnx", "--all-linears", "--lower", lowering)
                     check(False, f"--lower {lowering} replaced experts")

@@ -3,7 +3,7 @@
     MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so \
         python tests/python/test_lowerings.py AREA MODEL...
 
-AREA: int8, bf16, unscaled, nvfp8. Run by tests/it/lowerings.rs. Exit code 0 means that every check passed.
+AREA: int8, bf16, fp16, unscaled, nvfp8. Run by tests/it/lowerings.rs. Exit code 0 means that every check passed.
 """
 
 from __future__ import annotations
@@ -103,6 +103,22 @@ def bf16(model: Path) -> str:
     return f"{wide} matrices rounded, logits within {worst:.2e} of their range"
 
 
+def fp16(model: Path) -> str:
+    """Weights are float16, inputs and outputs keep their types, logits stay near the original's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = rewrite(model, "fp16", folder)
+        converted = onnx.load(path)
+        got = run(path)
+    want, original = run(model), onnx.load(model)
+    for after, before in zip((*converted.graph.input, *converted.graph.output), (*original.graph.input, *original.graph.output)):
+        assert after == before, after.name
+    wide = [t.name for t in converted.graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) > 4096]
+    assert not wide, f"still float32: {wide}"
+    worst = float(np.abs(got - want).max() / np.ptp(want))
+    assert got.dtype == np.float32 and 1e-6 < worst < 5e-3, f"{worst:.3g} of the range of the logits"
+    return f"logits within {worst:.2e} of their range"
+
+
 def unscaled(_: Path) -> str:
     """bfp16 and the fp8 emulations on one biased layer, against a float64 product of rounded operands."""
     rng = np.random.default_rng(5)
@@ -175,6 +191,6 @@ def nvfp8(model: Path) -> str:
 
 
 if __name__ == "__main__":
-    areas = {"int8": int8, "bf16": bf16, "unscaled": unscaled, "nvfp8": nvfp8}
+    areas = {"int8": int8, "bf16": bf16, "fp16": fp16, "unscaled": unscaled, "nvfp8": nvfp8}
     for name in sys.argv[2:]:
         print(f"{sys.argv[1]} {name}: {areas[sys.argv[1]](Path(name))}")

@@ -5,9 +5,11 @@ use ort::operator::ComputeContext;
 
 use super::{ActMatMulKernel, call, problem};
 use crate::{
+    contract::op,
     guard::OpError,
     host,
     pool::OrtPool,
+    ran,
     types::{XElement, XType},
 };
 
@@ -28,6 +30,7 @@ fn run_as<T: XElement>(kernel: &ActMatMulKernel, ctx: &ComputeContext) -> Result
     let (a, b) = (call.a.values::<T>()?, call.b.values::<T>()?);
     let pool = OrtPool::new(ctx);
     let problem = problem(&kernel.attrs, &call.product);
+    ran::cpu(op::MX_ACT_MATMUL, &kernel.name);
     mx_kernels::act_matmul(&problem, T::float(&a), T::float(&b), T::float_mut(y), &pool)?;
     pool.finish()
 }

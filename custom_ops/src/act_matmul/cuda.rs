@@ -6,10 +6,11 @@ use ort::operator::ComputeContext;
 
 use super::{ActMatMulKernel, call, problem};
 use crate::{
-    contract::{MxActMatMulAttrs, Product},
+    contract::{MxActMatMulAttrs, Product, op},
     guard::OpError,
     host,
     provider::GpuDevice,
+    ran,
     types::XType,
 };
 
@@ -45,5 +46,6 @@ pub(super) fn run(
     // the plan was made for; ONNX Runtime keeps inputs and outputs until its stream is done with
     // them, and the scratch memory goes to no other stream.
     unsafe { plan.run(stream, &buffers)? };
+    ran::cuda(op::MX_ACT_MATMUL, &kernel.name, "act_matmul");
     Ok(())
 }

@@ -8,10 +8,11 @@ use ort::operator::ComputeContext;
 
 use super::{Call, ExpertKernel, call};
 use crate::{
-    contract::Product,
+    contract::{Product, op},
     guard::OpError,
     host,
     pool::OrtPool,
+    ran,
     types::{XElement, XType},
 };
 
@@ -32,6 +33,7 @@ fn run_as<T: XElement>(kernel: &ExpertKernel, ctx: &ComputeContext) -> Result<()
     if y.is_empty() {
         return Ok(());
     }
+    ran::cpu(op::MX_EXPERT_MATMUL, &kernel.name);
     let product = kernel.attrs.product(call.x.dims(), &call.index)?;
     let x = call.x.values::<T>()?;
     let pool = OrtPool::new(ctx);

@@ -10,7 +10,12 @@ use ort::operator::ComputeContext;
 
 use super::{ExpertKernel, call};
 use crate::{
-    contract::MxExpertMatMulAttrs, guard::OpError, host, provider::GpuDevice, types::XType,
+    contract::{MxExpertMatMulAttrs, op},
+    guard::OpError,
+    host,
+    provider::GpuDevice,
+    ran,
+    types::XType,
 };
 
 /// Alignment of codes and Y that the kernels rely on, and of scales.
@@ -63,6 +68,7 @@ pub(super) fn run(
         )
         .into());
     }
+    ran::cuda(op::MX_EXPERT_MATMUL, &kernel.name, plan.path_name());
     let (n, k) = (problem.n, problem.k);
     let (x_bytes, y_bytes) = (product.m * k * x_type.bytes(), product.m * n * x_type.bytes());
     let (code_bytes, scale_bytes) =

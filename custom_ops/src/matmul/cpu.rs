@@ -8,10 +8,11 @@ use ort::operator::ComputeContext;
 
 use super::{MatMulKernel, checked, output_dims};
 use crate::{
-    contract::{ScalesShape, input},
+    contract::{ScalesShape, input, op},
     guard::OpError,
     host,
     pool::OrtPool,
+    ran,
     types::{XElement, XType},
 };
 
@@ -50,6 +51,7 @@ fn run_as<T: XElement>(kernel: &MatMulKernel, ctx: &ComputeContext) -> Result<()
     let weight = PackedWeight::new(*attrs.weight(), attrs.n(), attrs.k(), &codes, &scales)?;
     let pool = OrtPool::new(ctx);
     let bias = bias.as_deref().map(T::float);
+    ran::cpu(op::MX_MATMUL, &kernel.name);
     mx_kernels::linear(&kernel.problem, T::float(&x), &weight, bias, T::float_mut(y), &pool)?;
     pool.finish()
 }

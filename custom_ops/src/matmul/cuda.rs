@@ -11,10 +11,11 @@ use ort::operator::ComputeContext;
 use super::{MatMulKernel, checked, output_dims};
 use crate::{
     census,
-    contract::{ScalesShape, input},
+    contract::{ScalesShape, input, op},
     guard::OpError,
     host,
     provider::GpuDevice,
+    ran,
     types::XType,
 };
 
@@ -66,5 +67,6 @@ pub(super) fn run(
     // the plan was made for; ONNX Runtime keeps inputs and outputs until its stream is done with
     // them, and the scratch memory goes to no other stream.
     unsafe { plan.run(stream, &buffers)? };
+    ran::cuda(op::MX_MATMUL, &kernel.name, plan.path_name());
     Ok(())
 }

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     onnx::{DataType, NodeId, Payload, proto::Node},
     rewrite::{
-        Experts, Site,
+        Experts, PlannedSite, Site,
         execute::ExecuteError,
         patch::{Patch, add_module_path},
     },
@@ -29,11 +29,11 @@ impl Mx {
     pub(super) fn lower_experts(
         &mut self,
         patch: &mut Patch<'_>,
-        site: &Site,
+        planned: &PlannedSite,
         experts: &Experts,
-        weight: &QuantSpec,
-        activation: Option<&QuantSpec>,
+        (weight, activation): (&QuantSpec, Option<&QuantSpec>),
     ) -> Result<(), ExecuteError> {
+        let site = &planned.site;
         let attrs = MxMatMulAttrs::new(site.n, site.k, *weight, activation.map(|a| a.format))
             .and_then(|attrs| attrs.with_factors(site.alpha, 1.0))
             .and_then(|attrs| {
@@ -43,7 +43,7 @@ impl Mx {
                 node: site.node_name.clone(),
                 reason: error.to_string(),
             })?;
-        let packed = self.pack(patch, site, weight)?;
+        let packed = self.pack(patch, planned, weight)?;
         let at = NodeId(site.node);
         let index = match experts.points {
             true => squeezed(patch, site, &experts.index, at),

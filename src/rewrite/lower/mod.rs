@@ -5,8 +5,10 @@ pub(crate) mod bf16;
 mod experts;
 mod int8;
 mod mx;
+mod packer;
 mod pair;
 mod product;
+pub(crate) mod qdq;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +16,7 @@ pub(crate) use base::cast_output_name;
 pub(crate) use int8::Int8;
 pub(crate) use mx::Mx;
 pub(crate) use product::lower as lower_product;
+pub(crate) use qdq::Qdq;
 
 use crate::onnx::proto::{Attribute, AttributeType, Node};
 

@@ -4,16 +4,14 @@
 //! Weights are quantised while the model is written, a few tiles of rows at a time; a weight that
 //! several layers share is quantised once.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use bytes::Bytes;
 use mx_custom_ops::contract::{AttributeValue, DOMAIN, DOMAIN_VERSION, MxMatMulAttrs, op};
 use mx_kernels::{QuantSpec, ScaleKind};
 
-use super::{float, int, ints, node, string};
+use super::{float, int, ints, node, packer::Packer, string};
 use crate::{
     onnx::{
-        self, DataType, NodeId, Payload, Sink,
+        DataType, NodeId, Payload,
         proto::{Attribute, Node},
     },
     rewrite::{
@@ -21,7 +19,6 @@ use crate::{
         patch::{Patch, add_module_path},
         plan::PlannedSite,
         sites::{Bias, BiasShape, Layout, Region, Site, Weight},
-        weights::{Rows, Threads},
     },
 };
 
@@ -52,7 +49,7 @@ impl Mx {
     ) -> Result<(), ExecuteError> {
         let site = &planned.site;
         if let Some(experts) = &site.experts {
-            return self.lower_experts(patch, site, experts, weight, activation);
+            return self.lower_experts(patch, planned, experts, (weight, activation));
         }
         let beta = site.bias.as_ref().map_or(1.0, |bias| bias.beta);
         let attrs = MxMatMulAttrs::new(site.n, site.k, *weight, activation.map(|a| a.format))
@@ -61,7 +58,7 @@ impl Mx {
                 node: site.node_name.clone(),
                 reason: error.to_string(),
             })?;
-        let packed = self.pack(patch, site, weight)?;
+        let packed = self.pack(patch, planned, weight)?;
         let bias = site.bias.as_ref().map(|bias| vector(patch, site, bias)).transpose()?;
         let at = NodeId(site.replaces.last().copied().unwrap_or(site.node));
         let x = match site.transpose_x {
@@ -107,9 +104,10 @@ impl Mx {
     pub(super) fn pack(
         &mut self,
         patch: &mut Patch<'_>,
-        site: &Site,
+        planned: &PlannedSite,
         spec: &QuantSpec,
     ) -> Result<Packed, ExecuteError> {
+        let site = &planned.site;
         let name = &site.weight.initializer;
         let Weight { layout, region, .. } = site.weight;
         let (home, parts) = patch.stack(site)?;
@@ -120,8 +118,10 @@ impl Mx {
         if let Some(packed) = self.packed.iter().find(|p| p.source == source && p.spec == *spec) {
             return Ok(packed.clone());
         }
-        let packer = Packer::new(parts, *spec, patch.threads.clone());
-        let (codes_payload, scales_payload) = packer.payloads();
+        let (codes_payload, scales_payload) = match planned.imported() {
+            Some(packed) => packed.payloads(),
+            None => Packer::new(parts, *spec, patch.threads.clone()).payloads(),
+        };
         let dims = |last: usize| Vec::from_iter(experts.into_iter().chain([site.n, last]));
         let codes = patch.add_tensor(
             &format!("{name}.mx_codes"),
@@ -182,119 +182,4 @@ pub(super) fn attributes(list: Vec<(&'static str, AttributeValue)>) -> Vec<Attri
         AttributeValue::Other => None,
     };
     list.into_iter().filter_map(attribute).collect()
-}
-
-/// Quantises one weight, or a stack of experts.
-struct Packer {
-    /// The rows, one part behind the other; all of one k.
-    parts: Vec<Rows>,
-    spec: QuantSpec,
-    threads: Threads,
-    /// The scales, from when the codes are written to when they are.
-    scales: Mutex<Option<Vec<u8>>>,
-}
-
-/// Scales up to so many bytes wait for their turn; more are made a second time.
-const WAITING: usize = 16 << 20;
-
-impl Packer {
-    fn new(parts: Vec<Rows>, spec: QuantSpec, threads: Threads) -> Self {
-        Self { parts, spec, threads, scales: Mutex::new(None) }
-    }
-
-    /// Bytes of all codes and of all scales.
-    fn lens(&self) -> (usize, usize) {
-        if self.spec.scale == ScaleKind::Tensor {
-            let codes = self.parts.iter().map(|rows| self.spec.codes_len(rows.n, rows.k));
-            return (codes.sum(), self.spec.scales_len(1, 1));
-        }
-        self.parts.iter().fold((0, 0), |(codes, scales), rows| {
-            let (n, k) = (rows.n, rows.k);
-            (codes + self.spec.codes_len(n, k), scales + self.spec.scales_len(n, k))
-        })
-    }
-
-    fn payloads(self) -> (Payload, Payload) {
-        let lens = self.lens();
-        let packer = Arc::new(self);
-        let scales = packer.clone();
-        let len = |len: usize| len as u64;
-        (
-            Payload::Stream {
-                len: len(lens.0),
-                write: Arc::new(move |sink| packer.write_codes(sink)),
-            },
-            Payload::Stream {
-                len: len(lens.1),
-                write: Arc::new(move |sink| scales.write_scales(sink)),
-            },
-        )
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
-        self.scales.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_codes(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
-        if self.spec.scale == ScaleKind::Tensor {
-            let scale = self.tensor_scale()?;
-            *self.waiting() = Some(mx_kernels::pack::tensor_scale_to_bytes(scale).to_vec());
-            // Divided by the scale, codes are those of the plain cast.
-            let cast = QuantSpec { scale: ScaleKind::None, ..self.spec };
-            return self.quantize(&cast, scale, |codes, _| sink(codes));
-        }
-        let keep = self.lens().1 <= WAITING;
-        let mut all = Vec::new();
-        self.quantize(&self.spec, 1.0, |codes, scales| {
-            if keep {
-                all.extend_from_slice(scales);
-            }
-            sink(codes)
-        })?;
-        *self.waiting() = keep.then_some(all);
-        Ok(())
-    }
-
-    fn write_scales(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
-        let waiting = self.waiting().take();
-        match (waiting, self.spec.scale) {
-            (Some(scales), _) => sink(&scales),
-            (None, ScaleKind::Tensor) => {
-                sink(&mx_kernels::pack::tensor_scale_to_bytes(self.tensor_scale()?))
-            }
-            (None, _) => self.quantize(&self.spec, 1.0, |_, scales| sink(scales)),
-        }
-    }
-
-    /// [`Rows::quantize`] of one part after the other.
-    fn quantize(
-        &self,
-        spec: &QuantSpec,
-        divisor: f32,
-        mut take: impl FnMut(&[u8], &[u8]) -> onnx::Result<()> + Send,
-    ) -> onnx::Result<()> {
-        self.parts
-            .iter()
-            .try_for_each(|rows| rows.quantize(&self.threads, spec, divisor, &mut take))
-    }
-
-    /// The scale of the whole weight, from its largest finite magnitude.
-    fn tensor_scale(&self) -> onnx::Result<f32> {
-        let mut all = 0.0f32;
-        for rows in &self.parts {
-            let k = rows.k;
-            let mut largest = vec![0.0f32; rows.n];
-            let no_output = (&mut [] as &mut [u8], 0);
-            let largest_of = |values: &[f32], largest: &mut [f32], _: &mut [u8]| {
-                for (row, largest) in values.chunks(k).zip(largest) {
-                    let finite = row.iter().map(|v| v.abs()).filter(|v| v.is_finite());
-                    *largest = finite.fold(0.0, f32::max);
-                }
-                Ok(())
-            };
-            rows.for_tiles(&self.threads, (&mut largest, 1), no_output, largest_of)?;
-            all = largest.into_iter().fold(all, f32::max);
-        }
-        Ok(mx_kernels::reference::tensor_scale(self.spec.format, all))
-    }
 }

@@ -2,6 +2,7 @@
 
 mod bodies;
 mod experts;
+mod qdq;
 
 use std::collections::BTreeMap;
 

@@ -4,11 +4,7 @@
 use mx_kernels::ElementFormat;
 
 use super::{Activation, Numbers, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
-use crate::rewrite::{
-    filter::Select,
-    lowering::{BaseDtype, Lowering},
-    tiers::Tier,
-};
+use crate::rewrite::{filter::Select, lowering::Lowering, tiers::Tier};
 
 /// Names of the built-in recipes and the tier and formats that each stands for.
 pub const BUILT_IN: [(&str, Tier, Option<ElementFormat>, Activation); 10] = {
@@ -39,12 +35,16 @@ impl Recipe {
             let mut recipe = recipe.clone();
             recipe.exclude.extend(options.exclude.iter().cloned());
             recipe.base_dtype = options.base_dtype.or(recipe.base_dtype);
+            if recipe.import && options.checkpoint.is_none() {
+                return Err(RecipeError::NoCheckpoint { name: recipe.name });
+            }
             return Ok(recipe);
         }
         Ok(Self {
             name: options.tier.title(),
             lowering: options.lowering,
             base_dtype: options.base_dtype,
+            import: imports(options),
             rules: tier_rules(options)?,
             exclude: options.exclude.clone(),
         })
@@ -82,11 +82,30 @@ impl Recipe {
     }
 }
 
+/// Packed weights are taken as they are unless the options ask for a format.
+fn imports(options: &RewriteOptions) -> bool {
+    let default = RewriteOptions::default();
+    let asks = options.format.is_some()
+        || options.tier.has_fixed_formats()
+        || options.block_size != default.block_size;
+    options.checkpoint.is_some() && options.lowering.takes_formats() && !asks
+}
+
 fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
     let format = |weight| -> Result<SiteFormat, RecipeError> {
         let RewriteOptions { activation, block_size, rounding, scale_rule, .. } = *options;
         let numbers = Numbers { weight, activation, block_size, rounding, scale_rule };
-        Ok(numbers.format(options.lowering)?)
+        let format = numbers.format(options.lowering)?;
+        format.check(options.lowering).map_err(|refusal| RecipeError::Conflict {
+            option: match refusal.key {
+                "rounding" => "--rounding",
+                "activation_format" => "--activation-format",
+                _ => "--format",
+            },
+            with: format!("--lower {}", options.lowering),
+            why: refusal.why,
+        })?;
+        Ok(format)
     };
     let chosen = options.format.unwrap_or(ElementFormat::Fp8E4M3);
     // Layers named beyond the tier get the finer of its two formats.
@@ -96,8 +115,8 @@ fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
         _ => (chosen, chosen, chosen),
     };
     let mut rules = match options.tier {
-        // bfloat16 is the whole graph's, whatever the tier says.
-        _ if options.lowering == Lowering::Bf16 => {
+        // The type is the whole graph's, whatever the tier says.
+        _ if options.lowering.is_whole_graph() => {
             vec![
                 rule(Select::default(), format(chosen)?),
                 rule(Select::named(".*"), format(chosen)?),
@@ -112,7 +131,7 @@ fn tier_rules(options: &RewriteOptions) -> Result<Vec<Rule>, RecipeError> {
     }
     if options.attention {
         let format = format(attention)?;
-        if let Some(why) = format.why_not_products() {
+        if let Some(why) = format.why_not_products(options.lowering) {
             let with = "--attention".to_owned();
             let option = match options.lowering {
                 Lowering::Mx => "--activation-format none",
@@ -143,10 +162,10 @@ fn check_conflicts(options: &RewriteOptions) -> Result<(), RecipeError> {
             return conflict(option, format!("tier {}", options.tier), "its formats are fixed");
         }
     }
-    if options.lowering == Lowering::Bf16 && options.base_dtype == Some(BaseDtype::F16) {
-        return conflict("--base-dtype", "--lower bf16".to_owned(), "the whole graph is bfloat16");
+    if let Some(why) = options.lowering.refuses(options.base_dtype) {
+        return conflict("--base-dtype", format!("--lower {}", options.lowering), why);
     }
-    if options.lowering == Lowering::Mx {
+    if options.lowering.takes_formats() {
         return Ok(());
     }
     let given = options.format.is_some() || options.activation != Activation::Same;
@@ -155,10 +174,10 @@ fn check_conflicts(options: &RewriteOptions) -> Result<(), RecipeError> {
         return conflict(
             option,
             format!("--lower {}", options.lowering),
-            "the lowering fixes its formats; only --lower mx has a choice",
+            "the lowering fixes its formats; only --lower mx and qdq have a choice",
         );
     }
-    if options.tier.has_fixed_formats() && options.lowering != Lowering::Bf16 {
+    if options.tier.has_fixed_formats() && !options.lowering.is_whole_graph() {
         return conflict(
             "--lower",
             format!("tier {}", options.tier),
@@ -181,20 +200,22 @@ fn check_beside_recipe(options: &RewriteOptions) -> Result<(), RecipeError> {
         let why = "the recipe says which layers become what; write a rule there";
         return Err(RecipeError::Conflict { option, with: "--recipe".to_owned(), why });
     }
-    let lowering = options.recipe.as_ref().map(|recipe| recipe.lowering);
-    if lowering == Some(Lowering::Bf16) && options.base_dtype == Some(BaseDtype::F16) {
-        return Err(RecipeError::Conflict {
+    let lowering = options.recipe.as_ref().map_or(Lowering::default(), |recipe| recipe.lowering);
+    match lowering.refuses(options.base_dtype) {
+        Some(why) => Err(RecipeError::Conflict {
             option: "--base-dtype",
-            with: "a recipe with lowering bf16".to_owned(),
-            why: "the whole graph is bfloat16",
-        });
+            with: format!("a recipe with lowering {lowering}"),
+            why,
+        }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rewrite::BaseDtype;
+    use mx_kernels::Rounding;
 
     fn pair(rule: &Rule) -> (&'static str, &'static str) {
         rule.format.as_ref().map_or(("keep", "keep"), |f| (f.weight_name(), f.activation_name()))
@@ -228,6 +249,7 @@ mod tests {
         for (lowering, expected) in [
             (Lowering::Int8, ("int8", "none")),
             (Lowering::Bf16, ("bf16", "bf16")),
+            (Lowering::Fp16, ("fp16", "fp16")),
             (Lowering::Bfp16, ("bf16", "bf16")),
             (Lowering::NvFp8EmuE4m3, ("fp8_e4m3", "fp8_e4m3")),
             (Lowering::NvFp8EmuE5m2, ("fp8_e5m2", "fp8_e5m2")),
@@ -255,8 +277,28 @@ mod tests {
         let lowering = Lowering::Bf16;
         let options = RewriteOptions { lowering, base_dtype, ..Default::default() };
         assert!(Recipe::new(&options).unwrap_err().to_string().contains("--base-dtype"));
+        for base_dtype in BaseDtype::ALL.map(Some) {
+            let lowering = Lowering::Qdq;
+            let options = RewriteOptions { lowering, base_dtype, ..Default::default() };
+            assert!(Recipe::new(&options).unwrap_err().to_string().contains("--lower fp16"));
+        }
         let options = RewriteOptions { block_size: 20, ..Default::default() };
         assert!(matches!(Recipe::new(&options), Err(RecipeError::Format(_))));
+    }
+
+    #[test]
+    fn qdq_takes_what_standard_operators_say() {
+        let qdq = RewriteOptions { lowering: Lowering::Qdq, ..Default::default() };
+        let refusal = |options: &RewriteOptions| Recipe::new(options).unwrap_err().to_string();
+        let floor = RewriteOptions { rounding: Rounding::Floor, ..qdq.clone() };
+        assert!(refusal(&floor).starts_with("--rounding does not"), "{}", refusal(&floor));
+        let weights = RewriteOptions { activation: Activation::None, ..floor };
+        assert!(Recipe::new(&weights).is_ok());
+        let format = Some(ElementFormat::MxInt8);
+        let int8 = RewriteOptions { format, ..qdq.clone() };
+        assert!(refusal(&int8).starts_with("--format does not"), "{}", refusal(&int8));
+        let activation = Activation::Format(ElementFormat::MxInt8);
+        assert!(Recipe::new(&RewriteOptions { activation, ..qdq }).is_err());
     }
 
     #[test]

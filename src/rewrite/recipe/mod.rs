@@ -17,13 +17,14 @@ pub use options::{Activation, RewriteOptions};
 
 use super::{
     filter::{Filter, FilterError, Select},
+    lower::qdq,
     lowering::{BaseDtype, Lowering},
 };
 
 /// How one layer is stored and computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum SiteFormat {
-    /// An `mx::MxMatMul`.
+    /// MX: an `mx::MxMatMul` or, under [`Lowering::Qdq`], standard operators.
     Mx {
         /// The weight, [n, k] quantised along k.
         weight: QuantSpec,
@@ -34,6 +35,8 @@ pub enum SiteFormat {
     Int8,
     /// Rounded to bfloat16 like everything else in the graph.
     Bf16,
+    /// Converted to float16 like everything else in the graph.
+    Fp16,
 }
 
 impl SiteFormat {
@@ -43,6 +46,7 @@ impl SiteFormat {
             Self::Mx { weight, .. } => weight.format.name(),
             Self::Int8 => "int8",
             Self::Bf16 => "bf16",
+            Self::Fp16 => "fp16",
         }
     }
 
@@ -52,12 +56,26 @@ impl SiteFormat {
             Self::Mx { activation, .. } => activation.map_or("none", |spec| spec.format.name()),
             Self::Int8 => "none",
             Self::Bf16 => "bf16",
+            Self::Fp16 => "fp16",
+        }
+    }
+
+    /// Why `lowering` cannot say it, with what to use instead.
+    pub(super) fn check(&self, lowering: Lowering) -> Result<(), qdq::Refusal> {
+        match (lowering, self) {
+            (Lowering::Qdq, Self::Mx { weight, activation }) => {
+                qdq::check(weight, activation.as_ref())
+            }
+            _ => Ok(()),
         }
     }
 
     /// Why products of two activations cannot have this format, if they cannot.
-    pub(super) fn why_not_products(&self) -> Option<&'static str> {
+    pub(super) fn why_not_products(&self, lowering: Lowering) -> Option<&'static str> {
         match self {
+            Self::Mx { .. } if lowering == Lowering::Qdq => {
+                Some("it is for weights; only --lower mx has products of activations")
+            }
             Self::Mx { activation: Some(spec), .. } if spec.scale != ScaleKind::Tensor => None,
             Self::Mx { activation: Some(_), .. } => {
                 Some("products of activations take shared exponents or none, not a tensor's scale")
@@ -65,7 +83,7 @@ impl SiteFormat {
             Self::Mx { activation: None, .. } => {
                 Some("both operands of attention's products are activations")
             }
-            Self::Int8 | Self::Bf16 => Some("it leaves products of activations alone"),
+            Self::Int8 | Self::Bf16 | Self::Fp16 => Some("it leaves products of activations alone"),
         }
     }
 
@@ -96,6 +114,9 @@ pub struct Recipe {
     pub lowering: Lowering,
     /// Float type of everything else.
     pub base_dtype: Option<BaseDtype>,
+    /// Weights that a checkpoint holds as MX codes are taken as they are, whatever format the rules
+    /// say. Needs a checkpoint.
+    pub import: bool,
     /// The rules.
     pub rules: Vec<Rule>,
     /// Regular expressions of layers that no rule takes.
@@ -114,6 +135,15 @@ pub enum RecipeError {
         with: String,
         /// Why.
         why: &'static str,
+    },
+    /// A recipe that takes weights from a checkpoint, without one.
+    #[error(
+        "{name} takes packed weights from a checkpoint (packed_weights = \"checkpoint\"): name it with \
+         --checkpoint, or take that line out"
+    )]
+    NoCheckpoint {
+        /// The recipe.
+        name: String,
     },
     /// Something in a recipe file that is not understood.
     #[error("{place}: {what}")]
@@ -167,7 +197,7 @@ impl Default for Numbers {
 }
 
 impl Numbers {
-    /// The format under `lowering`; all but [`Lowering::Mx`] bring their own element formats.
+    /// The format under `lowering`; all but those that take formats bring their own.
     fn format(&self, lowering: Lowering) -> Result<SiteFormat, mx_kernels::Error> {
         let spec = |format, scale| {
             QuantSpec::new(format, scale, self.block_size, self.rounding, self.scale_rule)
@@ -180,11 +210,12 @@ impl Numbers {
         match lowering {
             Lowering::Int8 => Ok(SiteFormat::Int8),
             Lowering::Bf16 => Ok(SiteFormat::Bf16),
+            Lowering::Fp16 => Ok(SiteFormat::Fp16),
             Lowering::Bfp16 => unscaled(ElementFormat::Bf16),
             Lowering::NvFp8EmuE4m3 => unscaled(ElementFormat::Fp8E4M3),
             Lowering::NvFp8EmuE5m2 => unscaled(ElementFormat::Fp8E5M2),
             Lowering::NvFp8 => both(ElementFormat::Fp8E4M3, ScaleKind::Tensor),
-            Lowering::Mx => {
+            Lowering::Mx | Lowering::Qdq => {
                 let weight = spec(self.weight, ScaleKind::E8M0)?;
                 let activation = match self.activation {
                     Activation::Same => Some(weight),

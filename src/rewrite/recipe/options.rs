@@ -1,5 +1,7 @@
 //! What a user asks of a rewrite.
 
+use std::path::PathBuf;
+
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 
 use super::Recipe;
@@ -37,6 +39,9 @@ pub struct RewriteOptions {
     pub exclude: Vec<String>,
     /// Attention's products of two activations too, in the activations' format.
     pub attention: bool,
+    /// Folder or file of safetensors in which the weights are looked up: module paths by content, and
+    /// packed MX weights as they are.
+    pub checkpoint: Option<PathBuf>,
     /// Finding nothing to replace is no error.
     pub allow_empty: bool,
     /// An existing output may be replaced.
@@ -64,6 +69,7 @@ impl Default for RewriteOptions {
             include: Vec::new(),
             exclude: Vec::new(),
             attention: false,
+            checkpoint: None,
             allow_empty: false,
             overwrite: false,
             threads: None,

@@ -12,6 +12,9 @@ use crate::rewrite::{
 /// `weight_format` of a rule that leaves its layers as they are.
 pub(super) const KEEP: &str = "keep";
 
+/// `packed_weights` of a recipe that takes packed weights from a checkpoint.
+pub(super) const IMPORT: &str = "checkpoint";
+
 /// The file's form of a recipe, in the order of its keys.
 #[derive(Serialize)]
 struct Document<'a> {
@@ -19,6 +22,8 @@ struct Document<'a> {
     lowering: Lowering,
     #[serde(skip_serializing_if = "Option::is_none")]
     base_dtype: Option<BaseDtype>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packed_weights: Option<&'static str>,
     rules: Vec<Table<'a>>,
     exclude: &'a [String],
 }
@@ -108,6 +113,9 @@ impl Recipe {
         if let Some(base) = self.base_dtype {
             text.push_str(&format!("base_dtype = {}\n", quoted(base.name())));
         }
+        if self.import {
+            text.push_str(&format!("packed_weights = {}\n", quoted(IMPORT)));
+        }
         if !self.exclude.is_empty() {
             let exclude: Vec<&str> = self.exclude.iter().map(String::as_str).collect();
             text.push_str(&format!("exclude = {}\n", list(&exclude)));
@@ -125,6 +133,7 @@ impl Serialize for Recipe {
             name: &self.name,
             lowering: self.lowering,
             base_dtype: self.base_dtype,
+            packed_weights: self.import.then_some(IMPORT),
             rules: self.rules.iter().map(Table::new).collect(),
             exclude: &self.exclude,
         }

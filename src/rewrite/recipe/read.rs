@@ -10,7 +10,7 @@ use mx_kernels::{Rounding, ScaleRule};
 
 use super::{
     Activation, BUILT_IN, Numbers, Recipe, RecipeError, Rule, SiteFormat,
-    print::KEEP,
+    print::{IMPORT, KEEP},
     tree::{self, Item, Value},
 };
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
 /// More than any recipe or plan; a device file ends here.
 const LARGEST: u64 = 64 << 20;
 
-const TOP_KEYS: &[&str] = &["name", "lowering", "base_dtype", "exclude", "rules"];
+const TOP_KEYS: &[&str] = &["name", "lowering", "base_dtype", "packed_weights", "exclude", "rules"];
 const RULE_KEYS: &[&str] = &[
     "role",
     "layers",
@@ -136,11 +136,12 @@ impl Reader<'_> {
             None => None,
         };
         if let Some(item) = field(entries, "base_dtype")
-            && (lowering, base_dtype) == (Lowering::Bf16, Some(BaseDtype::F16))
+            && let Some(why) = lowering.refuses(base_dtype)
         {
-            let what = "base_dtype \"fp16\" does not go with lowering \"bf16\": the whole graph is \
-                        bfloat16";
-            return Err(self.error(item.line, what.to_owned()));
+            let base = base_dtype.map_or("", BaseDtype::name);
+            let what =
+                format!("base_dtype \"{base}\" does not go with lowering \"{lowering}\": {why}");
+            return Err(self.error(item.line, what));
         }
         let exclude = self.patterns(field(entries, "exclude"), "exclude")?;
         let no_rules = "a recipe needs rules: at least one [[rules]] with a weight_format";
@@ -150,7 +151,15 @@ impl Reader<'_> {
             None => return Err(self.error(item.line, no_rules.to_owned())),
         };
         let rules = rules.iter().map(|item| self.rule(item, lowering)).collect::<Result<_>>()?;
-        Ok(Recipe { name, lowering, base_dtype, rules, exclude })
+        let import = match field(entries, "packed_weights") {
+            Some(item) => self.choice(item, "packed_weights", &[IMPORT]).map(|_| true)?,
+            None => false,
+        };
+        if let (Some(item), true) = (field(entries, "packed_weights"), !lowering.takes_formats()) {
+            let what = "packed_weights goes with lowering \"mx\" or \"qdq\"";
+            return Err(self.error(item.line, what.to_owned()));
+        }
+        Ok(Recipe { name, lowering, base_dtype, import, rules, exclude })
     }
 
     fn rule(&self, item: &Item, lowering: Lowering) -> Result<Rule> {
@@ -184,7 +193,7 @@ impl Reader<'_> {
             false => Some(self.format(item, entries, lowering)?),
         };
         if select.roles.contains(&Role::Product)
-            && let Some(why) = format.as_ref().and_then(SiteFormat::why_not_products)
+            && let Some(why) = format.as_ref().and_then(|format| format.why_not_products(lowering))
         {
             return Err(self.error(item.line, format!("role product: {why}")));
         }
@@ -209,7 +218,7 @@ impl Reader<'_> {
             let names: Vec<&str> = ScaleRule::ALL.iter().map(|r| r.name()).collect();
             numbers.scale_rule = self.name(item, "scale_rule", &names)?;
         }
-        if lowering == Lowering::Mx {
+        if lowering.takes_formats() {
             let Some(weight) = field(entries, "weight_format") else {
                 let what = format!("a rule needs a weight_format: one of {}", WEIGHTS.join(", "));
                 return Err(self.error(item.line, what));
@@ -224,9 +233,14 @@ impl Reader<'_> {
         }
         let format =
             numbers.format(lowering).map_err(|error| self.error(item.line, error.to_string()))?;
-        if lowering != Lowering::Mx {
+        if !lowering.takes_formats() {
             self.check_fixed(entries, lowering, &format)?;
         }
+        format.check(lowering).map_err(|refusal| {
+            let line = field(entries, refusal.key).map_or(item.line, |item| item.line);
+            let (key, why) = (refusal.key, refusal.why);
+            self.error(line, format!("{key} does not go with lowering \"{lowering}\": {why}"))
+        })?;
         Ok(format)
     }
 
@@ -246,7 +260,7 @@ impl Reader<'_> {
                 && self.text(item, key)? != name
             {
                 let what = format!(
-                    "lowering \"{lowering}\" fixes {key} = \"{name}\"; only lowering \"mx\" has a choice"
+                    "lowering \"{lowering}\" fixes {key} = \"{name}\"; only lowerings \"mx\" and \"qdq\" have a choice"
                 );
                 return Err(self.error(item.line, what));
             }

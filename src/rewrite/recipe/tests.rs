@@ -35,7 +35,11 @@ fn every_recipe_that_options_make_is_read_back() {
                     lowering,
                     base_dtype,
                     block_size: 64,
-                    rounding: Rounding::Floor,
+                    // QuantizeLinear knows one rounding.
+                    rounding: match lowering {
+                        Lowering::Qdq => Rounding::Even,
+                        _ => Rounding::Floor,
+                    },
                     scale_rule: ScaleRule::Rceil,
                     include: vec!["lm_head".into(), r"layers\.\d+$".into()],
                     exclude: vec![r#"'"\x{1F600}"#.into(), "a\tb".into(), "é".into()],
@@ -50,8 +54,9 @@ fn every_recipe_that_options_make_is_read_back() {
     }
     assert_eq!(
         made,
-        7 * 7 * 3 - 7 - 2 * 5 * 3,
-        "all but fp16 under bf16, and c and d not under mx"
+        7 * 9 * 3 - 7 - 7 - 7 * 2 - 2 * 5 * 3,
+        "all but fp16 under bf16 and bf16 under fp16, qdq with a base type, and c and d where formats \
+         are fixed"
     );
     for (name, ..) in BUILT_IN {
         round_trip(&Recipe::built_in(name).unwrap().unwrap());
@@ -184,4 +189,48 @@ fn the_examples_of_the_docs_are_recipes() {
         read += 1;
     }
     assert_eq!(read, 5);
+}
+
+#[test]
+fn what_qdq_cannot_say_is_refused_at_its_line() {
+    let toml =
+        "lowering = \"qdq\"\n[[rules]]\nweight_format = \"fp8_e4m3\"\nrounding = \"nearest\"\n";
+    let message = Recipe::from_text(toml, "r").unwrap_err().to_string();
+    assert!(message.starts_with("r:4: rounding does not go"), "{message}");
+    let weight_only = format!("{toml}activation_format = \"none\"\n");
+    assert!(Recipe::from_text(&weight_only, "r").is_ok());
+    let base = format!("base_dtype = \"fp16\"\n{}", weight_only);
+    let message = Recipe::from_text(&base, "r").unwrap_err().to_string();
+    assert!(message.starts_with("r:1: base_dtype"), "{message}");
+}
+
+#[test]
+fn packed_weights_are_taken_unless_a_format_is_asked_for() {
+    let checkpoint = || RewriteOptions { checkpoint: Some("ckpt".into()), ..Default::default() };
+    let taken = Recipe::new(&checkpoint()).unwrap();
+    assert!(taken.import && !Recipe::new(&RewriteOptions::default()).unwrap().import);
+    round_trip(&taken);
+    let format = Some(ElementFormat::Fp4E2M1);
+    for options in [
+        RewriteOptions { format, ..checkpoint() },
+        RewriteOptions { tier: Tier::C, ..checkpoint() },
+        RewriteOptions { block_size: 16, ..checkpoint() },
+        RewriteOptions { lowering: Lowering::Int8, ..checkpoint() },
+    ] {
+        assert!(!Recipe::new(&options).unwrap().import, "{options:?}");
+    }
+    // A recipe that takes them cannot do without.
+    let recipe = Some(taken);
+    let alone = RewriteOptions { recipe: recipe.clone(), ..Default::default() };
+    let error_text = Recipe::new(&alone).unwrap_err().to_string();
+    assert!(error_text.contains("--checkpoint"), "{error_text}");
+    assert!(Recipe::new(&RewriteOptions { recipe, ..checkpoint() }).unwrap().import);
+    let rules = "[[rules]]\nweight_format = \"fp8_e4m3\"\n";
+    assert!(error(&format!("packed_weights = \"no\"\n{rules}")).contains("r.toml:1"));
+    let int8 = "lowering = \"int8\"\npacked_weights = \"checkpoint\"\n[[rules]]\nrole = \"mlp\"\n";
+    assert!(
+        error(int8).starts_with("r.toml:2: packed_weights goes with lowering"),
+        "{}",
+        error(int8)
+    );
 }

@@ -1,6 +1,9 @@
 //! Constants in another float type.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use half::{bf16, f16};
 use prost::Message as _;
@@ -12,7 +15,7 @@ use crate::{
         proto::{Attribute, AttributeType, Node, Tensor},
         release,
     },
-    rewrite::lower::bf16::constants::of_node,
+    rewrite::{Notes, lower::bf16::constants::of_node},
 };
 
 /// Elements converted at a time.
@@ -36,19 +39,28 @@ fn width(data_type: DataType) -> usize {
     if data_type == DataType::Float { 4 } else { 2 }
 }
 
-/// An initialiser in type `to`, made when it is written.
+/// An initialiser in type `to`, made when it is written. `notes` learns then how many numbers of a
+/// weight had to be limited; a single number is a mask's lowest, not a weight.
 pub(super) fn converted(
     model: &Model,
     info: &TensorInfo,
     to: DataType,
+    notes: &Notes,
 ) -> Result<TensorInfo, onnx::Error> {
     let len = info.elements()?.saturating_mul(width(to) as u64);
-    let (source, original) = (model.clone(), info.clone());
+    let (source, original, notes) = (model.clone(), info.clone(), notes.clone());
     let write = Arc::new(move |sink: &mut Sink<'_>| {
         let view = source.tensor(&original)?;
+        let mut limited = 0;
         for first in (0..view.elements()).step_by(PIECE) {
-            sink(&convert_part(&view, first, PIECE.min(view.elements() - first), to)?)?;
+            let (bytes, beyond) =
+                convert_part(&view, first, PIECE.min(view.elements() - first), to)?;
+            sink(&bytes)?;
+            limited += beyond;
             release(part(&view, first, PIECE));
+        }
+        if view.elements() > 1 {
+            notes.limited(&original.name, limited, type_name(to));
         }
         Ok(())
     });
@@ -62,22 +74,22 @@ fn part(view: &TensorView, first: usize, count: usize) -> &[u8] {
     view.bytes.get(first * width..end).unwrap_or_default()
 }
 
-fn convert(view: &TensorView, to: DataType) -> Result<bytes::Bytes, onnx::Error> {
-    convert_part(view, 0, view.elements(), to)
-}
-
+/// Elements in type `to`, and how many finite ones had to be limited to its range.
 fn convert_part(
     view: &TensorView,
     first: usize,
     count: usize,
     to: DataType,
-) -> Result<bytes::Bytes, onnx::Error> {
+) -> Result<(bytes::Bytes, u64), onnx::Error> {
     let width = width(to);
+    let beyond = AtomicU64::new(0);
     let mut out = vec![0u8; count * width];
     let tiles = out.par_chunks_mut(TILE * width).enumerate();
     tiles.try_for_each(|(index, bytes)| {
         let mut values = vec![0.0; bytes.len() / width];
         view.read_f32(first + index * TILE, &mut values)?;
+        let count = values.iter().filter(|&&value| limited(value, to) != value && !value.is_nan());
+        beyond.fetch_add(count.count() as u64, Ordering::Relaxed);
         for (bytes, value) in bytes.chunks_exact_mut(width).zip(values) {
             match to {
                 DataType::Float => bytes.copy_from_slice(&value.to_le_bytes()),
@@ -89,7 +101,15 @@ fn convert_part(
         }
         Ok::<_, onnx::Error>(())
     })?;
-    Ok(out.into())
+    Ok((out.into(), beyond.into_inner()))
+}
+
+fn type_name(data_type: DataType) -> &'static str {
+    match data_type {
+        DataType::Float16 => "float16",
+        DataType::Bfloat16 => "bfloat16",
+        _ => "float32",
+    }
 }
 
 /// What is finite stays finite.
@@ -103,9 +123,13 @@ pub(super) fn converted_node(
     model: &Model,
     node: &Node,
     to: DataType,
+    notes: &Notes,
 ) -> Result<Option<Node>, onnx::Error> {
     let Some(view) = view_of_node(model, node)? else { return Ok(None) };
-    let raw_data = convert(&view, to)?;
+    let (raw_data, limited) = convert_part(&view, 0, view.elements(), to)?;
+    if view.elements() > 1 {
+        notes.limited(node.output.first().map_or("", String::as_str), limited, type_name(to));
+    }
     let dims = view.dims.iter().map(|&d| d as i64).collect();
     let tensor =
         Tensor { dims, data_type: Some(to as i32), raw_data: Some(raw_data), ..Tensor::default() };

@@ -32,7 +32,7 @@ mod walk;
 
 use std::collections::{HashMap, HashSet};
 
-use super::super::{execute::ExecuteError, lowering::BaseDtype, patch::collect_names};
+use super::super::{Notes, execute::ExecuteError, lowering::BaseDtype, patch::collect_names};
 use crate::onnx::{DataType, Model};
 
 /// First opset whose operators take bfloat16.
@@ -47,6 +47,7 @@ pub(crate) fn convert(
     source: &Model,
     model: &Model,
     base: BaseDtype,
+    notes: &Notes,
 ) -> Result<Model, ExecuteError> {
     let found = model.opset("").unwrap_or(0);
     if found < OPSET {
@@ -60,11 +61,11 @@ pub(crate) fn convert(
     collect_names(model.graph(), &mut names)?;
     let types = walk::Types { own, to: base.data_type(), opset: found, label: base.name() };
     // The first pass finds out who reads each constant; its edits are thrown away.
-    let mut survey = walk::Conversion::new(model, types, names.clone(), HashSet::new());
+    let mut survey = walk::Conversion::new(model, types, names.clone(), HashSet::new(), notes);
     survey.graph(&mut model.graph().clone(), &walk::Scope::default())?;
     let converted = survey.converted();
     let mut out = model.clone();
-    let mut conversion = walk::Conversion::new(model, types, names, converted);
+    let mut conversion = walk::Conversion::new(model, types, names, converted, notes);
     conversion.graph(out.graph_mut(), &walk::Scope::default())?;
     Ok(out)
 }

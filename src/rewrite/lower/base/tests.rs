@@ -8,11 +8,11 @@ use crate::onnx::{
     proto::{Attribute, AttributeType, Node},
     testing::{ModelBuilder, float_tensor, tensor},
 };
-use crate::rewrite::{BaseDtype, base::uncast, lower::int};
+use crate::rewrite::{BaseDtype, Notes, base::uncast, lower::int};
 
 fn converted(builder: &ModelBuilder, base: BaseDtype) -> Model {
     let model = builder.model();
-    let out = convert(&model, &model, base).unwrap();
+    let out = convert(&model, &model, base, &Notes::default()).unwrap();
     let out = Model::from_bytes(out.to_bytes().unwrap(), None).unwrap();
     // Every value is made before it is read, and only once.
     let graph = out.graph();
@@ -238,6 +238,7 @@ fn constants_of_nodes_and_of_both_kinds_of_readers() {
 #[test]
 fn old_opsets_are_refused() {
     let builder = output(embedding(12).node("Relu", &["x"], &["y"]), "y").model();
-    let error = convert(&builder, &builder, BaseDtype::Bf16).unwrap_err().to_string();
+    let error = convert(&builder, &builder, BaseDtype::Bf16, &Notes::default());
+    let error = error.unwrap_err().to_string();
     assert!(error.contains("bf16") && error.contains("opset 13"), "{error}");
 }

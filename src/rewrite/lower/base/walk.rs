@@ -10,6 +10,7 @@ use crate::{
     graph::domain,
     onnx::{self, DataType, Graph, Model, NodeId, proto::Node},
     rewrite::{
+        Notes,
         execute::ExecuteError,
         lower::{
             bf16::{
@@ -79,6 +80,7 @@ pub(super) struct Conversion<'a> {
     /// Constants that are stored in the new type.
     converted: HashSet<String>,
     marks: BTreeMap<String, Marks>,
+    notes: Notes,
 }
 
 impl<'a> Conversion<'a> {
@@ -87,8 +89,9 @@ impl<'a> Conversion<'a> {
         types: Types,
         names: HashSet<String>,
         converted: HashSet<String>,
+        notes: &Notes,
     ) -> Self {
-        Self { model, types, names, converted, marks: BTreeMap::new() }
+        Self { model, types, names, converted, marks: BTreeMap::new(), notes: notes.clone() }
     }
 
     /// After a first pass: the constants that are read in the new type only.
@@ -232,11 +235,12 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
     ) -> Result<(), ExecuteError> {
         let model = self.conversion.model;
         let to = self.types.to;
+        let notes = &self.conversion.notes;
         let mut contents = HashMap::new();
         let initializers: Vec<_> = self.graph.initializers().cloned().collect();
         for info in initializers {
             if self.conversion.converted.contains(&info.name) {
-                self.graph.add_initializer(constants::converted(model, &info, to)?);
+                self.graph.add_initializer(constants::converted(model, &info, to, notes)?);
             }
             contents.insert(info.name.clone(), constants::look(model, &info, to)?);
         }
@@ -248,7 +252,7 @@ impl<'c, 'a, 'g> Walk<'c, 'a, 'g> {
             }
             contents.insert(name.clone(), constants::look_node(model, node, to)?);
             if self.conversion.converted.contains(name)
-                && let Some(changed) = constants::converted_node(model, node, to)?
+                && let Some(changed) = constants::converted_node(model, node, to, notes)?
             {
                 self.graph.replace_node(id, changed);
             }

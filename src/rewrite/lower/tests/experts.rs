@@ -158,7 +158,11 @@ fn plans_tell_experts_and_what_has_no_form_for_them() {
     let mut measured = plan(&tier_a);
     crate::rewrite::measure_plan(&model, &mut measured, Some(1)).unwrap();
     assert!((20.0..50.0).contains(&measured.sites[0].expected_sqnr.unwrap()));
-    for (lowering, word) in [(Lowering::Int8, "--lower int8"), (Lowering::NvFp8, "--lower nvfp8")] {
+    for (lowering, word) in [
+        (Lowering::Int8, "--lower int8"),
+        (Lowering::NvFp8, "--lower nvfp8"),
+        (Lowering::Qdq, "--lower qdq"),
+    ] {
         let planned = plan(&options(lowering));
         assert!(planned.sites.is_empty());
         let reason = &planned.skipped[0].reason;
