@@ -271,8 +271,8 @@ def check_bytes(rewritten: onnx.ModelProto, original: Original, asked: str) -> l
     return wrong
 
 
-def check_sites(rewritten: onnx.ModelProto, original: Original, values: dict) -> tuple[list[str], float, dict]:
-    """Per site |Y - emulated| against 1e-5 * sum |x w|; returns wrong, worst ratio, X by site."""
+def check_sites(rewritten: onnx.ModelProto, original: Original, values: dict, half: bool = False) -> tuple[list[str], float, dict]:
+    """Per site |Y - emulated| against 1e-5 * sum |x w|; returns wrong, worst ratio, X by site. `half`: values were rounded to 16 bits."""
     wrong, worst, xs = [], 0.0, {}
     for node in mx_nodes(rewritten):
         source = original.nodes[node.name]
@@ -288,7 +288,7 @@ def check_sites(rewritten: onnx.ModelProto, original: Original, values: dict) ->
         wq = emu.fake_quantize(b.T, spec_of(node, "weight"))
         exact = alpha * (xq @ wq.T) + (beta * bias.astype(np.float64) if bias is not None else 0.0)
         room = 1e-5 * abs(alpha) * (np.abs(xq) @ np.abs(wq).T)
-        if values[node.output[0]].dtype != np.float32:
+        if half or values[node.output[0]].dtype != np.float32:
             room = room + np.abs(exact) * 2.0**-8  # the cast to the graph's 16-bit type
         elif bias is not None:
             room = room + np.abs(exact) * 2.0**-23  # the last fp32 addition
