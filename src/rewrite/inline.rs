@@ -1,7 +1,10 @@
 //! Calls of local functions that hold Linear layers, replaced by what the functions do: the weight of
 //! such a layer is an argument, another one in every call, so only a call can be rewritten.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    borrow::Borrow,
+    collections::{HashMap, HashSet},
+};
 
 use super::{
     patch::{collect_names, fresh_name},
@@ -16,8 +19,8 @@ use crate::{
 };
 
 /// Deepest calls of functions in functions that are followed; exporters nest as modules do.
-const MAX_ROUNDS: usize = 32;
-/// Most nodes that calls may become: functions that call functions twice grow without bound.
+const MAX_DEPTH: usize = 32;
+/// Most nodes that calls may become.
 const MAX_NODES: usize = 1 << 15;
 
 /// The model with the calls in its main graph inlined; `None` when there is nothing to inline.
@@ -26,19 +29,20 @@ const MAX_NODES: usize = 1 << 15;
 /// A function or body that cannot be decoded.
 pub(super) fn inline(model: &Model) -> Result<Option<Model>, onnx::Error> {
     let functions = wanted(model, model.functions()?);
-    if functions.is_empty() {
-        return Ok(None);
-    }
+    let by_name = by_name(&functions);
+    let main = model.graph().nodes().map(|(_, node)| node);
+    let mut sizes = HashMap::new();
+    let total = size(main, &by_name, &mut sizes, 0);
+    // None of the calls is written out when all of them would be too much.
+    let Some(1..) = total else { return Ok(None) };
     let mut names = HashSet::new();
     collect_names(model.graph(), &mut names)?;
     let mut out = model.clone();
-    let mut total = 0;
-    for _ in 0..MAX_ROUNDS {
+    loop {
         let graph = out.graph();
         let calls: Vec<(NodeId, &Function)> =
-            graph.nodes().filter_map(|(id, node)| Some((id, called(node, &functions)?))).collect();
-        total += calls.iter().map(|(_, function)| function.nodes.len()).sum::<usize>();
-        if calls.is_empty() || total > MAX_NODES {
+            graph.nodes().filter_map(|(id, node)| Some((id, called(node, &by_name)?))).collect();
+        if calls.is_empty() {
             break;
         }
         for (id, function) in calls {
@@ -58,7 +62,7 @@ pub(super) fn inline(model: &Model) -> Result<Option<Model>, onnx::Error> {
             inlined && !still.contains(&(domain.to_owned(), name.to_owned()))
         });
     }
-    Ok((total > 0).then_some(out))
+    Ok(Some(out))
 }
 
 /// The functions that hold a Linear, or call one that does, and can be written out in the main graph.
@@ -77,20 +81,61 @@ fn wanted(model: &Model, functions: Vec<Function>) -> Vec<Function> {
     let mut open: Vec<Function> =
         functions.into_iter().filter(|f| versions(f) && !has_bodies(f) && !f.overloaded).collect();
     let mut found: Vec<Function> = Vec::new();
-    loop {
+    for _ in 0..=MAX_DEPTH {
+        let known = by_name(&found);
         let (more, rest): (Vec<_>, Vec<_>) = open.into_iter().partition(|function| {
-            function.nodes.iter().any(|n| is_candidate(n) || called(n, &found).is_some())
+            function.nodes.iter().any(|n| is_candidate(n) || called(n, &known).is_some())
         });
+        drop(known);
         open = rest;
         if more.is_empty() {
-            return found;
+            break;
         }
         found.extend(more);
     }
+    found
 }
 
-fn called<'f>(node: &Node, functions: &'f [Function]) -> Option<&'f Function> {
-    functions.iter().find(|f| node.op_type.as_deref() == Some(&f.name) && domain(node) == f.domain)
+/// Functions by domain and name.
+type ByName<'f> = HashMap<(&'f str, &'f str), &'f Function>;
+
+fn by_name(functions: &[Function]) -> ByName<'_> {
+    // Of two with one name the first counts.
+    functions.iter().rev().map(|f| ((&*f.domain, &*f.name), f)).collect()
+}
+
+fn called<'f>(node: &Node, functions: &ByName<'f>) -> Option<&'f Function> {
+    functions.get(&(domain(node), node.op_type.as_deref()?)).copied()
+}
+
+/// Nodes that the calls among `nodes` become when they are written out, calls in functions included;
+/// `None` = more than [`MAX_NODES`], or deeper than [`MAX_DEPTH`]: functions that call functions twice
+/// grow without bound, and one that calls itself has no end.
+fn size<'f>(
+    nodes: impl Iterator<Item = impl Borrow<Node>>,
+    functions: &ByName<'f>,
+    known: &mut HashMap<(&'f str, &'f str), Option<usize>>,
+    depth: usize,
+) -> Option<usize> {
+    let mut total = 0_usize;
+    for node in nodes {
+        let Some(function) = called(node.borrow(), functions) else { continue };
+        let key = (&*function.domain, &*function.name);
+        let inside = match known.get(&key) {
+            Some(size) => *size,
+            None if depth == MAX_DEPTH => None,
+            None => {
+                let size = size(function.nodes.iter(), functions, known, depth + 1);
+                known.insert(key, size);
+                size
+            }
+        };
+        total = total.checked_add(inside?.checked_add(function.nodes.len())?)?;
+        if total > MAX_NODES {
+            return None;
+        }
+    }
+    Some(total)
 }
 
 /// Domains and names of every operator that a graph or a function uses.

@@ -139,7 +139,8 @@ fn usage_errors_end_with_two_and_name_the_choices() {
         (&["--lower", "fp16", "--base-dtype", "bf16"], "float16"),
         (&["--lower", "fp16", "--format", "fp4_e2m1"], "--lower fp16"),
         (&["--lower", "int8", "--format", "fp4_e2m1"], "--lower int8"),
-        (&["--attention"], "not available yet"),
+        (&["--attention", "--activation-format", "none"], "--attention"),
+        (&["--attention", "--lower", "int8"], "--attention"),
         (&["--recipe", "r.toml"], "--recipe"),
         (&["--threads", "0"], "--threads"),
         (&["--no-such-flag"], "--no-such-flag"),
@@ -155,7 +156,7 @@ fn usage_errors_end_with_two_and_name_the_choices() {
     let help = mxrewrite(folder.path(), &["--help"]);
     assert_eq!(help.status.code(), Some(0));
     assert!(text(&help.stdout).contains("Examples:"));
-    assert!(!text(&help.stdout).contains("--attention"), "not available, so not offered");
+    assert!(text(&help.stdout).contains("--attention"), "what is there is offered");
 }
 
 /// The command fails with one line that contains `part` and leaves no file behind.

@@ -110,28 +110,26 @@ fn nested(depth: usize) -> Vec<u8> {
     model(body).0
 }
 
-/// `f0` is a Linear; `f<i>` calls `f<i - 1>` twice.
-fn doubling(depth: usize) -> Vec<u8> {
+/// `f0` is two Linears; `f<i>` calls `f<i - 1>` so often.
+fn functions(depth: usize, calls: usize) -> Vec<u8> {
     let call = |name: &str, x: &str, y: &str| node(name, &[x, "w"], &[y]).text(7, "local");
-    let function = |name: &str, nodes: [Message; 2]| {
+    let function = |name: &str, nodes: &[Message]| {
         let function = message().text(1, name).text(4, "x").text(4, "w").text(5, "y");
-        let [first, second] = nodes;
-        let function = function.message(7, first).message(7, second);
-        function
-            .message(9, opset(18))
-            .message(9, message().text(1, "local").int(2, 1))
-            .text(10, "local")
+        let function = nodes.iter().fold(function, |all, node| all.message(7, node.clone()));
+        let local = message().text(1, "local").int(2, 1);
+        function.message(9, opset(18)).message(9, local).text(10, "local")
     };
     let linears = [node("MatMul", &["x", "w"], &["m"]), node("MatMul", &["m", "w"], &["y"])];
-    let calls = graph(&[call(&format!("f{depth}"), "x", "y")], &[weight("w", [4, 4])]);
-    let mut out = model(calls).message(8, message().text(1, "local").int(2, 1));
-    out = out.message(25, function("f0", linears));
+    let main = graph(&[call(&format!("f{depth}"), "x", "y")], &[weight("w", [4, 4])]);
+    let mut out = model(main).message(8, message().text(1, "local").int(2, 1));
+    out = out.message(25, function("f0", &linears));
     for i in 1..=depth {
         let below = format!("f{}", i - 1);
-        out = out.message(
-            25,
-            function(&format!("f{i}"), [call(&below, "x", "m"), call(&below, "m", "y")]),
-        );
+        let inner: Vec<Message> = match calls {
+            1 => vec![call(&below, "x", "y")],
+            _ => vec![call(&below, "x", "m"), call(&below, "m", "y")],
+        };
+        out = out.message(25, function(&format!("f{i}"), &inner));
     }
     out.0
 }
@@ -178,8 +176,9 @@ fn cases() -> Vec<(&'static str, Vec<u8>, Option<&'static str>)> {
         ("field_zero", whole().raw(&[0x02, 0x00]).0, Some("byte")),
         ("nested_bodies", nested(2_000), Some("nest")),
         ("nested_bodies_deep", nested(20_000), Some("nest")),
-        ("functions_that_double", doubling(40), None),
+        ("functions_that_double", functions(40, 2), None),
         ("function_that_calls_itself", calls_itself(), None),
+        ("functions_in_a_long_chain", functions(2_000, 1), None),
         ("negative_dims", linear(tensor("w", &[-4, 4]).bytes(9, &[0; 64])), Some("w")),
         ("overflowing_dims", linear(tensor("w", &[1 << 62, 4]).bytes(9, &[0; 64])), Some("w")),
         ("wrapping_dims", linear(tensor("w", &[1 << 32, 1 << 32]).bytes(9, &[0; 64])), Some("w")),
