@@ -4,10 +4,12 @@
 use libfuzzer_sys::fuzz_target;
 use mxrewrite::{
     onnx::Model,
-    rewrite::{self, RewriteOptions, Tier},
+    rewrite::{self, Lowering, RewriteOptions, Tier},
 };
 
 fuzz_target!(|bytes: &[u8]| {
+    // The last byte chooses what layers become; to a model it is one more unknown field, or damage.
+    let lowering = Lowering::ALL[usize::from(bytes.last().copied().unwrap_or(0)) % Lowering::ALL.len()];
     let Ok(model) = Model::from_bytes(bytes::Bytes::copy_from_slice(bytes), None) else { return };
     // What was read is written as it was read.
     if let Ok(same) = model.to_bytes() {
@@ -16,7 +18,8 @@ fuzz_target!(|bytes: &[u8]| {
     let options = RewriteOptions {
         tier: Tier::AllLinears,
         include: vec![".*".to_owned()],
-        attention: true,
+        lowering,
+        attention: lowering == Lowering::Mx,
         threads: Some(1),
         ..RewriteOptions::default()
     };

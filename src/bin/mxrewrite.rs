@@ -429,7 +429,9 @@ fn summary(report: &RewriteReport) -> String {
     if report.products > 0 {
         text.push_str(&format!("{} attention products rewritten\n", report.products));
     } else if asked {
-        text.push_str("no attention product found: attention is inside fused operators\n");
+        text.push_str(
+            "no attention product found (attention inside one fused operator has none)\n",
+        );
     }
     if let Some(base) = base.filter(|_| !report.lowering.is_whole_graph()) {
         text.push_str(&format!("everything else converted to {base}\n"));

@@ -12,7 +12,7 @@ mod value;
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use petgraph::{
@@ -43,6 +43,8 @@ pub struct GraphView {
     outer: Option<(Arc<GraphView>, usize)>,
     /// One vertex a node, one edge a value read, pointing from maker to reader.
     dag: DiGraph<usize, ()>,
+    /// Of each node, whether its results are the same in every run; found when it is asked for.
+    fixed: OnceLock<Vec<bool>>,
 }
 
 impl GraphView {
@@ -62,6 +64,7 @@ impl GraphView {
             outputs: scope.outputs,
             outer,
             dag: DiGraph::new(),
+            fixed: OnceLock::new(),
         };
         view.define_outside_values(scope.inputs, scope.initializers)?;
         view.define_outputs_of_nodes()?;
@@ -215,6 +218,41 @@ impl GraphView {
             return outer.is_overridable(value);
         }
         self.inputs.contains(value)
+    }
+
+    /// True when no caller can change a value: it is an initialiser, or computed from such alone.
+    pub fn is_constant(&self, value: &str) -> bool {
+        self.is_constant_by(value, |index| self.is_fixed(index))
+    }
+
+    /// The same of a node's results.
+    pub fn is_fixed(&self, node: usize) -> bool {
+        self.fixed.get_or_init(|| self.find_fixed())[node]
+    }
+
+    fn is_constant_by(&self, value: &str, fixed: impl Fn(usize) -> bool) -> bool {
+        match self.source(value) {
+            Some(Source::Initializer) => !self.is_overridable(value),
+            Some(Source::Node { index, .. }) => fixed(index),
+            Some(Source::Input) => false,
+            None => self.beyond(value).is_some_and(|outer| outer.is_constant(value)),
+        }
+    }
+
+    /// One pass over the nodes, makers before readers.
+    fn find_fixed(&self) -> Vec<bool> {
+        let mut fixed = vec![false; self.nodes.len()];
+        for vertex in petgraph::algo::toposort(&self.dag, None).unwrap_or_default() {
+            let index = self.dag[vertex];
+            let node = &self.nodes[index];
+            // A body may read what is not an input, and what has no input may be random.
+            let has_body = node.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty());
+            let mut inputs = node.input.iter().filter(|value| !value.is_empty()).peekable();
+            let reads = inputs.peek().is_some();
+            let all = inputs.all(|value| self.is_constant_by(value, |maker| fixed[maker]));
+            fixed[index] = is_op(node, "Constant") || reads && all && !has_body;
+        }
+        fixed
     }
 
     /// Shape, type and (when small) elements of an initialiser or of a `Constant` node's output.

@@ -20,8 +20,9 @@ use crate::{
 
 /// Deepest calls of functions in functions that are followed; exporters nest as modules do.
 const MAX_DEPTH: usize = 32;
-/// Most nodes that calls may become.
-const MAX_NODES: usize = 1 << 15;
+/// Most nodes that calls may become, and how many times those of the file.
+const MAX_NODES: usize = 1 << 17;
+const MAX_GROWTH: usize = 256;
 
 /// The model with the calls in its main graph inlined; `None` when there is nothing to inline.
 ///
@@ -32,7 +33,9 @@ pub(super) fn inline(model: &Model) -> Result<Option<Model>, onnx::Error> {
     let by_name = by_name(&functions);
     let main = model.graph().nodes().map(|(_, node)| node);
     let mut sizes = HashMap::new();
-    let total = size(main, &by_name, &mut sizes, 0);
+    let nodes = functions.iter().map(|function| function.nodes.len()).sum::<usize>();
+    let most = (nodes + model.graph().nodes().count()).saturating_mul(MAX_GROWTH).min(MAX_NODES);
+    let total = size(main, &by_name, &mut sizes, 0).filter(|&total| total <= most);
     // None of the calls is written out when all of them would be too much.
     let Some(1..) = total else { return Ok(None) };
     let mut names = HashSet::new();

@@ -194,11 +194,11 @@ fn planned_bytes(site: &Site, format: &SiteFormat, lowering: Lowering) -> u64 {
         // One scale of X's type an output channel.
         SiteFormat::Int8 => {
             let scale = crate::onnx::element_bits(site.weight.operand_dtype).unwrap_or(32) / 8;
-            (site.n as u64).saturating_mul((site.k as u64).saturating_add(scale))
+            (site.rows() as u64).saturating_mul((site.k as u64).saturating_add(scale))
         }
         // Rounded in place.
         SiteFormat::Bf16 => weight_bytes(site),
-        SiteFormat::Fp16 => (site.n as u64).saturating_mul(site.k as u64).saturating_mul(2),
+        SiteFormat::Fp16 => (site.rows() as u64).saturating_mul(site.k as u64).saturating_mul(2),
     }
 }
 

@@ -1,8 +1,8 @@
 //! Attention's own products: of queries with keys, and of probabilities with values. Both operands are
 //! activations, so nothing is stored differently; both are quantised along k in every run.
 //!
-//! Not every product of two activations is one (rotary embeddings are spelled so too): its result
-//! becomes a Softmax's input, or its operand is what a Softmax made.
+//! Not every product of two activations is one (rotary embeddings are spelled so too): it is one of two
+//! products with a Softmax between them.
 
 use std::collections::HashSet;
 
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     graph::{GraphView, Source, Use, domain, float_attribute, int_attribute, op_name},
-    onnx::proto::Node,
+    onnx::proto::{DataType, Node},
 };
 
 /// One product of two activations: `Y[.., m, n] = alpha * A[.., m, k] * B[.., k, n]`.
@@ -60,27 +60,12 @@ pub struct PlannedProduct {
 
 /// Finds the product that a node is, if it is attention's; `rule` and `graph` are 0.
 pub(super) fn find(view: &GraphView, index: usize, signature: &Signature) -> Option<Product> {
+    if !is_product(view, index) || !(before_softmax(view, index) || behind_softmax(view, index)) {
+        return None;
+    }
     let node = &view.nodes()[index];
     let op = node.op_type.as_deref().unwrap_or_default();
-    let fused = match (domain(node), op) {
-        ("", "MatMul") => false,
-        ("com.microsoft", "FusedMatMul") => true,
-        _ => return None,
-    };
-    let [a, b] = &node.input[..] else { return None };
-    let dynamic = |value: &str| {
-        !value.is_empty()
-            && !patterns::is_constant(view, value)
-            && matches!(patterns::trace(view, value), Traced::Dynamic)
-    };
-    let turned = ["transA", "transBatchA", "transBatchB"];
-    if !dynamic(a) || !dynamic(b) || turned.iter().any(|name| int_attribute(node, name, 0) != 0) {
-        return None;
-    }
-    let y = node.output.first().filter(|y| !y.is_empty())?;
-    if !becomes_softmax(view, y) && !is_softmax(view, a) && !is_softmax(view, b) {
-        return None;
-    }
+    let fused = op == "FusedMatMul";
     let node_name = view.node_name(index);
     let evidence = Evidence {
         metadata: &node.metadata_props,
@@ -89,7 +74,6 @@ pub(super) fn find(view: &GraphView, index: usize, signature: &Signature) -> Opt
         ..Evidence::default()
     };
     let (module_path, path_source) = module_path(&evidence, signature);
-    // Experts' results are summed by a product with a router's Softmax in some models.
     if module_path.as_deref().is_some_and(roles::in_feed_forward) {
         return None;
     }
@@ -100,13 +84,44 @@ pub(super) fn find(view: &GraphView, index: usize, signature: &Signature) -> Opt
         op: op_name(node),
         module_path,
         path_source,
-        a: a.clone(),
-        b: b.clone(),
-        y: y.clone(),
+        a: node.input[0].clone(),
+        b: node.input[1].clone(),
+        y: node.output[0].clone(),
         transpose_b: fused && int_attribute(node, "transB", 0) != 0,
         alpha: if fused { float_attribute(node, "alpha", 1.0) } else { 1.0 },
         rule: 0,
     })
+}
+
+/// True for a product of two activations that the operator can compute.
+fn is_product(view: &GraphView, index: usize) -> bool {
+    let node = &view.nodes()[index];
+    let fused = match (domain(node), node.op_type.as_deref()) {
+        ("", Some("MatMul")) => false,
+        ("com.microsoft", Some("FusedMatMul")) => true,
+        _ => return false,
+    };
+    let ([a, b], Some(y)) = (&node.input[..], node.output.first()) else { return false };
+    let turned = ["transA", "transBatchA", "transBatchB"];
+    let turned = turned.iter().any(|name| int_attribute(node, name, 0) != 0);
+    let alpha = if fused { float_attribute(node, "alpha", 1.0) } else { 1.0 };
+    let float = |value: &str| match view.value_type(value).map(|known| known.dtype) {
+        Some(Some(dtype)) => {
+            matches!(dtype, DataType::Float | DataType::Float16 | DataType::Bfloat16)
+        }
+        _ => true,
+    };
+    let dynamic = |value: &str| {
+        !value.is_empty()
+            && !view.is_constant(value)
+            && matches!(patterns::trace(view, value), Traced::Dynamic)
+    };
+    !y.is_empty()
+        && !turned
+        && alpha.is_finite()
+        && [a, b, y].into_iter().all(|value| float(value))
+        && dynamic(a)
+        && dynamic(b)
 }
 
 fn has_softmax(node: &Node) -> bool {
@@ -128,39 +143,62 @@ fn passes(node: &Node, slot: usize) -> bool {
     }
 }
 
-/// True when `value`, scaled and masked, is what a Softmax takes.
-fn becomes_softmax(view: &GraphView, value: &str) -> bool {
-    let (mut seen, mut values) = (HashSet::new(), vec![value]);
-    while let Some(value) = values.pop() {
-        for reader in view.uses(value) {
-            let Use::Node { index, slot: Some(slot) } = *reader else { continue };
-            let node = &view.nodes()[index];
-            if has_softmax(node) && slot == 0 {
-                return true;
-            }
-            if passes(node, slot) && seen.insert(index) {
-                values.extend(node.output.first().map(String::as_str));
-            }
-        }
-    }
-    false
+/// Most nodes between a product and a Softmax that are looked at: what scales and masks is a few.
+const REACH: usize = 128;
+
+/// True for the product of queries and keys: a Softmax takes its result, and another product that one's.
+fn before_softmax(view: &GraphView, index: usize) -> bool {
+    let softmax = |node: usize, slot| slot == 0 && has_softmax(&view.nodes()[node]);
+    followed(view, index, softmax)
+        .is_some_and(|softmax| followed(view, softmax, |node, _| is_product(view, node)).is_some())
 }
 
-/// True when `value` is what a Softmax made, cast, masked or with a part cut off.
-fn is_softmax(view: &GraphView, value: &str) -> bool {
-    let (mut seen, mut values) = (HashSet::new(), vec![value]);
-    while let Some(value) = values.pop() {
-        let Some(Source::Node { index, .. }) = view.source(value) else { continue };
-        let node = &view.nodes()[index];
-        if has_softmax(node) {
-            return true;
-        }
-        if seen.insert(index) {
-            let inputs = node.input.iter().enumerate().filter(|(slot, _)| passes(node, *slot));
-            values.extend(inputs.map(|(_, input)| input.as_str()));
+/// True for the product of probabilities and values: an operand is what a Softmax made of a product.
+/// A router's Softmax, by whose result experts are summed, is of a Linear.
+fn behind_softmax(view: &GraphView, index: usize) -> bool {
+    let softmax = |node: usize| has_softmax(&view.nodes()[node]);
+    preceded(view, index, softmax)
+        .is_some_and(|softmax| preceded(view, softmax, |node| is_product(view, node)).is_some())
+}
+
+/// The first node that `wanted` takes among those that read the result of `from`, scaled and masked.
+fn followed(view: &GraphView, from: usize, wanted: impl Fn(usize, usize) -> bool) -> Option<usize> {
+    let (mut seen, mut pending) = (HashSet::new(), vec![from]);
+    while let Some(index) = pending.pop() {
+        let value = view.nodes()[index].output.first()?;
+        for reader in view.uses(value).iter().take(REACH) {
+            let Use::Node { index, slot: Some(slot) } = *reader else { continue };
+            if wanted(index, slot) {
+                return Some(index);
+            }
+            let more = seen.len() < REACH && passes(&view.nodes()[index], slot);
+            if more && seen.insert(index) {
+                pending.push(index);
+            }
         }
     }
-    false
+    None
+}
+
+/// The same of those that made the operands of `from`. A Softmax has one.
+fn preceded(view: &GraphView, from: usize, wanted: impl Fn(usize) -> bool) -> Option<usize> {
+    let (mut seen, mut pending) = (HashSet::new(), vec![(from, true)]);
+    while let Some((index, first)) = pending.pop() {
+        let node = &view.nodes()[index];
+        for (slot, value) in node.input.iter().enumerate().take(REACH) {
+            let Some(Source::Node { index, .. }) = view.source(value) else { continue };
+            if !first && !passes(node, slot) {
+                continue;
+            }
+            if wanted(index) {
+                return Some(index);
+            }
+            if seen.len() < REACH && seen.insert(index) {
+                pending.push((index, false));
+            }
+        }
+    }
+    None
 }
 
 /// The JSON of one product.
@@ -198,7 +236,7 @@ impl Serialize for PlannedProduct {
 mod tests {
     use super::*;
     use crate::{
-        graph::{ConstTensor, Scope},
+        graph::{ConstTensor, Scope, ValueType},
         onnx::proto::{Attribute, DataType},
     };
 
@@ -261,23 +299,23 @@ mod tests {
 
     #[test]
     fn factor_and_transposition_of_a_fused_product_are_kept() {
-        let products = found(&["com.microsoft::FusedMatMul q k -> s", "Softmax s -> y"]);
+        let lines = ["com.microsoft::FusedMatMul q k -> s", "Softmax s -> p", "MatMul p v -> y"];
+        let products = found(&lines);
         assert_eq!((products[0].transpose_b, products[0].alpha), (true, 0.125));
-        // Turned otherwise it is left alone.
-        let mut lines = view(&["com.microsoft::FusedMatMul q k -> s", "Softmax s -> y"]);
-        assert!(find(&lines, 0, &Signature::new()).is_some());
-        lines = {
-            let mut nodes = lines.nodes().to_vec();
-            nodes[0].attribute[0].name = Some("transA".into());
-            let scope = Scope {
-                nodes,
-                inputs: ["q", "k"].map(str::to_owned).to_vec(),
-                outputs: vec!["y".to_owned()],
-                ..Scope::default()
-            };
-            GraphView::new(scope, None).unwrap()
-        };
-        assert_eq!(find(&lines, 0, &Signature::new()), None);
+        // Turned otherwise, or by a factor that the operator refuses, it is left alone.
+        for (attribute, name, f) in [(0, "transA", 1.0), (1, "alpha", f32::INFINITY)] {
+            let mut nodes = view(&lines).nodes().to_vec();
+            nodes[0].attribute[attribute].name = Some(name.into());
+            nodes[0].attribute[attribute].f = Some(f);
+            assert_eq!(find(&again(nodes), 0, &Signature::new()), None, "{name}");
+        }
+    }
+
+    /// The same graph with other nodes.
+    fn again(nodes: Vec<Node>) -> GraphView {
+        let inputs = ["q", "k", "v", "mask"].map(str::to_owned).to_vec();
+        let scope = Scope { nodes, inputs, outputs: vec!["y".into()], ..Scope::default() };
+        GraphView::new(scope, None).unwrap()
     }
 
     #[test]
@@ -285,26 +323,35 @@ mod tests {
         for lines in [
             // Rotary angles.
             &["MatMul q k -> f", "Concat f f -> e", "Cos e -> y"][..],
-            // A Linear before a Softmax: a router.
-            &["MatMul q w -> g", "Softmax g -> y"],
+            // A Linear before a Softmax, by whose result experts are summed: a router.
+            &["MatMul q w -> g", "Softmax g -> p", "MatMul p v -> y"],
+            // Similarities of two things, of which nothing is summed.
+            &["MatMul q k -> s", "Softmax s -> y"],
             // The Softmax is behind another product.
-            &["MatMul q k -> a", "MatMul a w -> b", "Softmax b -> y"],
-            // Scores as a Softmax's axis would be no scores.
-            &["MatMul q k -> a", "Gather v a -> b", "Softmax b -> y"],
+            &["MatMul q k -> a", "MatMul a w -> b", "Softmax b -> p", "MatMul p v -> y"],
+            // A Gather is no scaling.
+            &["MatMul q k -> a", "Gather v a -> b", "Softmax b -> p", "MatMul p v -> y"],
         ] {
             assert_eq!(found(lines), [], "{lines:?}");
         }
     }
 
     #[test]
-    fn a_router_that_sums_experts_is_none() {
-        let lines = ["Softmax q -> p", "MatMul p v -> y"];
-        assert_eq!(found(&lines).len(), 1);
+    fn products_of_other_types_and_of_experts_are_left_alone() {
+        let lines = ["MatMul q k -> s", "Softmax s -> p", "MatMul p v -> y"];
+        assert_eq!(found(&lines).len(), 2);
         let mut nodes = view(&lines).nodes().to_vec();
-        nodes[1].name = Some("/model/layers.0/mlp/MatMul".into());
-        let inputs = ["q", "v"].map(str::to_owned).to_vec();
-        let scope = Scope { nodes, inputs, outputs: vec!["y".into()], ..Scope::default() };
+        nodes[2].name = Some("/model/layers.0/mlp/MatMul".into());
+        assert_eq!(find(&again(nodes.clone()), 2, &Signature::new()), None);
+        let double = ValueType { dtype: Some(DataType::Double), dims: None };
+        let scope = Scope {
+            nodes,
+            inputs: ["q", "k", "v"].map(str::to_owned).to_vec(),
+            outputs: vec!["y".into()],
+            types: [("q".to_owned(), double)].into(),
+            ..Scope::default()
+        };
         let view = GraphView::new(scope, None).unwrap();
-        assert_eq!(find(&view, 1, &Signature::new()), None);
+        assert_eq!(find(&view, 0, &Signature::new()), None);
     }
 }

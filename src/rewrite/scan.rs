@@ -376,6 +376,10 @@ fn keeps_logits(view: &GraphView, index: usize, slot: usize) -> bool {
     }
 }
 
+/// What keeps the calls of a function from being written out in the main graph.
+const WHY_NOT_INLINED: &str = ": it is called from a body, or its calls are not written out because it has a \
+     body itself, imports another opset, or they come to too many nodes (131072, or 256 times the file's)";
+
 /// Candidates in local functions: they are listed, and left alone.
 fn in_functions(functions: &[(String, Vec<Node>)]) -> Result<Vec<Skipped>, GraphError> {
     let mut skipped = Vec::new();
@@ -391,11 +395,14 @@ fn in_functions(functions: &[(String, Vec<Node>)]) -> Result<Vec<Skipped>, Graph
         }
     };
     for (title, nodes) in functions {
-        list(nodes, format!("in a local function ({title})"));
+        list(nodes, format!("in a local function ({title}){WHY_NOT_INLINED}"));
         for (index, node) in nodes.iter().enumerate() {
             let name = node.name.clone().unwrap_or_else(|| format!("#{index}"));
             for scope in sub_scopes(node, &name)? {
-                list(&scope.nodes, format!("in a sub-graph of a local function ({title})"));
+                list(
+                    &scope.nodes,
+                    format!("in a sub-graph of a local function ({title}){WHY_NOT_INLINED}"),
+                );
             }
         }
     }

@@ -6,8 +6,10 @@
 //! Y = MatMul([Transpose](Gather(stack, index)), X)      operand A: [index..., n, k]; X [.., k, m], Y [.., n, m]
 //! ```
 
+use std::cell::Cell;
+
 use super::{
-    Constant, Linear, MAX_CHAIN, Stored, Traced, is_constant, slices, stored, trace,
+    Constant, Linear, MAX_CHAIN, Stored, Traced, slices, stored, trace,
     trace::{axes, cast},
 };
 use crate::{
@@ -28,7 +30,7 @@ pub(super) fn find(view: &GraphView, index: usize) -> Option<Result<Linear, Stri
             return Some(Err("both operands are chosen from stacks at run time".to_owned()));
         }
         // A Linear on what was looked up in a stack, or no product of activations at all.
-        _ if is_constant(view, other) || !matches!(trace(view, other), Traced::Dynamic) => {
+        _ if view.is_constant(other) || !matches!(trace(view, other), Traced::Dynamic) => {
             return None;
         }
         (Some(stack), None) | (None, Some(stack)) => stack,
@@ -79,7 +81,7 @@ fn linear(view: &GraphView, index: usize) -> Result<Linear, String> {
 
 /// Ranks of X and Y where the weight is operand A; `None` for a vector X, which needs no turning.
 fn turned(view: &GraphView, x: &str, index_rank: usize) -> Result<Option<[usize; 2]>, String> {
-    let x_rank = rank(view, x, RANK_CHAIN).ok_or_else(|| {
+    let x_rank = rank(view, x).ok_or_else(|| {
         format!("it is operand A, and the rank of operand B '{x}', by which both would be turned, is not known")
     })?;
     Ok((x_rank > 1).then(|| [x_rank, x_rank.max(index_rank + 2)]))
@@ -174,16 +176,16 @@ fn index(
 ) -> Result<(String, Option<usize>, bool), String> {
     if is_op(gather, "Gather") {
         return match int_attribute(gather, "axis", 0) {
-            0 | -3 => Ok((value.to_owned(), rank(view, value, RANK_CHAIN), false)),
+            0 | -3 => Ok((value.to_owned(), rank(view, value), false)),
             axis => Err(format!("its Gather chooses along axis {axis}, not from the experts")),
         };
     }
     if int_attribute(gather, "batch_dims", 0) != 0 {
         return Err("GatherND with batch_dims is not understood".to_owned());
     }
-    let full = rank(view, value, RANK_CHAIN);
+    let full = rank(view, value);
     if let Some(inner) = unsqueezed(view, value, full) {
-        let known = rank(view, inner, RANK_CHAIN).or(full.and_then(|rank| rank.checked_sub(1)));
+        let known = rank(view, inner).or(full.and_then(|rank| rank.checked_sub(1)));
         return Ok((inner.to_owned(), known, false));
     }
     let last = view.value_type(value).and_then(|t| t.dims.as_ref()?.last().copied().flatten());
@@ -204,7 +206,7 @@ fn unsqueezed<'a>(view: &'a GraphView, value: &str, full: Option<usize>) -> Opti
         Some(value) => ints(value)?,
         None => &attribute(node, "axes")?.ints,
     };
-    let full = full.or_else(|| Some(rank(view, inner, RANK_CHAIN)? + 1));
+    let full = full.or_else(|| Some(rank(view, inner)? + 1));
     match list {
         [-1] => Some(inner),
         [axis] => (usize::try_from(*axis).ok()?.checked_add(1) == full).then_some(inner),
@@ -236,13 +238,17 @@ fn turn(node: &Node, weight: &mut Constant, index_rank: &mut Option<usize>) -> R
     Ok(())
 }
 
-/// Longest chain of nodes by which a rank is found; an Add doubles the ways to go, hence not long.
-const RANK_CHAIN: usize = 12;
+/// Most values that are looked at to find a rank: an Add doubles the ways to go.
+const RANK_STEPS: usize = 256;
 
 /// The rank of a value, from what the model declares or from the operators that made it.
-fn rank(view: &GraphView, value: &str, left: usize) -> Option<usize> {
+fn rank(view: &GraphView, value: &str) -> Option<usize> {
+    rank_within(view, value, &Cell::new(RANK_STEPS))
+}
+
+fn rank_within(view: &GraphView, value: &str, steps: &Cell<usize>) -> Option<usize> {
     if let Some(outer) = view.beyond(value) {
-        return rank(outer, value, left);
+        return rank_within(outer, value, steps);
     }
     if let Some(dims) = view.value_type(value).and_then(|known| known.dims.as_ref()) {
         return Some(dims.len());
@@ -250,13 +256,13 @@ fn rank(view: &GraphView, value: &str, left: usize) -> Option<usize> {
     if let Some(constant) = view.constant(value) {
         return Some(constant.dims.len());
     }
-    let left = left.checked_sub(1)?;
+    steps.set(steps.get().checked_sub(1)?);
     let Some(Source::Node { index, .. }) = view.source(value) else { return None };
     let node = &view.nodes()[index];
     if !domain(node).is_empty() {
         return None;
     }
-    let of = |slot: usize| rank(view, node.input.get(slot)?, left);
+    let of = |slot: usize| rank_within(view, node.input.get(slot)?, steps);
     let count = |slot: usize| -> Option<usize> {
         let list = view.constant(node.input.get(slot)?)?;
         list.dims.first().map_or(Some(1), |&count| usize::try_from(count).ok())
@@ -264,8 +270,8 @@ fn rank(view: &GraphView, value: &str, left: usize) -> Option<usize> {
     match node.op_type.as_deref()? {
         "Identity" | "Cast" | "Slice" | "Split" | "Tile" | "TopK" | "CumSum" | "Concat"
         | "Trilu" | "ScatterElements" | "Softmax" | "Relu" | "Sigmoid" | "Tanh" | "Erf"
-        | "Gelu" | "Swish" | "HardSwish" | "Clip" | "Neg" | "Abs" | "Exp" | "Sqrt" | "Pow" => of(0),
-        "Add" | "Sub" | "Mul" | "Div" | "Mod" | "Min" | "Max" => Some(of(0)?.max(of(1)?)),
+        | "Gelu" | "Swish" | "HardSwish" | "Clip" | "Neg" | "Abs" | "Exp" | "Sqrt" => of(0),
+        "Add" | "Sub" | "Mul" | "Div" | "Mod" | "Pow" | "Min" | "Max" => Some(of(0)?.max(of(1)?)),
         "MatMul" => match (of(0)?, of(1)?) {
             (a, b) if a > 1 && b > 1 => Some(a.max(b)),
             _ => None,

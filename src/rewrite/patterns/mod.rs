@@ -12,7 +12,7 @@ mod trace;
 mod tests;
 
 use trace::MAX_CHAIN;
-pub(crate) use trace::{Constant, Traced, is_constant, trace};
+pub(crate) use trace::{Constant, Traced, trace};
 
 use crate::{
     graph::{GraphView, domain, op_name},
@@ -79,7 +79,9 @@ pub(crate) fn match_node(view: &GraphView, index: usize) -> Option<Match> {
         ("com.microsoft", "FusedMatMul") => {
             experts::find(view, index).unwrap_or_else(|| fused_matmul::find(view, index))
         }
-        ("mx", _) => Err("it is an mx operator: this layer is rewritten already".to_owned()),
+        ("mx", _) if is_candidate(node) => {
+            Err("it is an mx operator: this layer is rewritten already".to_owned())
+        }
         _ if is_candidate(node) => Err(format!(
             "{} is not taken apart: its weights are inside the operator",
             op_name(node)
@@ -98,7 +100,7 @@ pub(crate) fn is_candidate(node: &Node) -> bool {
     match domain(node) {
         "" if matches!(op, "MatMul" | "Gemm") => true,
         "com.microsoft" if op == "FusedMatMul" => true,
-        "mx" => matches!(op, "MxMatMul" | "MxExpertMatMul"),
+        "mx" => matches!(op, "MxMatMul" | "MxExpertMatMul" | "MxActMatMul"),
         domain => OPAQUE.contains(&(domain, op)),
     }
 }
@@ -119,14 +121,14 @@ fn operands<'a>(view: &GraphView, node: &'a Node) -> Result<Operands<'a>, String
         return Err("one of its operands or its output is absent".to_owned());
     }
     // X may well be looked up in a constant (an embedding): what counts is whether it can change.
-    let weight = match (trace::is_constant(view, a), trace(view, b)) {
+    let weight = match (view.is_constant(a), trace(view, b)) {
         (false, Traced::Constant(weight)) => weight,
         (false, Traced::Unusable(reason)) => return Err(chosen(view, b).unwrap_or(reason)),
         (false, Traced::Dynamic) => {
             let reason = chosen(view, a).or_else(|| chosen(view, b));
             return Err(reason.unwrap_or_else(|| "two dynamic operands: not a Linear".to_owned()));
         }
-        (true, _) if !trace::is_constant(view, b) => {
+        (true, _) if !view.is_constant(b) => {
             return Err("its constant is the left operand: not a Linear".to_owned());
         }
         (true, _) => {

@@ -322,53 +322,11 @@ fn computed(view: &GraphView, index: usize, cuts: usize) -> Traced {
     if op.ends_with("DequantizeLinear") && view.constant(first).is_some() {
         return Traced::Unusable(format!("its weight '{first}' is quantised already ({op})"));
     }
-    if all_constant(view, index) {
+    if view.is_fixed(index) {
         let name = view.node_name(index);
         return Traced::Unusable(format!(
             "its weight is computed from constants by {op} {name}, which is not folded"
         ));
     }
     Traced::Dynamic
-}
-
-/// True when no caller can change `value`.
-pub(crate) fn is_constant(view: &GraphView, value: &str) -> bool {
-    if let Some(outer) = view.beyond(value) {
-        return is_constant(outer, value);
-    }
-    match view.source(value) {
-        Some(Source::Initializer) => !view.is_overridable(value),
-        Some(Source::Node { index, .. }) => {
-            is_op(&view.nodes()[index], "Constant") || all_constant(view, index)
-        }
-        Some(Source::Input) | None => false,
-    }
-}
-
-/// True when nothing that `index` depends on comes from the caller.
-fn all_constant(view: &GraphView, index: usize) -> bool {
-    let mut seen = HashSet::from([index]);
-    let mut stack = vec![index];
-    let mut constants = 0;
-    while let Some(index) = stack.pop() {
-        let node = &view.nodes()[index];
-        for value in node.input.iter().filter(|value| !value.is_empty()) {
-            match view.source(value) {
-                Some(Source::Initializer) if view.is_overridable(value) => return false,
-                Some(Source::Initializer) => constants += 1,
-                Some(Source::Node { index, .. }) => {
-                    constants += usize::from(is_op(&view.nodes()[index], "Constant"));
-                    if seen.insert(index) {
-                        stack.push(index);
-                    }
-                }
-                Some(Source::Input) => return false,
-                None => match view.beyond(value).is_some_and(|outer| is_constant(outer, value)) {
-                    true => constants += 1,
-                    false => return false,
-                },
-            }
-        }
-    }
-    constants > 0
 }

@@ -118,6 +118,14 @@ impl Step {
         let Some(&(_, found)) = import.filter(|&&(_, found)| found < self.opset) else {
             return Ok(());
         };
+        if found < OLDEST {
+            let reason = format!(
+                "the local function '{}' imports opset {found}, and qdq needs {OLDEST} or newer; export \
+                 the model again",
+                function.name
+            );
+            return Err(ExecuteError::Unsupported { lowering: "qdq", reason });
+        }
         let step = Self { found, opset: self.opset };
         let mut pending = function.nodes.clone();
         while let Some(inner) = pending.pop() {
@@ -150,9 +158,12 @@ impl Step {
     }
 
     fn refused(&self, node: &Node, version: i64) -> ExecuteError {
-        let (name, op) = (node.name.as_deref().unwrap_or(""), node.op_type.as_deref());
+        let named = node.name.as_deref().filter(|name| !name.is_empty());
+        let made = || node.output.first().map_or(String::new(), |o| format!("that makes '{o}'"));
+        let name = named.map_or_else(made, |name| format!("'{name}'"));
+        let op = node.op_type.as_deref();
         let reason = format!(
-            "the node '{name}' ({}) of a model or function of opset {} has another form from opset \
+            "the node {name} ({}) of a model or function of opset {} has another form from opset \
              {version} on, and the new element types need opset {}; export the model with opset \
              {version} or newer",
             op.unwrap_or(""),
