@@ -1,5 +1,6 @@
 //! What a rewritten model says of itself: the plan in its metadata.
 
+use mx_custom_ops::contract::op;
 use serde::Deserialize;
 
 use crate::{
@@ -11,7 +12,25 @@ use crate::{
 #[derive(Debug, Deserialize)]
 pub(super) struct Plan {
     pub sites: Vec<Planned>,
+    #[serde(default)]
+    products: Vec<PlannedProduct>,
     recipe: RecipeHead,
+}
+
+/// A planned product of two activations.
+#[derive(Debug, Deserialize)]
+struct PlannedProduct {
+    node: String,
+    module_path: Option<String>,
+}
+
+/// A node that a rewritten model has to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Due<'a> {
+    pub node: &'a str,
+    pub module_path: Option<&'a str>,
+    /// Operators that it may be.
+    pub ops: &'static [&'static str],
 }
 
 /// A planned layer.
@@ -42,11 +61,24 @@ impl Plan {
         plan.map(Some).map_err(|error| format!("metadata `{PLAN_KEY}` is no plan: {error}"))
     }
 
-    /// Whether a layer is to be a node of domain `mx`.
-    pub fn is_mx(&self, planned: &Planned) -> bool {
+    /// The nodes of domain `mx` that it asks for: of layers and of attention's products.
+    pub fn due(&self) -> Vec<Due<'_>> {
         use Lowering::{Bfp16, Mx, NvFp8, NvFp8EmuE4m3, NvFp8EmuE5m2};
         let lowering = self.recipe.lowering.parse::<Lowering>();
-        planned.weight_format != "int8"
-            && matches!(lowering, Ok(Mx | Bfp16 | NvFp8 | NvFp8EmuE4m3 | NvFp8EmuE5m2))
+        if !matches!(lowering, Ok(Mx | Bfp16 | NvFp8 | NvFp8EmuE4m3 | NvFp8EmuE5m2)) {
+            return Vec::new();
+        }
+        let layers = self.sites.iter().filter(|site| site.weight_format != "int8");
+        let layers = layers.map(|site| Due {
+            node: &site.node,
+            module_path: site.module_path.as_deref(),
+            ops: &[op::MX_MATMUL, op::MX_EXPERT_MATMUL],
+        });
+        let products = self.products.iter().map(|product| Due {
+            node: &product.node,
+            module_path: product.module_path.as_deref(),
+            ops: &[op::MX_ACT_MATMUL],
+        });
+        layers.chain(products).collect()
     }
 }

@@ -169,11 +169,34 @@ def missing(path: Path, folder: Path) -> None:
     report = verify(path, folder / "missing.onnx", code=1)
     assert len(report["failures"]) == 1 and f"'{name}'" in report["failures"][0], report["failures"]
     assert "no MX node" in report["failures"][0]
+    products_put_back(path, folder)
     # Without the plan nothing says that it should be one, and no layer is compared.
     del b.metadata_props[:]
     onnx.save(b, folder / "missing.onnx")
     report = verify(path, folder / "missing.onnx", "--layers")
     assert report["layers"] == [] and "was not made by mxrewrite" in report["notes"][0]
+
+
+def products_put_back(path: Path, folder: Path) -> None:
+    """A product of attention that is not quantised any more is named too, by its path."""
+    out = folder / "products.onnx"
+    rewrite(path, out, "--tier-a", "--attention")
+    report = verify(path, out)
+    shown = [n for n in report["placement"]["mx_nodes"] if n["op"] == "MxActMatMul"]
+    assert shown and all(n["weight_format"] == n["activation_format"] == "fp8_e4m3" for n in shown), shown
+    model = onnx.load(out)
+    plain = {n.name for n in mx_nodes(model).values() if n.op_type == "MxActMatMul"}
+    node = next(n for n in model.graph.node if n.name in plain and not transposes(n))
+    del node.attribute[:]
+    node.op_type, node.domain = "MatMul", ""
+    onnx.save(model, out)
+    report = verify(path, out, code=1)
+    assert len(report["failures"]) == 1 and f"'{node.name}'" in report["failures"][0], report["failures"]
+    assert "self_attn) is planned as MxActMatMul" in report["failures"][0], report["failures"]
+
+
+def transposes(node: onnx.NodeProto) -> bool:
+    return any(a.name == "transpose_b" and a.i for a in node.attribute)
 
 
 def outputs(path: Path, folder: Path) -> None:
