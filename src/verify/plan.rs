@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use crate::{
     onnx::Model,
-    rewrite::{Lowering, PLAN_KEY},
+    rewrite::{BaseDtype, Lowering, PLAN_KEY},
 };
 
 /// As much of a plan as the comparison needs.
@@ -38,14 +38,20 @@ pub(super) struct Due<'a> {
 pub(super) struct Planned {
     pub node: String,
     pub module_path: Option<String>,
+    /// Name of its weight in the model that was rewritten.
+    #[serde(default)]
+    pub initializer: String,
     #[serde(default)]
     pub weight_format: String,
+    #[serde(default)]
+    pub activation_format: String,
 }
 
 #[derive(Debug, Deserialize)]
 struct RecipeHead {
     #[serde(default)]
     lowering: String,
+    base_dtype: Option<String>,
 }
 
 impl Plan {
@@ -59,6 +65,11 @@ impl Plan {
         };
         let plan = serde_json::from_str(text);
         plan.map(Some).map_err(|error| format!("metadata `{PLAN_KEY}` is no plan: {error}"))
+    }
+
+    /// Float type of everything that was not replaced, where it is not the model's own.
+    pub fn base_dtype(&self) -> Option<BaseDtype> {
+        self.recipe.base_dtype.as_deref()?.parse().ok()
     }
 
     /// The nodes of domain `mx` that it asks for: of layers and of attention's products.

@@ -62,6 +62,11 @@ fn graphs_of_any_kind_are_checked_after_a_rewrite() {
     python("plain", &[]);
 }
 
+#[test]
+fn layers_that_a_checkpoint_named_are_compared_without_it() {
+    python("checkpoint", &[]);
+}
+
 fn verify<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
     let mut command = Command::new(support::mxrewrite());
     command.current_dir(support::root()).arg("verify").args(args).output().expect("it starts")

@@ -3,7 +3,7 @@
     MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so \
         python tests/python/test_verify.py AREA [MODEL...]
 
-AREA: layers, tampered, missing, outputs (on models), merged, plain (on graphs made here). Run by
+AREA: layers, tampered, missing, outputs (on models), merged, plain, checkpoint (on graphs made here). Run by
 tests/it/verify.rs. Exit code 0 means that every check passed.
 """
 
@@ -360,6 +360,39 @@ def plain(folder: Path) -> None:
     for text in ["--check:", "does not load it on cpu", "Unheard", "stays as written"]:
         assert text in done.stderr, done.stderr
     assert (folder / "odd.onnx").is_file() and "1 of 1 candidates" in done.stdout
+
+
+def two_layers(path: Path, folder: Path) -> None:
+    """A model whose names say nothing, and the checkpoint that it comes from."""
+    rng = np.random.default_rng(11)
+    weights = [rng.standard_normal((64, 96), dtype=np.float32), rng.standard_normal((96, 64), dtype=np.float32)]
+    names = [f"model.layers.0.mlp.{name}.weight" for name in ("up_proj", "down_proj")]
+    save_file({n: np.ascontiguousarray(w.T) for n, w in zip(names, weights, strict=True)}, folder / "c.safetensors")
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "n0"),
+        helper.make_node("Tanh", ["h"], ["t"], "n1"),
+        helper.make_node("MatMul", ["t", "b"], ["y"], "n2"),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", 64]) for n in "xy")
+    tensors = [numpy_helper.from_array(w, n) for n, w in zip("ab", weights, strict=True)]
+    graph = helper.make_graph(nodes, "two", [x], [y], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def checkpoint(folder: Path) -> None:
+    """What was named by a checkpoint is compared without it, layer by layer."""
+    path, out = folder / "two.onnx", folder / "out.onnx"
+    two_layers(path, folder)
+    for more in [[], ["--format", "fp8_e4m3"]]:
+        rewrite(path, out, "--tier-a", "--checkpoint", str(folder / "c.safetensors"), *more)
+        report = verify(path, out, "--layers", "--min-sqnr", "20")
+        shown = [(l["module_path"], l["node"], l["weight_format"], l["activation_format"]) for l in report["layers"]]
+        named = [(f"model.layers.0.mlp.{n}", node) for n, node in [("up_proj", "n0"), ("down_proj", "n2")]]
+        assert shown == [(*one, "fp8_e4m3", "fp8_e4m3") for one in named], shown
+        assert all(25 < l["local"]["sqnr_db"] < 35 for l in report["layers"]), report["layers"]
+        assert report["notes"] == [], report["notes"]
+        report = verify(path, out, "--layers", "--min-sqnr", "50", code=1)
+        assert len(report["failures"]) == 3 and "layer model.layers.0.mlp" in report["failures"][1], report["failures"]
 
 
 def main() -> None:
