@@ -101,6 +101,9 @@ pub(super) fn compare(
         Ok(found) => found,
         Err(error) => return Ok((Vec::new(), vec![format!("no layer is compared: {error}")])),
     };
+    if plan.sites.is_empty() {
+        return Ok((Vec::new(), vec!["no layer is compared: B's plan has none".to_owned()]));
+    }
     let (found, lost) = pair(&plan.sites, &sites);
     let mut notes = Vec::new();
     if let Some(first) = lost.first() {

@@ -46,11 +46,6 @@ impl Numbers {
         Ok(Self { dtype, shape, values: values? })
     }
 
-    /// Whether the elements are floats.
-    pub fn is_float(&self) -> bool {
-        self.dtype.contains("float")
-    }
-
     /// The same numbers as an input of ONNX Runtime, rounded to `element`.
     ///
     /// # Errors

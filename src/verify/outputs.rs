@@ -27,6 +27,11 @@ pub struct OutputReport {
 }
 
 impl OutputReport {
+    /// Whether A's elements are floats.
+    pub fn is_float(&self) -> bool {
+        self.dtype_a.contains("float")
+    }
+
     /// A key-value cache, of which there are many.
     pub fn is_cache(&self) -> bool {
         self.name.starts_with("present")

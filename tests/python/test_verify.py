@@ -175,6 +175,8 @@ def missing(path: Path, folder: Path) -> None:
     onnx.save(b, folder / "missing.onnx")
     report = verify(path, folder / "missing.onnx", "--layers")
     assert report["layers"] == [] and "was not made by mxrewrite" in report["notes"][0]
+    report = verify(path, folder / "missing.onnx", "--layers", "--min-sqnr", "0", code=1)
+    assert "was not made by mxrewrite" in report["failures"][0] and report["notes"] == [], report
 
 
 def products_put_back(path: Path, folder: Path) -> None:
@@ -228,6 +230,8 @@ def outputs(path: Path, folder: Path) -> None:
     rewrite(path, fp4, "--tier-a", "--format", "fp4_e2m1")
     report = verify(fp8, fp4, "--layers")
     assert report["layers"] == [] and "15 of 15 layers of B are not found in A" in report["notes"][0], report["notes"]
+    report = verify(fp8, fp4, "--layers", "--min-sqnr", "-100", code=1)
+    assert "are not found in A" in report["failures"][0], report["failures"]
     text = ["--data", "fixtures/mini_pile.parquet", "--tokenizer", "fixtures/tinylm/tokenizer.json"]
     report = verify(path, fp8, *text, "--samples", "3", "--seq-len", "20")
     assert report["runs"] == 3 and report["inputs"].startswith("3 documents of"), report["inputs"]
@@ -258,6 +262,9 @@ def merged(folder: Path) -> None:
     report = verify(path, out, "--layers", "--data", str(folder / "inputs.safetensors"))
     assert len(report["notes"]) == 1 and "else_branch" in report["notes"][0], report["notes"]
     assert [l["note"] for l in report["layers"]].count("did not run with these inputs") == 1
+    bounded = verify(path, out, "--layers", "--min-sqnr", "0", "--data", str(folder / "inputs.safetensors"), code=1)
+    (failure,) = bounded["failures"]
+    assert "no SQNR alone (did not run with these inputs)" in failure, failure
     del feed["use_cache_branch"]
     save_file(feed, str(folder / "inputs.safetensors"))
     done = subprocess.run(

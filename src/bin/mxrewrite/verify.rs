@@ -49,8 +49,9 @@ pub struct VerifyArgs {
     /// Fail when an output is off by more than this
     #[arg(long, value_name = "X", value_parser = bound, allow_negative_numbers = true)]
     max_error: Option<f64>,
-    /// Fail when an output, or with --layers a layer alone, has a lower signal-to-noise ratio
-    #[arg(long, value_name = "DB", allow_negative_numbers = true)]
+    /// Fail when a float output, or with --layers a layer alone, has a lower signal-to-noise ratio, or
+    /// when a layer cannot be compared
+    #[arg(long, value_name = "DB", value_parser = decibels, allow_negative_numbers = true)]
     min_sqnr: Option<f64>,
     /// libonnxruntime [default: ORT_DYLIB_PATH, beside mxrewrite, the onnxruntime Python package]
     #[arg(long, value_name = "PATH")]
@@ -68,8 +69,13 @@ Examples:
 Exit codes: 0 nothing wrong, 1 something is (the list ends the report), 2 usage.";
 
 fn bound(text: &str) -> Result<f64, String> {
-    let bound = text.parse::<f64>().ok().filter(|bound| *bound >= 0.0);
+    let bound = text.parse::<f64>().ok().filter(|bound| bound.is_finite() && *bound >= 0.0);
     bound.ok_or_else(|| "an error is a number from 0 on".to_owned())
+}
+
+fn decibels(text: &str) -> Result<f64, String> {
+    let bound = text.parse::<f64>().ok().filter(|bound| bound.is_finite());
+    bound.ok_or_else(|| "a signal-to-noise ratio is a number of decibels".to_owned())
 }
 
 fn one_device(text: &str) -> Result<Request, String> {
