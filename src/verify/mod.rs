@@ -253,7 +253,8 @@ fn judge(report: &mut VerifyReport, options: &VerifyOptions) {
     let outputs = &report.outputs;
     failures.extend(outputs.only_in_a.iter().map(|name| format!("B has no output `{name}`")));
     report.notes.extend(outputs.only_in_b.iter().map(|name| format!("A has no output `{name}`")));
-    failures.extend(outputs.not_compared.iter().cloned());
+    failures.extend(outputs.differ.iter().cloned());
+    report.notes.extend(outputs.not_compared.iter().cloned());
     if outputs.both.is_empty() && (options.max_error.is_some() || options.min_sqnr.is_some()) {
         failures.push("no output is compared, so none is within a bound".to_owned());
     }

@@ -4,8 +4,8 @@ use crate::{eval::feeds, onnx::DataType};
 use half::{bf16, f16};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType, ValueType};
 
-/// A tensor. float64 holds every number of the types that models compute in; of an int64 beyond
-/// 2^53 it holds the nearest.
+/// A tensor. float64 holds every number of the types that models compute in; of an int64 or uint64
+/// beyond 2^53 it holds the nearest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Numbers {
     /// Element type, by ONNX's name (`float16`).
@@ -36,7 +36,11 @@ impl Numbers {
             TensorElementType::Float64 => ("float64", read(value, empty, |v: f64| v)),
             TensorElementType::Int64 => ("int64", read(value, empty, |v: i64| v as f64)),
             TensorElementType::Int32 => ("int32", read(value, empty, |v: i32| v.into())),
+            TensorElementType::Int16 => ("int16", read(value, empty, |v: i16| v.into())),
             TensorElementType::Int8 => ("int8", read(value, empty, |v: i8| v.into())),
+            TensorElementType::Uint64 => ("uint64", read(value, empty, |v: u64| v as f64)),
+            TensorElementType::Uint32 => ("uint32", read(value, empty, |v: u32| v.into())),
+            TensorElementType::Uint16 => ("uint16", read(value, empty, |v: u16| v.into())),
             TensorElementType::Uint8 => ("uint8", read(value, empty, |v: u8| v.into())),
             TensorElementType::Bool => {
                 ("bool", read(value, empty, |v: bool| f64::from(u8::from(v))))

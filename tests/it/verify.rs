@@ -67,6 +67,11 @@ fn layers_that_a_checkpoint_named_are_compared_without_it() {
     python("checkpoint", &[]);
 }
 
+#[test]
+fn outputs_and_inputs_of_every_kind_are_what_they_are() {
+    python("kinds", &[]);
+}
+
 fn verify<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
     let mut command = Command::new(support::mxrewrite());
     command.current_dir(support::root()).arg("verify").args(args).output().expect("it starts")

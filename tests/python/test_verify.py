@@ -3,7 +3,7 @@
     MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so \
         python tests/python/test_verify.py AREA [MODEL...]
 
-AREA: layers, tampered, missing, outputs (on models), merged, plain, checkpoint (on graphs made here). Run by
+AREA: layers, tampered, missing, outputs (on models), merged, plain, checkpoint, kinds (on graphs made here). Run by
 tests/it/verify.rs. Exit code 0 means that every check passed.
 """
 
@@ -367,6 +367,58 @@ def plain(folder: Path) -> None:
     for text in ["--check:", "does not load it on cpu", "Unheard", "stays as written"]:
         assert text in done.stderr, done.stderr
     assert (folder / "odd.onnx").is_file() and "1 of 1 candidates" in done.stdout
+
+
+def kinds(folder: Path) -> None:
+    """Outputs of whole numbers are compared but are no signal; strings are a note; another kind fails."""
+
+    def save(name: str, shift: int, word: bool, text: bool = True) -> Path:
+        """Outputs `x` * 2, uint32 and uint16 of it plus `shift`, and words."""
+        rng = np.random.default_rng(2)
+        kinds = [("u64", TensorProto.UINT64), ("u32", TensorProto.UINT32), ("u16", TensorProto.UINT16)]
+        kinds += [("i16", TensorProto.INT16), ("i64", TensorProto.INT64)]
+        tensors = [numpy_helper.from_array(rng.integers(1, 100, 8) + shift, "n")]
+        nodes = [helper.make_node("Add", ["x", "x"], ["y"], "double")]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b"])]
+        for kind, element in kinds:
+            nodes.append(helper.make_node("Cast", ["n"], [kind], f"cast.{kind}", to=element))
+            outputs.append(helper.make_tensor_value_info(kind, element, [8]))
+        if word:
+            element = TensorProto.STRING if text else TensorProto.FLOAT
+            nodes.append(helper.make_node("Cast", ["n"], ["words"], "cast.words", to=element))
+            outputs.append(helper.make_tensor_value_info("words", element, [8]))
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b"])
+        graph = helper.make_graph(nodes, "kinds", [x], outputs, tensors)
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / name
+        )
+        return folder / name
+
+    a, other = save("a.onnx", 0, True), save("other.onnx", 50, True)
+    report = verify(a, a)
+    assert [o["name"] for o in report["outputs"]["both"]] == ["y", "u64", "u32", "u16", "i16", "i64"]
+    assert all(o["identical"] for o in report["outputs"]["both"])
+    assert len(report["notes"]) == 1 and "`words`" in report["notes"][0], report["notes"]
+    report = verify(a, other, "--min-sqnr", "60")
+    assert [o["max_abs_error"] for o in report["outputs"]["both"]] == [0, 50, 50, 50, 50, 50]
+    assert len(verify(a, other, "--max-error", "49", code=1)["failures"]) == 5
+    (failure,) = verify(a, save("number.onnx", 0, True, text=False), code=1)["failures"]
+    assert "`words`" in failure and "float32 in B" in failure, failure
+    # Inputs of a type that cannot hold what the file says.
+    gather = helper.make_graph(
+        [helper.make_node("Gather", ["table", "at"], ["y"], "pick")],
+        "gather",
+        [helper.make_tensor_value_info("at", TensorProto.INT32, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+        [numpy_helper.from_array(np.arange(4, dtype=np.float32), "table")],
+    )
+    path, data = folder / "gather.onnx", folder / "inputs.safetensors"
+    onnx.save(helper.make_model(gather, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    for values, code in [([1.0, 3.0], 0), ([1.0, 2.5], 1), ([1.0, float("nan")], 1), ([1.0, 2.0**33], 1)]:
+        save_file({"at": np.array(values)}, str(data))
+        done = subprocess.run([REWRITE, "verify", path, path, "--data", data], capture_output=True, text=True)
+        assert done.returncode == code, (values, done.stdout, done.stderr)
+        assert code == 0 or ("`at`" in done.stderr and "Int32" in done.stderr), done.stderr
 
 
 def two_layers(path: Path, folder: Path) -> None:
