@@ -331,14 +331,18 @@ fn check(cli: &Cli, report: &RewriteReport) -> anyhow::Result<bool> {
     let found = mxrewrite::verify::verify(&report.input, &report.output, &VerifyOptions::default());
     spinner.finish_and_clear();
     let output = report.output.display();
+    if cli.json {
+        let mut both = serde_json::to_value(report)?;
+        both["check"] = match &found {
+            Ok(found) => serde_json::to_value(found)?,
+            Err(error) => serde_json::json!({ "error": error.to_string() }),
+        };
+        print(&json(&both)?)?;
+    }
     let found =
         found.map_err(|error| anyhow::anyhow!("--check: {error}; {output} stays as written"))?;
     let passed = found.failures.is_empty();
-    if cli.json {
-        let mut both = serde_json::to_value(report)?;
-        both["check"] = serde_json::to_value(&found)?;
-        print(&json(&both)?)?;
-    } else {
+    if !cli.json {
         print(&format!("\n{}", found.summary()))?;
     }
     if !passed {

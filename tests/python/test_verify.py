@@ -367,6 +367,10 @@ def plain(folder: Path) -> None:
     for text in ["--check:", "does not load it on cpu", "Unheard", "stays as written"]:
         assert text in done.stderr, done.stderr
     assert (folder / "odd.onnx").is_file() and "1 of 1 candidates" in done.stdout
+    done = rewrite(path, folder / "odd.onnx", "--check", "--json", code=1)
+    found = json.loads(done.stdout)
+    assert found["sites"] == 1 and "does not load it on cpu" in found["check"]["error"], found
+    assert "--check:" in done.stderr, done.stderr
 
 
 def kinds(folder: Path) -> None:
