@@ -94,6 +94,9 @@ fn files_that_are_no_models_and_options_that_do_not_go_together_are_refused() {
         (vec![model], 2, "B.onnx"),
         (vec![model, model, "--data", "a.txt"], 2, "--tokenizer"),
         (vec![model, model, "--data", "a.safetensors", "--tokenizer", "t.json"], 2, "no use"),
+        (vec![model, model, "--data", "a.safetensors", "--samples", "2"], 2, "one run"),
+        (vec![model, model, "--data", "a.safetensors", "--seq-len", "8"], 2, "one run"),
+        (vec![model, model, "--data", "a.txt"], 2, "Usage: mxrewrite verify"),
         (vec![model, model, "--tokenizer", "t.json"], 2, "--data"),
         (vec![model, model, "--device", "cuda:0,1"], 2, "one device"),
         (vec![model, model, "--device", "auto"], 2, "cuda:N"),
@@ -136,12 +139,14 @@ fn a_model_called_verify_is_rewritten_by_its_path() {
         "{}",
         stderr(&none)
     );
-    let both = run(&["./verify", "--plan", "--check"]);
-    assert!(
-        both.status.code() == Some(2) && stderr(&both).contains("--check"),
-        "{}",
-        stderr(&both)
-    );
+    for args in [&["./verify", "--plan", "--check"][..], &["--print-recipe", "full", "--check"]] {
+        let both = run(args);
+        assert!(
+            both.status.code() == Some(2) && stderr(&both).contains("--check"),
+            "{}",
+            stderr(&both)
+        );
+    }
 }
 
 /// What of the workplace's exports has a cache, a merged decoder, fp16 weights or experts.

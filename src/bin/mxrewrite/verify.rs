@@ -32,14 +32,14 @@ pub struct VerifyArgs {
     /// Where the random numbers start
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "data")]
     seed: u64,
-    /// Samples; with a cache, each is followed by a decode step
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    /// Samples; with a cache, each is followed by a decode step [default: 2]
+    #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
-    samples: u32,
-    /// Tokens of a sample
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    samples: Option<u32>,
+    /// Tokens of a sample [default: 64]
+    #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
-    seq_len: u32,
+    seq_len: Option<u32>,
     /// Where both run: cpu, cuda, cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = one_device)]
     device: Request,
@@ -97,6 +97,9 @@ impl VerifyArgs {
                 Some("--data with text needs --tokenizer tokenizer.json")
             }
             (Some(_), Some(_)) if tensors => Some("--tokenizer is of no use for .safetensors"),
+            _ if tensors && (self.samples.is_some() || self.seq_len.is_some()) => {
+                Some("--samples and --seq-len are of no use for .safetensors: it is one run")
+            }
             _ => None,
         }
     }
@@ -110,9 +113,13 @@ impl VerifyArgs {
             (Some(data), None) => Source::Tensors(data.clone()),
             (None, _) => Source::Random { seed: self.seed },
         };
+        let size = Size {
+            samples: self.samples.unwrap_or(2) as usize,
+            seq_len: self.seq_len.unwrap_or(64) as usize,
+        };
         let options = VerifyOptions {
             source,
-            size: Size { samples: self.samples as usize, seq_len: self.seq_len as usize },
+            size,
             device: self.device.clone(),
             layers: self.layers,
             max_error: self.max_error,
