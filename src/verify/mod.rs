@@ -208,6 +208,8 @@ fn compare_outputs(
     let mut ran: Vec<ran::Ran> = Vec::new();
     let (mut index, mut refused) = (0, 0);
     while index < cases.len() {
+        // A sample that A refuses in its decode step counts not even halfway.
+        let before = (report.outputs.clone(), report.runs, ran.clone());
         let done = cases.drive_one(index, &mut |name, a_inputs, b_inputs| {
             let a_outputs = a_session.run(&a_inputs)?;
             ran::start();
@@ -220,7 +222,8 @@ fn compare_outputs(
         match done {
             Ok(()) => index += 1,
             Err(VerifyError::Run { path, .. }) if path == a.path && cases.redraw(index) => {
-                refused += 1
+                (report.outputs, report.runs, ran) = before;
+                refused += 1;
             }
             Err(error) => return Err(error),
         }
@@ -300,8 +303,7 @@ fn judge_layer(layer: &LayerReport, bound: f64) -> Option<String> {
 
 /// Whether the SQNR is below the bound; also where numbers that are not finite make it meaningless.
 fn below(difference: &Difference, bound: f64) -> bool {
-    difference.elements > 0
-        && (difference.max_abs.is_infinite() || less(difference.sqnr(), bound))
+    difference.elements > 0 && (difference.max_abs.is_infinite() || less(difference.sqnr(), bound))
 }
 
 /// a < b; also where one of them is NaN, so that such a bound holds for nothing.

@@ -72,6 +72,11 @@ fn outputs_and_inputs_of_every_kind_are_what_they_are() {
     python("kinds", &[]);
 }
 
+#[test]
+fn samples_that_are_refused_halfway_are_not_counted() {
+    python("halfway", &[]);
+}
+
 fn verify<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
     let mut command = Command::new(support::mxrewrite());
     command.current_dir(support::root()).arg("verify").args(args).output().expect("it starts")

@@ -3,7 +3,7 @@
     MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so \
         python tests/python/test_verify.py AREA [MODEL...]
 
-AREA: layers, tampered, missing, outputs (on models), merged, plain, checkpoint, kinds (on graphs made here). Run by
+AREA: layers, tampered, missing, outputs (on models), merged, plain, checkpoint, kinds, halfway (on graphs made here). Run by
 tests/it/verify.rs. Exit code 0 means that every check passed.
 """
 
@@ -423,6 +423,39 @@ def kinds(folder: Path) -> None:
         done = subprocess.run([REWRITE, "verify", path, path, "--data", data], capture_output=True, text=True)
         assert done.returncode == code, (values, done.stdout, done.stderr)
         assert code == 0 or ("`at`" in done.stderr and "Int32" in done.stderr), done.stderr
+
+
+def halfway(folder: Path) -> None:
+    """Samples that A refuses in their decode step are drawn anew and not counted, their first run either."""
+    model = merged_decoder()
+    graph = model.graph
+    del graph.input[2:], graph.node[1]
+    graph.node.insert(1, helper.make_node("MatMul", ["hidden", "w.then"], ["chosen"], "up"))
+    for node in graph.node:
+        node.output[:] = ["all" if o == "logits" else o for o in node.output]
+    # Behind a cache, a last token of 25 and more is out of range.
+    constants = {"axis": 2, "one": 1, "last": [-1], "few": np.zeros((25, 1, 1), np.float32)}
+    graph.initializer.extend(numpy_helper.from_array(np.array(v), n) for n, v in constants.items())
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["past_key_values.0.key"], ["shape"], "shape"),
+            helper.make_node("Gather", ["shape", "axis"], ["past"], "past"),
+            helper.make_node("Min", ["past", "one"], ["cached"], "cached"),
+            helper.make_node("Gather", ["input_ids", "last"], ["end"], "end", axis=1),
+            helper.make_node("Mul", ["end", "cached"], ["which"], "which"),
+            helper.make_node("Squeeze", ["which", "one_axis"], ["row"], "row"),
+            helper.make_node("Gather", ["few", "row"], ["zero"], "zero"),
+            helper.make_node("Add", ["all", "zero"], ["logits"], "logits"),
+        ]
+    )
+    graph.initializer.append(numpy_helper.from_array(np.array([1]), "one_axis"))
+    path, out = folder / "halfway.onnx", folder / "out.onnx"
+    onnx.save(model, path)
+    rewrite(path, out, "--all-linears")
+    report = verify(path, out, "--samples", "4", "--seq-len", "12")
+    assert "A itself fails on" in report["notes"][0] and report["runs"] == 8, report
+    logits = next(o for o in report["outputs"]["both"] if o["name"] == "logits")
+    assert logits["elements"] == 4 * 12 * 50, logits
 
 
 def two_layers(path: Path, folder: Path) -> None:
