@@ -69,7 +69,11 @@ impl Plan {
 
     /// Float type of everything that was not replaced, where it is not the model's own.
     pub fn base_dtype(&self) -> Option<BaseDtype> {
-        self.recipe.base_dtype.as_deref()?.parse().ok()
+        match self.recipe.lowering.parse() {
+            // The whole graph is converted.
+            Ok(Lowering::Fp16) => Some(BaseDtype::F16),
+            _ => self.recipe.base_dtype.as_deref()?.parse().ok(),
+        }
     }
 
     /// The nodes of domain `mx` that it asks for: of layers and of attention's products.

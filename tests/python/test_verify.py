@@ -351,6 +351,10 @@ def plain(folder: Path) -> None:
     again = verify(path, folder / "out.onnx", "--seed", "4", "--layers")
     other = verify(path, folder / "out.onnx", "--seed", "5", "--layers")
     assert report == again != other
+    # A graph that is float16 throughout: so is what its layers are fed.
+    rewrite(path, folder / "half.onnx", "--lower", "fp16")
+    report = verify(path, folder / "half.onnx", "--layers", "--min-sqnr", "50")
+    assert [l["note"] for l in report["layers"]] == [None], report["layers"]
     encoder = merged_decoder()
     del encoder.graph.node[1:], encoder.graph.input[1:], encoder.graph.output[:]
     encoder.graph.node.append(helper.make_node("MatMul", ["hidden", "w.then"], ["out"], "/mlp/fc1/MatMul"))
