@@ -69,7 +69,7 @@ struct Cli {
     resume: bool,
     /// Compare the result with the model in ONNX Runtime (mxrewrite verify, random tokens); fails when a
     /// layer does not run as MX, or NaNs appear
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long, conflicts_with_all = ["plan", "print_recipe"])]
     check: bool,
     #[command(flatten)]
     layers: Layers,
@@ -207,7 +207,7 @@ fn main() -> ExitCode {
     }
     let options = match options(&cli) {
         Ok(options) => options,
-        Err(error) => usage(&error.to_string()),
+        Err(error) => usage(&mut Cli::command(), &error.to_string()),
     };
     match run(&cli, &options) {
         Ok(passed) => ExitCode::from(u8::from(!passed)),
@@ -217,7 +217,11 @@ fn main() -> ExitCode {
 
 fn run_verify(args: &verify::VerifyArgs) -> ExitCode {
     if let Some(conflict) = args.conflict() {
-        usage(conflict);
+        // Built, the subcommand knows its whole name.
+        let mut cli = Cli::command();
+        cli.build();
+        let own = cli.find_subcommand("verify").cloned();
+        usage(&mut own.unwrap_or(cli), conflict);
     }
     let spinner = spinner("comparing");
     let report = args.run();
@@ -251,8 +255,8 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Ends with clap's own form of a usage error and exit code 2.
-fn usage(message: &str) -> ! {
-    Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit()
+fn usage(command: &mut clap::Command, message: &str) -> ! {
+    command.error(clap::error::ErrorKind::ArgumentConflict, message).exit()
 }
 
 fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
@@ -331,14 +335,18 @@ fn check(cli: &Cli, report: &RewriteReport) -> anyhow::Result<bool> {
     let found = mxrewrite::verify::verify(&report.input, &report.output, &VerifyOptions::default());
     spinner.finish_and_clear();
     let output = report.output.display();
+    if cli.json {
+        let mut both = serde_json::to_value(report)?;
+        both["check"] = match &found {
+            Ok(found) => serde_json::to_value(found)?,
+            Err(error) => serde_json::json!({ "error": error.to_string() }),
+        };
+        print(&json(&both)?)?;
+    }
     let found =
         found.map_err(|error| anyhow::anyhow!("--check: {error}; {output} stays as written"))?;
     let passed = found.failures.is_empty();
-    if cli.json {
-        let mut both = serde_json::to_value(report)?;
-        both["check"] = serde_json::to_value(&found)?;
-        print(&json(&both)?)?;
-    } else {
+    if !cli.json {
         print(&format!("\n{}", found.summary()))?;
     }
     if !passed {
@@ -377,7 +385,7 @@ fn spinner(message: &str) -> ProgressBar {
 fn fail(cli: &Cli, error: &anyhow::Error) -> ExitCode {
     let known = error.downcast_ref::<RewriteError>();
     if known.is_some_and(RewriteError::is_usage) {
-        usage(&error.to_string());
+        usage(&mut Cli::command(), &error.to_string());
     }
     // Messages name their causes themselves, in one line.
     let mut text = format!("error: {error}\n");

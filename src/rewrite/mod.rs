@@ -52,5 +52,6 @@ pub use sites::{
     Bias, BiasShape, Experts, Layout, PathSource, Region, Role, Site, SiteScan, Skipped, Weight,
 };
 pub use sqnr::measure_plan;
+pub(crate) use table::align;
 pub use table::{checkpoint_line, plan_table};
 pub use tiers::Tier;

@@ -22,7 +22,10 @@ pub fn plan_table(plan: &RewritePlan) -> String {
     let measured = plan.sites.iter().any(|planned| planned.expected_sqnr.is_some());
     let mut rows = vec![HEADER.map(str::to_owned)];
     rows.extend(plan.sites.iter().map(row));
-    let mut text = align(&rows, if measured { COLUMNS } else { COLUMNS - 1 });
+    let columns = if measured { COLUMNS } else { COLUMNS - 1 };
+    let rows: Vec<&[String]> = rows.iter().map(|row| &row[..columns]).collect();
+    // Numbers to the right.
+    let mut text = align(&rows, |column| matches!(column, 3 | 4 | 7 | 8 | 9));
     let (before, after) = plan.bytes();
     for planned in &plan.products {
         let product = &planned.product;
@@ -108,19 +111,20 @@ fn row(planned: &PlannedSite) -> [String; COLUMNS] {
     ]
 }
 
-/// Columns of equal width; numbers to the right.
-fn align(rows: &[[String; COLUMNS]], columns: usize) -> String {
-    let width =
-        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+/// Rows of cells as lines, columns padded to their longest cell; those that `right` names to the right.
+pub(crate) fn align<R: AsRef<[String]>>(rows: &[R], right: impl Fn(usize) -> bool) -> String {
+    let columns = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.as_ref().get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
-            if matches!(column, 3 | 4 | 7 | 8 | 9) {
-                format!("{cell:>width$}")
-            } else {
-                format!("{cell:<width$}")
-            }
+        let cells = row.as_ref().iter().zip(&widths).enumerate();
+        let cells = cells.map(|(column, (cell, &width))| match right(column) {
+            true => format!("{cell:>width$}"),
+            false => format!("{cell:<width$}"),
         });
         text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         text.push('\n');

@@ -4,7 +4,7 @@
 //! by an input of its own, which gets A's X: the error of the layer by itself. Layers are looked at in
 //! groups, so that the values shown fit in memory.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use ort::value::DynValue;
 use serde::Serialize;
@@ -16,13 +16,13 @@ use super::{
     error::{Result, VerifyError},
     inputs::{Cases, Side},
     numbers::Numbers,
-    plan::Plan,
+    plan::{Plan, Planned},
     session::{Place, Session, output},
 };
 use crate::{
     eval::feeds::{element, name},
     onnx::{DataType, Model},
-    rewrite::{self, PlannedSite, Recipe, RewriteError, RewriteOptions, RewritePlan, Site},
+    rewrite::{self, Lowering, RewriteError, RewriteOptions, Site},
 };
 
 /// Bytes of the values that one group may show in one run.
@@ -55,13 +55,13 @@ impl LayerReport {
         self.module_path.as_deref().unwrap_or(&self.node)
     }
 
-    fn new(planned: &PlannedSite) -> Self {
+    fn new(planned: &Planned) -> Self {
         Self {
-            node: planned.site.node_name.clone(),
-            module_path: planned.site.module_path.clone(),
+            node: planned.node.clone(),
+            module_path: planned.module_path.clone(),
             body: None,
-            weight_format: planned.format.weight_name().to_owned(),
-            activation_format: planned.format.activation_name().to_owned(),
+            weight_format: planned.weight_format.clone(),
+            activation_format: planned.activation_format.clone(),
             accumulated: None,
             local: None,
             note: None,
@@ -97,50 +97,77 @@ pub(super) fn compare(
         let note = format!("no layer is compared: {} was not made by mxrewrite", b.path.display());
         return Ok((Vec::new(), vec![note]));
     };
-    let (a_model, again) = match plan_again(a, b) {
-        Ok(planned) => planned,
+    let (a_model, sites) = match linears(a) {
+        Ok(found) => found,
         Err(error) => return Ok((Vec::new(), vec![format!("no layer is compared: {error}")])),
     };
+    if plan.sites.is_empty() {
+        return Ok((Vec::new(), vec!["no layer is compared: B's plan has none".to_owned()]));
+    }
+    let (found, lost) = pair(&plan.sites, &sites);
     let mut notes = Vec::new();
-    let found: HashSet<&str> = again.sites.iter().map(|s| s.site.node_name.as_str()).collect();
-    let mut lost = plan.sites.iter().filter(|site| !found.contains(site.node.as_str()));
-    if let Some(first) = lost.next() {
+    if let Some(first) = lost.first() {
         let path = first.module_path.as_deref().unwrap_or(&first.node);
-        let (more, all) = (1 + lost.count(), plan.sites.len());
+        let (more, all) = (lost.len(), plan.sites.len());
         notes.push(format!(
             "{more} of {all} layers of B are not found in A and not compared, such as {path}"
         ));
     }
-    let planned: HashSet<&str> = plan.sites.iter().map(|site| site.node.as_str()).collect();
-    let sites: Vec<&PlannedSite> =
-        again.sites.iter().filter(|s| planned.contains(s.site.node_name.as_str())).collect();
-    let mut reports: Vec<LayerReport> = sites.iter().map(|site| LayerReport::new(site)).collect();
-    let probes = probes(b, &sites, &again, &mut reports)?;
+    let mut reports: Vec<LayerReport> =
+        found.iter().map(|(planned, _)| LayerReport::new(planned)).collect();
+    let sites: Vec<&Site> = found.iter().map(|(_, site)| *site).collect();
+    let base = plan.base_dtype().map(|base| base.data_type());
+    let probes = probes(b, &sites, base, &mut reports)?;
     for group in groups(probes, cases.longest()) {
         run_group(place, (a, &a_model), b, cases, &group, &mut reports)?;
     }
     Ok((reports, notes))
 }
 
-/// The plan that made B, made anew from A: it knows the values between which each layer lies.
-fn plan_again(a: &Side, b: &Side) -> std::result::Result<(Model, RewritePlan), RewriteError> {
-    let recipe = Recipe::open(&b.path).map_err(RewriteError::Recipe)?;
-    let options = RewriteOptions { recipe: Some(recipe), allow_empty: true, ..Default::default() };
-    rewrite::plan_file(&a.path, &options)
+/// Every Linear of A, whatever B's recipe is: they know the values between which each layer lies, and
+/// what a checkpoint called them does not matter.
+fn linears(a: &Side) -> std::result::Result<(Model, Vec<Site>), RewriteError> {
+    let lowering = Lowering::Bf16;
+    let options = RewriteOptions { lowering, allow_empty: true, ..Default::default() };
+    let (model, plan) = rewrite::plan_file(&a.path, &options)?;
+    Ok((model, plan.sites.into_iter().map(|planned| planned.site).collect()))
+}
+
+/// The planned layers with what they are in A, in A's order, and those that A does not have. Nodes of
+/// one name (in several bodies) are told apart by their weights.
+fn pair<'a>(
+    planned: &'a [Planned],
+    sites: &'a [Site],
+) -> (Vec<(&'a Planned, &'a Site)>, Vec<&'a Planned>) {
+    let mut left: Vec<Option<&Planned>> = planned.iter().map(Some).collect();
+    let mut take = |wanted: &dyn Fn(&Planned) -> bool| {
+        left.iter_mut().find(|one| one.is_some_and(wanted)).and_then(Option::take)
+    };
+    let mut uses: HashMap<&str, usize> = HashMap::new();
+    for site in sites {
+        *uses.entry(&site.node_name).or_default() += 1;
+    }
+    let found = sites.iter().filter_map(|site| {
+        let (node, weight) = (&site.node_name, &site.weight.initializer);
+        let only = uses[node.as_str()] == 1;
+        let of = |one: &Planned| one.node == *node && (only || one.initializer == *weight);
+        take(&of).map(|planned| (planned, site))
+    });
+    (found.collect(), left.into_iter().flatten().collect())
 }
 
 fn probes<'a>(
     b: &Side,
-    sites: &[&'a PlannedSite],
-    again: &RewritePlan,
+    sites: &[&'a Site],
+    base: Option<DataType>,
     reports: &mut [LayerReport],
 ) -> Result<Vec<Probe<'a>>> {
     let bodies = Bodies::new(&b.model)
         .map_err(|source| VerifyError::Model { path: b.path.clone(), source })?;
     let types = types(&bodies);
     let mut probes = Vec::new();
-    for (index, planned) in sites.iter().enumerate() {
-        let (site, report) = (&planned.site, &mut reports[index]);
+    for (index, &site) in sites.iter().enumerate() {
+        let report = &mut reports[index];
         let body = bodies.branches.get(site.graph).map(|branch| branch.title.clone());
         report.body = body.filter(|title| !title.is_empty());
         if site.graph >= bodies.branches.len() || bodies.maker(site.graph, &site.y).is_none() {
@@ -154,7 +181,6 @@ fn probes<'a>(
                 None
             }
         };
-        let base = again.recipe.base_dtype.map(|base| base.data_type());
         let known = types.get(&(site.graph, site.x.as_str())).copied();
         let x_type = known.or(base).unwrap_or(site.weight.operand_dtype);
         probes.push(Probe { site, index, cut, x_type });

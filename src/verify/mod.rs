@@ -149,9 +149,13 @@ pub fn verify(a: &Path, b: &Path, options: &VerifyOptions) -> Result<VerifyRepor
     };
     compare_outputs(place, &a, &b, &mut cases, plan.as_ref(), &mut report)?;
     if options.layers {
-        let (layers, notes) = layers::compare(place, &a, &b, &cases, plan.as_ref())?;
+        let (layers, missing) = layers::compare(place, &a, &b, &cases, plan.as_ref())?;
         report.layers = layers;
-        report.notes.extend(notes);
+        // What cannot be looked at is within no bound.
+        match options.min_sqnr {
+            Some(_) => report.failures.extend(missing),
+            None => report.notes.extend(missing),
+        }
     }
     judge(&mut report, options);
     Ok(report)
@@ -204,6 +208,8 @@ fn compare_outputs(
     let mut ran: Vec<ran::Ran> = Vec::new();
     let (mut index, mut refused) = (0, 0);
     while index < cases.len() {
+        // A sample that A refuses in its decode step counts not even halfway.
+        let before = (report.outputs.clone(), report.runs, ran.clone());
         let done = cases.drive_one(index, &mut |name, a_inputs, b_inputs| {
             let a_outputs = a_session.run(&a_inputs)?;
             ran::start();
@@ -216,7 +222,8 @@ fn compare_outputs(
         match done {
             Ok(()) => index += 1,
             Err(VerifyError::Run { path, .. }) if path == a.path && cases.redraw(index) => {
-                refused += 1
+                (report.outputs, report.runs, ran) = before;
+                refused += 1;
             }
             Err(error) => return Err(error),
         }
@@ -249,37 +256,97 @@ fn judge(report: &mut VerifyReport, options: &VerifyOptions) {
     let outputs = &report.outputs;
     failures.extend(outputs.only_in_a.iter().map(|name| format!("B has no output `{name}`")));
     report.notes.extend(outputs.only_in_b.iter().map(|name| format!("A has no output `{name}`")));
-    failures.extend(outputs.not_compared.iter().cloned());
-    for output in &outputs.both {
-        let (name, difference) = (&output.name, &output.difference);
-        if difference.new_nan > 0 {
-            let count = difference.new_nan;
-            failures.push(format!("output `{name}` has {count} NaN in B where A has none"));
-        }
-        if options.max_error.is_some_and(|bound| difference.max_abs > bound) {
-            let (found, bound) = (difference.max_abs, options.max_error.unwrap_or_default());
-            failures.push(format!("output `{name}`: error {found:.6e}, --max-error is {bound}"));
-        }
-        if let Some(bound) = options.min_sqnr.filter(|&bound| below(difference, bound)) {
-            let found = difference.sqnr();
-            failures.push(format!("output `{name}`: SQNR {found:.2} dB, --min-sqnr is {bound}"));
-        }
+    failures.extend(outputs.differ.iter().cloned());
+    report.notes.extend(outputs.not_compared.iter().cloned());
+    if outputs.both.is_empty() && (options.max_error.is_some() || options.min_sqnr.is_some()) {
+        failures.push("no output is compared, so none is within a bound".to_owned());
     }
-    for layer in &report.layers {
-        if let Some((bound, local)) = options.min_sqnr.zip(layer.local.as_ref())
-            && below(local, bound)
-        {
-            let (name, found) = (layer.shown(), local.sqnr());
-            failures.push(format!("layer {name}: SQNR {found:.2} dB, --min-sqnr is {bound}"));
-        }
+    failures.extend(outputs.both.iter().flat_map(|output| judge_output(output, options)));
+    if let Some(bound) = options.min_sqnr {
+        failures.extend(report.layers.iter().filter_map(|layer| judge_layer(layer, bound)));
     }
     report.failures.extend(failures);
 }
 
+fn judge_output(output: &OutputReport, options: &VerifyOptions) -> Vec<String> {
+    let (name, difference) = (&output.name, &output.difference);
+    let mut failures = Vec::new();
+    if difference.new_nan > 0 {
+        let count = difference.new_nan;
+        failures.push(format!("output `{name}` has {count} NaN in B where A has none"));
+    }
+    if let Some(bound) = options.max_error
+        && less(bound, difference.max_abs)
+    {
+        let found = difference.max_abs;
+        failures.push(format!("output `{name}`: error {found:.6e}, --max-error is {bound}"));
+    }
+    // Whole numbers, such as token ids, are no signal.
+    if let Some(bound) = options.min_sqnr.filter(|_| output.is_float())
+        && below(difference, bound)
+    {
+        let found = difference.sqnr();
+        failures.push(format!("output `{name}`: SQNR {found:.2} dB, --min-sqnr is {bound}"));
+    }
+    failures
+}
+
+fn judge_layer(layer: &LayerReport, bound: f64) -> Option<String> {
+    let name = layer.shown();
+    let Some(local) = &layer.local else {
+        let why = layer.note.as_deref().unwrap_or("not compared alone");
+        return Some(format!("layer {name}: no SQNR alone ({why}), --min-sqnr is {bound}"));
+    };
+    let found = local.sqnr();
+    below(local, bound).then(|| format!("layer {name}: SQNR {found:.2} dB, --min-sqnr is {bound}"))
+}
+
 /// Whether the SQNR is below the bound; also where numbers that are not finite make it meaningless.
 fn below(difference: &Difference, bound: f64) -> bool {
-    difference.elements > 0
-        && (difference.max_abs.is_infinite()
-            || difference.sqnr().is_nan()
-            || difference.sqnr() < bound)
+    difference.elements > 0 && (difference.max_abs.is_infinite() || less(difference.sqnr(), bound))
+}
+
+/// a < b; also where one of them is NaN, so that such a bound holds for nothing.
+fn less(a: f64, b: f64) -> bool {
+    a.partial_cmp(&b).is_none_or(std::cmp::Ordering::is_lt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn difference(a: f64, b: f64) -> Difference {
+        let numbers = |value| Numbers { dtype: "float32", shape: vec![1], values: vec![value] };
+        let mut difference = Difference::default();
+        difference.add(&numbers(a), &numbers(b));
+        difference
+    }
+
+    #[test]
+    fn a_bound_that_is_no_number_holds_for_nothing() {
+        let nan = f64::NAN;
+        assert!(less(1.0, 2.0) && !less(2.0, 2.0) && less(nan, 2.0) && less(2.0, nan));
+        let tenth = difference(1.0, 1.1);
+        assert!(below(&tenth, nan) && below(&tenth, 21.0) && !below(&tenth, 19.0));
+        assert!(!below(&difference(1.0, 1.0), 1e9), "what is equal has no noise");
+        assert!(below(&difference(1.0, nan), 0.0));
+    }
+
+    #[test]
+    fn a_layer_without_a_figure_is_within_no_bound() {
+        let mut layer = LayerReport {
+            node: "n".to_owned(),
+            module_path: None,
+            body: None,
+            weight_format: String::new(),
+            activation_format: String::new(),
+            accumulated: Some(difference(1.0, 1.0)),
+            local: None,
+            note: Some("not by itself: a Loop".to_owned()),
+        };
+        let failure = judge_layer(&layer, 0.0).unwrap();
+        assert!(failure.contains("layer n") && failure.contains("a Loop"), "{failure}");
+        layer.local = Some(difference(1.0, 1.1));
+        assert_eq!(judge_layer(&layer, 19.0), None);
+    }
 }

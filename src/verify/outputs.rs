@@ -27,6 +27,11 @@ pub struct OutputReport {
 }
 
 impl OutputReport {
+    /// Whether A's elements are floats.
+    pub fn is_float(&self) -> bool {
+        self.dtype_a.contains("float")
+    }
+
     /// A key-value cache, of which there are many.
     pub fn is_cache(&self) -> bool {
         self.name.starts_with("present")
@@ -42,6 +47,8 @@ pub struct OutputsReport {
     pub only_in_a: Vec<String>,
     /// Outputs that only B has.
     pub only_in_b: Vec<String>,
+    /// Outputs of another shape or kind in B.
+    pub differ: Vec<String>,
     /// Outputs that cannot be compared, and why.
     pub not_compared: Vec<String>,
 }
@@ -60,10 +67,18 @@ impl OutputsReport {
                 (Ok(a), Ok(b)) => {
                     let (a, b) = (&a.shape, &b.shape);
                     let what = format!("output `{name}` is {a:?} in A and {b:?} in B ({run})");
-                    remember(&mut self.not_compared, what);
+                    remember(&mut self.differ, what);
                 }
-                (Err(reason), _) | (_, Err(reason)) => {
-                    remember(&mut self.not_compared, format!("output `{name}` {reason}"));
+                (Err(a), Err(b)) if a == b => {
+                    remember(&mut self.not_compared, format!("output `{name}` {a}"));
+                }
+                (a, b) => {
+                    let kind = |value: &Result<Numbers, String>| match value {
+                        Ok(numbers) => format!("holds {}", numbers.dtype),
+                        Err(reason) => reason.clone(),
+                    };
+                    let (a, b) = (kind(a), kind(b));
+                    remember(&mut self.differ, format!("output `{name}` {a} in A and {b} in B"));
                 }
             }
         }

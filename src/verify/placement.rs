@@ -5,11 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use mx_custom_ops::{contract::DOMAIN, ran::Ran};
 use serde::Serialize;
 
-use super::{
-    bodies::Bodies,
-    plan::{Plan, Planned},
-    profile::Executed,
-};
+use super::{bodies::Bodies, plan::Plan, profile::Executed};
 use crate::{
     eval::devices::Device,
     onnx::{self, Model, proto::Node},
@@ -34,15 +30,18 @@ pub struct OpCount {
 pub struct MxNode {
     /// Its name, made unique where the model's is not.
     pub node: String,
+    /// Its name in the model; empty where it has none.
+    #[serde(skip)]
+    own: String,
     /// Operator.
     pub op: String,
     /// Module path, where the model says one.
     pub module_path: Option<String>,
     /// The body that it stands in; `None` = the main graph.
     pub body: Option<String>,
-    /// Element format of the weight, as the node says.
+    /// Element format of the weight, as the node says; of the first operand where both are activations.
     pub weight_format: Option<String>,
-    /// Element format of the activation.
+    /// Element format of the activation; of the second operand where both are.
     pub activation_format: Option<String>,
     /// Execution provider that ran it; `None` = it did not run.
     pub provider: Option<String>,
@@ -117,11 +116,12 @@ fn describe(name: String, node: &Node, body: &str) -> MxNode {
     let path = node.metadata_props.iter().find(|e| e.key.as_deref() == Some(MODULE_PATH_KEY));
     MxNode {
         node: name,
+        own: node.name.clone().unwrap_or_default(),
         op: node.op_type.clone().unwrap_or_default(),
         module_path: path.and_then(|entry| entry.value.clone()),
         body: (!body.is_empty()).then(|| body.to_owned()),
-        weight_format: text("weight_format"),
-        activation_format: text("activation_format"),
+        weight_format: text("weight_format").or_else(|| text("a_format")),
+        activation_format: text("activation_format").or_else(|| text("b_format")),
         provider: None,
         kernels: Vec::new(),
         runs: 0,
@@ -148,23 +148,22 @@ impl Placement {
         placement
     }
 
-    /// Every planned layer has to have its node.
+    /// Every planned layer and product has to have its node, of its operator.
     fn require_planned(&mut self, plan: Option<&Plan>) {
         let Some(plan) = plan else { return };
-        let planned: Vec<&Planned> = plan.sites.iter().filter(|site| plan.is_mx(site)).collect();
-        // A node without a name is `#index` in a plan, and has an own name here; so do several nodes of
-        // one name.
-        let stem = |name: &str| name.rsplit_once('#').map_or(name, |(stem, _)| stem).to_owned();
-        let mut there: HashMap<String, usize> = HashMap::new();
-        for node in &self.mx_nodes {
-            *there.entry(stem(&node.node)).or_default() += 1;
-        }
-        for site in planned {
-            match there.get_mut(&stem(&site.node)) {
-                Some(left) if *left > 0 => *left -= 1,
-                _ => self.failures.push(format!(
-                    "{} is planned, but the model has no MX node of this name",
-                    shown(&site.node, site.module_path.as_deref())
+        let mut left: Vec<&MxNode> = self.mx_nodes.iter().collect();
+        for due in plan.due() {
+            // A node without a name is `#index` in a plan.
+            let nameless = due.node.strip_prefix('#').is_some_and(|n| n.parse::<usize>().is_ok());
+            let of = |name: &str| {
+                left.iter().position(|node| node.own == name && due.ops.contains(&&*node.op))
+            };
+            match of(due.node).or_else(|| nameless.then(|| of("")).flatten()) {
+                Some(found) => drop(left.swap_remove(found)),
+                None => self.failures.push(format!(
+                    "{} is planned as {}, but the model has no MX node of this name that is one",
+                    shown(due.node, due.module_path),
+                    due.ops.join(" or ")
                 )),
             }
         }
@@ -239,6 +238,7 @@ mod tests {
     fn node(name: &str, body: Option<&str>) -> MxNode {
         MxNode {
             node: name.to_owned(),
+            own: name.to_owned(),
             op: "MxMatMul".to_owned(),
             module_path: None,
             body: body.map(str::to_owned),
@@ -303,5 +303,43 @@ mod tests {
             placed(&[event("x", "MxMatMul", "CPU")], &[ran("a", "cpu", "avx2")], Device::Cpu);
         assert!(renamed.failures.is_empty());
         assert_eq!(renamed.mx_nodes[0].provider.as_deref(), Some("CPUExecutionProvider"));
+    }
+    #[test]
+    fn every_planned_layer_and_product_has_to_be_there_as_its_operator() {
+        let plan: Plan = serde_json::from_value(serde_json::json!({
+            "sites": [{ "node": "foo#1" }, { "node": "#7" }, { "node": "twice" }, { "node": "twice" }],
+            "products": [{ "node": "scores", "module_path": "layers.0.self_attn" }],
+            "recipe": { "lowering": "mx" },
+        }))
+        .unwrap();
+        let named = |own: &str, op: &str| MxNode {
+            own: own.to_owned(),
+            op: op.to_owned(),
+            ..node(&format!("{own}#0"), None)
+        };
+        let failures = |nodes: Vec<MxNode>| {
+            let mut placement = Placement { mx_nodes: nodes, ..Placement::default() };
+            placement.require_planned(Some(&plan));
+            placement.failures
+        };
+        let nodes = vec![
+            named("twice", "MxMatMul"),
+            named("scores", "MxActMatMul"),
+            named("", "MxMatMul"),
+            named("twice", "MxExpertMatMul"),
+            named("foo#1", "MxMatMul"),
+        ];
+        assert_eq!(failures(nodes.clone()), [""; 0]);
+        for index in 0..nodes.len() {
+            let mut less = nodes.clone();
+            less.remove(index);
+            assert_eq!(failures(less).len(), 1, "without {:?}", nodes[index]);
+        }
+        // Another operator of the name, and another node of nearly the name, are not it.
+        let mut other = nodes.clone();
+        (other[1].op, other[4].own) = ("MxMatMul".to_owned(), "foo#2".to_owned());
+        let [layer, product] = &failures(other)[..] else { panic!() };
+        assert!(layer.contains("'foo#1' is planned as MxMatMul or MxExpertMatMul"), "{layer}");
+        assert!(product.contains("'scores' (layers.0.self_attn)"), "{product}");
     }
 }

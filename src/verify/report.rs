@@ -3,29 +3,12 @@
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{Difference, LayerReport, MxNode, OutputReport, VerifyReport};
+use crate::rewrite::align;
 
-/// Rows of a table, columns padded to their longest cell; all but the first are right-aligned.
+/// Rows of a table, set in; all columns but the first are numbers or short, and to the right.
 fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let mut line = String::from(" ");
-        for (column, cell) in row.iter().enumerate() {
-            let width = widths[column];
-            let _ = match column {
-                0 => write!(line, " {cell:<width$}"),
-                _ => write!(line, "  {cell:>width$}"),
-            };
-        }
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
-    text
+    let lines = align(rows, |column| column > 0);
+    lines.lines().map(|line| format!("  {line}\n")).collect()
 }
 
 fn number(value: f64) -> String {

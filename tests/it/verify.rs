@@ -62,6 +62,21 @@ fn graphs_of_any_kind_are_checked_after_a_rewrite() {
     python("plain", &[]);
 }
 
+#[test]
+fn layers_that_a_checkpoint_named_are_compared_without_it() {
+    python("checkpoint", &[]);
+}
+
+#[test]
+fn outputs_and_inputs_of_every_kind_are_what_they_are() {
+    python("kinds", &[]);
+}
+
+#[test]
+fn samples_that_are_refused_halfway_are_not_counted() {
+    python("halfway", &[]);
+}
+
 fn verify<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
     let mut command = Command::new(support::mxrewrite());
     command.current_dir(support::root()).arg("verify").args(args).output().expect("it starts")
@@ -84,10 +99,17 @@ fn files_that_are_no_models_and_options_that_do_not_go_together_are_refused() {
         (vec![model], 2, "B.onnx"),
         (vec![model, model, "--data", "a.txt"], 2, "--tokenizer"),
         (vec![model, model, "--data", "a.safetensors", "--tokenizer", "t.json"], 2, "no use"),
+        (vec![model, model, "--data", "a.safetensors", "--samples", "2"], 2, "one run"),
+        (vec![model, model, "--data", "a.safetensors", "--seq-len", "8"], 2, "one run"),
+        (vec![model, model, "--data", "a.txt"], 2, "Usage: mxrewrite verify"),
         (vec![model, model, "--tokenizer", "t.json"], 2, "--data"),
         (vec![model, model, "--device", "cuda:0,1"], 2, "one device"),
         (vec![model, model, "--device", "auto"], 2, "cuda:N"),
         (vec![model, model, "--max-error", "-1"], 2, "from 0 on"),
+        (vec![model, model, "--max-error", "nan"], 2, "from 0 on"),
+        (vec![model, model, "--max-error", "inf"], 2, "from 0 on"),
+        (vec![model, model, "--min-sqnr", "nan"], 2, "decibels"),
+        (vec![model, model, "--min-sqnr=-inf"], 2, "decibels"),
         (vec![model, model, "--samples", "0"], 2, "samples"),
         (vec![model, model, "--data", text, "--tokenizer", "none.json"], 1, "none.json"),
         (vec![model, model, "--ort-lib", "none.so"], 1, "--ort-lib none.so"),
@@ -122,12 +144,14 @@ fn a_model_called_verify_is_rewritten_by_its_path() {
         "{}",
         stderr(&none)
     );
-    let both = run(&["./verify", "--plan", "--check"]);
-    assert!(
-        both.status.code() == Some(2) && stderr(&both).contains("--check"),
-        "{}",
-        stderr(&both)
-    );
+    for args in [&["./verify", "--plan", "--check"][..], &["--print-recipe", "full", "--check"]] {
+        let both = run(args);
+        assert!(
+            both.status.code() == Some(2) && stderr(&both).contains("--check"),
+            "{}",
+            stderr(&both)
+        );
+    }
 }
 
 /// What of the workplace's exports has a cache, a merged decoder, fp16 weights or experts.

@@ -3,7 +3,7 @@
     MX_REWRITE=target/debug/mxrewrite MX_CUSTOM_OPS=target/debug/libmx_custom_ops.so \
         python tests/python/test_verify.py AREA [MODEL...]
 
-AREA: layers, tampered, missing, outputs (on models), merged, plain (on graphs made here). Run by
+AREA: layers, tampered, missing, outputs (on models), merged, plain, checkpoint, kinds, halfway (on graphs made here). Run by
 tests/it/verify.rs. Exit code 0 means that every check passed.
 """
 
@@ -169,11 +169,36 @@ def missing(path: Path, folder: Path) -> None:
     report = verify(path, folder / "missing.onnx", code=1)
     assert len(report["failures"]) == 1 and f"'{name}'" in report["failures"][0], report["failures"]
     assert "no MX node" in report["failures"][0]
+    products_put_back(path, folder)
     # Without the plan nothing says that it should be one, and no layer is compared.
     del b.metadata_props[:]
     onnx.save(b, folder / "missing.onnx")
     report = verify(path, folder / "missing.onnx", "--layers")
     assert report["layers"] == [] and "was not made by mxrewrite" in report["notes"][0]
+    report = verify(path, folder / "missing.onnx", "--layers", "--min-sqnr", "0", code=1)
+    assert "was not made by mxrewrite" in report["failures"][0] and report["notes"] == [], report
+
+
+def products_put_back(path: Path, folder: Path) -> None:
+    """A product of attention that is not quantised any more is named too, by its path."""
+    out = folder / "products.onnx"
+    rewrite(path, out, "--tier-a", "--attention")
+    report = verify(path, out)
+    shown = [n for n in report["placement"]["mx_nodes"] if n["op"] == "MxActMatMul"]
+    assert shown and all(n["weight_format"] == n["activation_format"] == "fp8_e4m3" for n in shown), shown
+    model = onnx.load(out)
+    plain = {n.name for n in mx_nodes(model).values() if n.op_type == "MxActMatMul"}
+    node = next(n for n in model.graph.node if n.name in plain and not transposes(n))
+    del node.attribute[:]
+    node.op_type, node.domain = "MatMul", ""
+    onnx.save(model, out)
+    report = verify(path, out, code=1)
+    assert len(report["failures"]) == 1 and f"'{node.name}'" in report["failures"][0], report["failures"]
+    assert "self_attn) is planned as MxActMatMul" in report["failures"][0], report["failures"]
+
+
+def transposes(node: onnx.NodeProto) -> bool:
+    return any(a.name == "transpose_b" and a.i for a in node.attribute)
 
 
 def outputs(path: Path, folder: Path) -> None:
@@ -205,6 +230,8 @@ def outputs(path: Path, folder: Path) -> None:
     rewrite(path, fp4, "--tier-a", "--format", "fp4_e2m1")
     report = verify(fp8, fp4, "--layers")
     assert report["layers"] == [] and "15 of 15 layers of B are not found in A" in report["notes"][0], report["notes"]
+    report = verify(fp8, fp4, "--layers", "--min-sqnr", "-100", code=1)
+    assert "are not found in A" in report["failures"][0], report["failures"]
     text = ["--data", "fixtures/mini_pile.parquet", "--tokenizer", "fixtures/tinylm/tokenizer.json"]
     report = verify(path, fp8, *text, "--samples", "3", "--seq-len", "20")
     assert report["runs"] == 3 and report["inputs"].startswith("3 documents of"), report["inputs"]
@@ -235,6 +262,9 @@ def merged(folder: Path) -> None:
     report = verify(path, out, "--layers", "--data", str(folder / "inputs.safetensors"))
     assert len(report["notes"]) == 1 and "else_branch" in report["notes"][0], report["notes"]
     assert [l["note"] for l in report["layers"]].count("did not run with these inputs") == 1
+    bounded = verify(path, out, "--layers", "--min-sqnr", "0", "--data", str(folder / "inputs.safetensors"), code=1)
+    (failure,) = bounded["failures"]
+    assert "no SQNR alone (did not run with these inputs)" in failure, failure
     del feed["use_cache_branch"]
     save_file(feed, str(folder / "inputs.safetensors"))
     done = subprocess.run(
@@ -321,6 +351,10 @@ def plain(folder: Path) -> None:
     again = verify(path, folder / "out.onnx", "--seed", "4", "--layers")
     other = verify(path, folder / "out.onnx", "--seed", "5", "--layers")
     assert report == again != other
+    # A graph that is float16 throughout: so is what its layers are fed.
+    rewrite(path, folder / "half.onnx", "--lower", "fp16")
+    report = verify(path, folder / "half.onnx", "--layers", "--min-sqnr", "50")
+    assert [l["note"] for l in report["layers"]] == [None], report["layers"]
     encoder = merged_decoder()
     del encoder.graph.node[1:], encoder.graph.input[1:], encoder.graph.output[:]
     encoder.graph.node.append(helper.make_node("MatMul", ["hidden", "w.then"], ["out"], "/mlp/fc1/MatMul"))
@@ -337,6 +371,128 @@ def plain(folder: Path) -> None:
     for text in ["--check:", "does not load it on cpu", "Unheard", "stays as written"]:
         assert text in done.stderr, done.stderr
     assert (folder / "odd.onnx").is_file() and "1 of 1 candidates" in done.stdout
+    done = rewrite(path, folder / "odd.onnx", "--check", "--json", code=1)
+    found = json.loads(done.stdout)
+    assert found["sites"] == 1 and "does not load it on cpu" in found["check"]["error"], found
+    assert "--check:" in done.stderr, done.stderr
+
+
+def kinds(folder: Path) -> None:
+    """Outputs of whole numbers are compared but are no signal; strings are a note; another kind fails."""
+
+    def save(name: str, shift: int, word: bool, text: bool = True) -> Path:
+        """Outputs `x` * 2, uint32 and uint16 of it plus `shift`, and words."""
+        rng = np.random.default_rng(2)
+        kinds = [("u64", TensorProto.UINT64), ("u32", TensorProto.UINT32), ("u16", TensorProto.UINT16)]
+        kinds += [("i16", TensorProto.INT16), ("i64", TensorProto.INT64)]
+        tensors = [numpy_helper.from_array(rng.integers(1, 100, 8) + shift, "n")]
+        nodes = [helper.make_node("Add", ["x", "x"], ["y"], "double")]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b"])]
+        for kind, element in kinds:
+            nodes.append(helper.make_node("Cast", ["n"], [kind], f"cast.{kind}", to=element))
+            outputs.append(helper.make_tensor_value_info(kind, element, [8]))
+        if word:
+            element = TensorProto.STRING if text else TensorProto.FLOAT
+            nodes.append(helper.make_node("Cast", ["n"], ["words"], "cast.words", to=element))
+            outputs.append(helper.make_tensor_value_info("words", element, [8]))
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b"])
+        graph = helper.make_graph(nodes, "kinds", [x], outputs, tensors)
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / name
+        )
+        return folder / name
+
+    a, other = save("a.onnx", 0, True), save("other.onnx", 50, True)
+    report = verify(a, a)
+    assert [o["name"] for o in report["outputs"]["both"]] == ["y", "u64", "u32", "u16", "i16", "i64"]
+    assert all(o["identical"] for o in report["outputs"]["both"])
+    assert len(report["notes"]) == 1 and "`words`" in report["notes"][0], report["notes"]
+    report = verify(a, other, "--min-sqnr", "60")
+    assert [o["max_abs_error"] for o in report["outputs"]["both"]] == [0, 50, 50, 50, 50, 50]
+    assert len(verify(a, other, "--max-error", "49", code=1)["failures"]) == 5
+    (failure,) = verify(a, save("number.onnx", 0, True, text=False), code=1)["failures"]
+    assert "`words`" in failure and "float32 in B" in failure, failure
+    # Inputs of a type that cannot hold what the file says.
+    gather = helper.make_graph(
+        [helper.make_node("Gather", ["table", "at"], ["y"], "pick")],
+        "gather",
+        [helper.make_tensor_value_info("at", TensorProto.INT32, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+        [numpy_helper.from_array(np.arange(4, dtype=np.float32), "table")],
+    )
+    path, data = folder / "gather.onnx", folder / "inputs.safetensors"
+    onnx.save(helper.make_model(gather, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    for values, code in [([1.0, 3.0], 0), ([1.0, 2.5], 1), ([1.0, float("nan")], 1), ([1.0, 2.0**33], 1)]:
+        save_file({"at": np.array(values)}, str(data))
+        done = subprocess.run([REWRITE, "verify", path, path, "--data", data], capture_output=True, text=True)
+        assert done.returncode == code, (values, done.stdout, done.stderr)
+        assert code == 0 or ("`at`" in done.stderr and "Int32" in done.stderr), done.stderr
+
+
+def halfway(folder: Path) -> None:
+    """Samples that A refuses in their decode step are drawn anew and not counted, their first run either."""
+    model = merged_decoder()
+    graph = model.graph
+    del graph.input[2:], graph.node[1]
+    graph.node.insert(1, helper.make_node("MatMul", ["hidden", "w.then"], ["chosen"], "up"))
+    for node in graph.node:
+        node.output[:] = ["all" if o == "logits" else o for o in node.output]
+    # Behind a cache, a last token of 25 and more is out of range.
+    constants = {"axis": 2, "one": 1, "last": [-1], "few": np.zeros((25, 1, 1), np.float32)}
+    graph.initializer.extend(numpy_helper.from_array(np.array(v), n) for n, v in constants.items())
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["past_key_values.0.key"], ["shape"], "shape"),
+            helper.make_node("Gather", ["shape", "axis"], ["past"], "past"),
+            helper.make_node("Min", ["past", "one"], ["cached"], "cached"),
+            helper.make_node("Gather", ["input_ids", "last"], ["end"], "end", axis=1),
+            helper.make_node("Mul", ["end", "cached"], ["which"], "which"),
+            helper.make_node("Squeeze", ["which", "one_axis"], ["row"], "row"),
+            helper.make_node("Gather", ["few", "row"], ["zero"], "zero"),
+            helper.make_node("Add", ["all", "zero"], ["logits"], "logits"),
+        ]
+    )
+    graph.initializer.append(numpy_helper.from_array(np.array([1]), "one_axis"))
+    path, out = folder / "halfway.onnx", folder / "out.onnx"
+    onnx.save(model, path)
+    rewrite(path, out, "--all-linears")
+    report = verify(path, out, "--samples", "4", "--seq-len", "12")
+    assert "A itself fails on" in report["notes"][0] and report["runs"] == 8, report
+    logits = next(o for o in report["outputs"]["both"] if o["name"] == "logits")
+    assert logits["elements"] == 4 * 12 * 50, logits
+
+
+def two_layers(path: Path, folder: Path) -> None:
+    """A model whose names say nothing, and the checkpoint that it comes from."""
+    rng = np.random.default_rng(11)
+    weights = [rng.standard_normal((64, 96), dtype=np.float32), rng.standard_normal((96, 64), dtype=np.float32)]
+    names = [f"model.layers.0.mlp.{name}.weight" for name in ("up_proj", "down_proj")]
+    save_file({n: np.ascontiguousarray(w.T) for n, w in zip(names, weights, strict=True)}, folder / "c.safetensors")
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "n0"),
+        helper.make_node("Tanh", ["h"], ["t"], "n1"),
+        helper.make_node("MatMul", ["t", "b"], ["y"], "n2"),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", 64]) for n in "xy")
+    tensors = [numpy_helper.from_array(w, n) for n, w in zip("ab", weights, strict=True)]
+    graph = helper.make_graph(nodes, "two", [x], [y], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def checkpoint(folder: Path) -> None:
+    """What was named by a checkpoint is compared without it, layer by layer."""
+    path, out = folder / "two.onnx", folder / "out.onnx"
+    two_layers(path, folder)
+    for more in [[], ["--format", "fp8_e4m3"]]:
+        rewrite(path, out, "--tier-a", "--checkpoint", str(folder / "c.safetensors"), *more)
+        report = verify(path, out, "--layers", "--min-sqnr", "20")
+        shown = [(l["module_path"], l["node"], l["weight_format"], l["activation_format"]) for l in report["layers"]]
+        named = [(f"model.layers.0.mlp.{n}", node) for n, node in [("up_proj", "n0"), ("down_proj", "n2")]]
+        assert shown == [(*one, "fp8_e4m3", "fp8_e4m3") for one in named], shown
+        assert all(25 < l["local"]["sqnr_db"] < 35 for l in report["layers"]), report["layers"]
+        assert report["notes"] == [], report["notes"]
+        report = verify(path, out, "--layers", "--min-sqnr", "50", code=1)
+        assert len(report["failures"]) == 3 and "layer model.layers.0.mlp" in report["failures"][1], report["failures"]
 
 
 def main() -> None:

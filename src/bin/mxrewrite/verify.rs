@@ -32,14 +32,14 @@ pub struct VerifyArgs {
     /// Where the random numbers start
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "data")]
     seed: u64,
-    /// Samples; with a cache, each is followed by a decode step
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    /// Samples; with a cache, each is followed by a decode step [default: 2]
+    #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
-    samples: u32,
-    /// Tokens of a sample
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    samples: Option<u32>,
+    /// Tokens of a sample [default: 64]
+    #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
-    seq_len: u32,
+    seq_len: Option<u32>,
     /// Where both run: cpu, cuda, cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = one_device)]
     device: Request,
@@ -49,8 +49,9 @@ pub struct VerifyArgs {
     /// Fail when an output is off by more than this
     #[arg(long, value_name = "X", value_parser = bound, allow_negative_numbers = true)]
     max_error: Option<f64>,
-    /// Fail when an output, or with --layers a layer alone, has a lower signal-to-noise ratio
-    #[arg(long, value_name = "DB", allow_negative_numbers = true)]
+    /// Fail when a float output, or with --layers a layer alone, has a lower signal-to-noise ratio, or
+    /// when a layer cannot be compared
+    #[arg(long, value_name = "DB", value_parser = decibels, allow_negative_numbers = true)]
     min_sqnr: Option<f64>,
     /// libonnxruntime [default: ORT_DYLIB_PATH, beside mxrewrite, the onnxruntime Python package]
     #[arg(long, value_name = "PATH")]
@@ -68,8 +69,13 @@ Examples:
 Exit codes: 0 nothing wrong, 1 something is (the list ends the report), 2 usage.";
 
 fn bound(text: &str) -> Result<f64, String> {
-    let bound = text.parse::<f64>().ok().filter(|bound| *bound >= 0.0);
+    let bound = text.parse::<f64>().ok().filter(|bound| bound.is_finite() && *bound >= 0.0);
     bound.ok_or_else(|| "an error is a number from 0 on".to_owned())
+}
+
+fn decibels(text: &str) -> Result<f64, String> {
+    let bound = text.parse::<f64>().ok().filter(|bound| bound.is_finite());
+    bound.ok_or_else(|| "a signal-to-noise ratio is a number of decibels".to_owned())
 }
 
 fn one_device(text: &str) -> Result<Request, String> {
@@ -91,6 +97,9 @@ impl VerifyArgs {
                 Some("--data with text needs --tokenizer tokenizer.json")
             }
             (Some(_), Some(_)) if tensors => Some("--tokenizer is of no use for .safetensors"),
+            _ if tensors && (self.samples.is_some() || self.seq_len.is_some()) => {
+                Some("--samples and --seq-len are of no use for .safetensors: it is one run")
+            }
             _ => None,
         }
     }
@@ -104,9 +113,13 @@ impl VerifyArgs {
             (Some(data), None) => Source::Tensors(data.clone()),
             (None, _) => Source::Random { seed: self.seed },
         };
+        let size = Size {
+            samples: self.samples.unwrap_or(2) as usize,
+            seq_len: self.seq_len.unwrap_or(64) as usize,
+        };
         let options = VerifyOptions {
             source,
-            size: Size { samples: self.samples as usize, seq_len: self.seq_len as usize },
+            size,
             device: self.device.clone(),
             layers: self.layers,
             max_error: self.max_error,
