@@ -142,6 +142,11 @@ impl Matrix {
             Values::Packed { codes, .. } => codes,
         }
     }
+/// Whether a row is one value, repeated.
+pub(super) fn is_one_value(row: &[f32]) -> bool {
+    row.windows(2).all(|pair| bits(pair[0]) == bits(pair[1]))
+}
+
 
     /// One value, as a graph of type `target` holds it.
     pub fn at(&self, row: usize, col: usize, target: FloatKind) -> f32 {

@@ -113,15 +113,18 @@ fn one_number_that_differs_is_no_match() {
 
 #[test]
 fn equal_tensors_are_not_told_apart_silently() {
-    let (same, zero) = (numbers(24 * 40, 4), vec![0.0; 24 * 40]);
+    let (same, twice) = (numbers(24 * 40, 4), numbers(24 * 40, 9));
     let checkpoint = open(&[
         f32s("layers.0.mlp.up_proj.weight", &[24, 40], &same),
         f32s("layers.1.mlp.up_proj.weight", &[24, 40], &same),
-        f32s("layers.0.mlp.gate_proj.weight", &[24, 40], &zero),
-        f32s("layers.0.self_attn.q_proj.weight", &[24, 40], &zero),
+        f32s("layers.0.mlp.gate_proj.weight", &[24, 40], &twice),
+        f32s("layers.0.self_attn.q_proj.weight", &[24, 40], &twice),
     ])
     .unwrap();
-    let model = graph(&[("v0", 40, 24, transposed(&same, 24, 40)), ("v1", 40, 24, zero)]);
+    let model = graph(&[
+        ("v0", 40, 24, transposed(&same, 24, 40)),
+        ("v1", 40, 24, transposed(&twice, 24, 40)),
+    ]);
     let (names, sites) = find(&checkpoint, &model);
     // The same role both times: the first name, with little confidence. Two roles: none.
     assert_eq!(
@@ -133,6 +136,39 @@ fn equal_tensors_are_not_told_apart_silently() {
     let note = sites[1].note.as_ref().unwrap();
     assert!(note.contains("gate_proj") && note.contains("q_proj"), "{note}");
     assert_eq!(names.summary.unwrap().ambiguous, 2);
+}
+
+#[test]
+fn zeros_and_repeated_rows_name_nothing() {
+    let (mut embedding, k) = (numbers(64 * 40, 5), numbers(24 * 40, 6));
+    embedding[..40].fill(0.0);
+    let checkpoint = open(&[
+        f32s("m.embed_tokens.weight", &[64, 40], &embedding),
+        f32s("l.0.k_proj.weight", &[24, 40], &k),
+        f32s("l.0.mlp.up_proj.weight", &[24, 40], &[0.0; 24 * 40]),
+        f32s("twins.q_proj.weight", &[8, 40], &numbers(8 * 40, 7)),
+        f32s("twins.v_proj.weight", &[8, 40], &numbers(8 * 40, 7)),
+    ])
+    .unwrap();
+    let half = &k[..12 * 40];
+    let repeated = [half, half].concat();
+    let interleaved: Vec<f32> = (0..24).flat_map(|row| k[row / 2 * 40..][..40].to_vec()).collect();
+    let twice = numbers(8 * 40, 7).repeat(2);
+    let model = graph(&[
+        ("v0", 40, 24, vec![0.0; 24 * 40]),
+        ("v1", 40, 24, transposed(&repeated, 24, 40)),
+        ("v2", 40, 24, transposed(&interleaved, 24, 40)),
+        // Rows of zeros among others are rows of the parameter.
+        ("v3", 40, 64, transposed(&embedding, 64, 40)),
+        // Two parameters that are equal may both be in it, and in which order is not known.
+        ("v4", 40, 16, transposed(&twice, 16, 40)),
+    ]);
+    let (_, sites) = find(&checkpoint, &model);
+    let nothing = ("", PathSource::None);
+    let found = paths(&sites);
+    assert_eq!(found[..4], [nothing, nothing, nothing, ("m.embed_tokens", BY_CONTENT)]);
+    let note = sites[4].note.as_deref().unwrap_or_default();
+    assert!(found[4] == nothing && note.contains("twins.{q_proj,v_proj}"), "{:?}", sites[4]);
 }
 
 #[test]
