@@ -67,7 +67,9 @@ pub struct RewritePlan {
 impl RewritePlan {
     /// Gives every site of `scan` the format of the recipe's rule that took it. The scan has to come
     /// from the same recipe's filter.
-    pub fn new(scan: SiteScan, recipe: Recipe) -> Self {
+    pub fn new(scan: SiteScan, mut recipe: Recipe) -> Self {
+        // A checkpoint without packed weights makes no weight another than its rule says.
+        recipe.packed &= scan.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.packed > 0);
         let mut skipped = scan.skipped;
         let sites = scan
             .sites
@@ -75,7 +77,7 @@ impl RewritePlan {
             .filter_map(|site| {
                 let chosen = recipe.rules.get(site.rule)?.format?;
                 let (format, weight_source, refused) = match scan.checkpoint {
-                    Some(_) => import(&site, chosen, recipe.import),
+                    Some(_) => import(&site, chosen, recipe.packed),
                     None => (chosen, None, None),
                 };
                 if let Some(reason) = no_form(&site, &format, recipe.lowering) {

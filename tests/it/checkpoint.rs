@@ -200,6 +200,9 @@ fn shards_are_followed_and_files_that_lie_are_named() {
     let arguments = ["m.onnx", "-o", "out.onnx", "--tier-a", "--checkpoint", "ckpt"];
     let plan = json(folder.path(), &[&arguments[..], &["--plan", "--json"]].concat());
     assert_eq!(plan["sites"][0]["module_path"], "l.0.mlp.up_proj");
+    // It has no packed weight, and is needed for the names.
+    assert_eq!(plan["recipe"]["checkpoint"], "required");
+    assert!(plan["recipe"]["packed_weights"].is_null());
 
     let fails = |expected: &[&str]| {
         let done = run(folder.path(), &arguments);

@@ -255,6 +255,15 @@ fn codes_of_compressed_tensors_are_written_as_they_are() {
     for scale in [Dtype::U8, Dtype::F8_E8M0] {
         let own = |end: &str| format!("model.layers.3.mlp.{end}");
         safetensors(
+    // Asked for by name, the format is imported all the same, and needs the checkpoint as well.
+    let named = ["--tier-a", "--format", "fp4_e2m1", "--checkpoint", ".", "--json"];
+    json(folder.path(), &[&["m.onnx", "-o", "c.onnx"], &named[..]].concat());
+    let without = run(folder.path(), &["m.onnx", "-o", "d.onnx", "--recipe", "c.onnx"]);
+    assert_eq!(without.status.code(), Some(2), "{}", text(&without.stderr));
+    let again = ["m.onnx", "-o", "d.onnx", "--recipe", "c.onnx", "--checkpoint", ".", "--json"];
+    let report = json(folder.path(), &again);
+    assert!(report["plan"]["recipe"]["packed_weights"].is_null(), "{}", report["plan"]["recipe"]);
+    assert_eq!(read("c.onnx"), read("d.onnx"));
             &folder.path().join("model.safetensors"),
             &[
                 (own("up_proj.weight_packed"), Dtype::U8, vec![24, 48], fp4.codes.clone()),
