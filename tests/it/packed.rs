@@ -217,6 +217,32 @@ fn a_format_that_is_asked_for_is_made_and_a_plan_makes_the_same_again() {
         let note = site["note"].to_string();
         assert_eq!(note.contains("quantised again: the checkpoint holds fp4_e2m1"), asks, "{note}");
     }
+    // Blocks of X are those of the weight, under any lowering, and a rule that says another size is told.
+    for lowering in ["mx", "qdq"] {
+        let rule = format!(
+            "lowering = \"{lowering}\"\npacked_weights = \"checkpoint\"\n[[rules]]\nrole = \"expert\"\n\
+             weight_format = \"fp8_e4m3\"\nblock_size = 64\n"
+        );
+        fs::write(folder.path().join("r.toml"), rule).unwrap();
+        let plan = plan(&["--recipe", "r.toml"]);
+        let site = &plan["sites"][0];
+        assert_eq!((&site["weight_format"], &site["block_size"]), (&"fp4_e2m1".into(), &32.into()));
+        assert!(
+            site["note"].to_string().contains("for the activation too, and not of 64"),
+            "{site}"
+        );
+        let (output, input) = (format!("{lowering}.onnx"), "m.onnx");
+        let arguments = [input, "-o", &output, "--recipe", "r.toml", "--checkpoint", ".", "--json"];
+        json(folder.path(), &arguments);
+        // k = 64 is two blocks: the qdq form reshapes X by the block.
+        let made = Model::open(folder.path().join(&output)).unwrap();
+        let has_64 = made.graph().nodes().any(|(_, node)| {
+            node.attribute
+                .iter()
+                .any(|a| a.name.as_deref() == Some("block_size") && a.i == Some(64))
+        });
+        assert!(!has_64, "{lowering}");
+    }
     let weight_only = plan(&["--tier-a", "--activation-format", "none"]);
     assert_eq!(weight_only["sites"][0]["activation_format"], "none");
     assert_eq!(weight_only["sites"][0]["weight_source"], "checkpoint");
