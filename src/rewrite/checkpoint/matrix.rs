@@ -21,7 +21,7 @@ const NAN_SCALE: u8 = 0xff;
 #[derive(Clone, Debug)]
 pub(super) struct Matrix {
     /// The parameter without `.weight` and the like.
-    pub module: String,
+    pub module: Arc<str>,
     /// Which of the stack it is, when it is of one.
     pub expert: Option<usize>,
     /// The tensor's full name, for messages.

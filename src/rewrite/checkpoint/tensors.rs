@@ -80,7 +80,7 @@ fn matrix(
     values: Values,
 ) -> Matrix {
     let (tensor, path): (Arc<str>, _) = (name.into(), entry.path.clone());
-    Matrix { module: module(name), expert, tensor, path, rows, cols, values }
+    Matrix { module: module(name), expert: None, tensor, path, rows, cols, values }
 }
 
 /// The module of a parameter.

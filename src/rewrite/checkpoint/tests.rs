@@ -279,6 +279,16 @@ fn what_the_graph_says_is_weighed() {
     let (path, source, note) = settle(&one, "model.layers.1.mlp.up_proj", metadata, false, false);
     assert_eq!((path, source), (own.clone(), BY_CONTENT));
     assert!(note.contains("model.layers.1.mlp.up_proj") && note.contains("metadata"), "{note}");
+    // A name that says nothing of the layer's kind does not win over one that does.
+    let strange = found(&["blk.0.ffn_in.weight"]);
+    let (path, source, note) = settle(&strange, &own, metadata, false, false);
+    assert_eq!((path, source), (own.clone(), metadata));
+    assert!(note.contains("blk.0.ffn_in"), "{note}");
+    assert_eq!(settle(&strange, "", PathSource::None, false, false).0, "blk.0.ffn_in");
+    // Mistral's own names are known.
+    let mistral = found(&["layers.0.attention.wq.weight"]);
+    let q = "model.layers.0.self_attn.q_proj";
+    assert_eq!(settle(&mistral, q, metadata, false, false).0, "layers.0.attention.wq");
     // A stack is less than its expert.
     let (path, source, _) = settle(&one, "model.layers.0.mlp", metadata, false, false);
     assert_eq!((path, source), (own.clone(), BY_CONTENT));
