@@ -249,6 +249,11 @@ fn shards_are_followed_and_files_that_lie_are_named() {
         println!("{what}");
         fails(&["a.safetensors"]);
     }
+    let spaces = format!("{{}}{}", " ".repeat(33 << 20));
+    fs::write(ckpt.join("a.safetensors"), with_header(&spaces, &[])).unwrap();
+    fails(&["a.safetensors", "header of 34603010 bytes"]);
+    fs::write(ckpt.join("a.safetensors"), "a text that is something else").unwrap();
+    fails(&["a.safetensors", "is no safetensors file"]);
     fs::remove_dir_all(&ckpt).unwrap();
     fails(&["ckpt"]);
     fs::create_dir(&ckpt).unwrap();
