@@ -51,6 +51,24 @@ pub(super) enum FloatKind {
     Bf16,
 }
 
+impl Values {
+    /// Values `first .. first + count` of them, whole blocks where there are blocks.
+    pub fn part(&self, first: usize, count: usize) -> Self {
+        let of =
+            |bytes: &Bytes, bits: usize| bytes.slice(first * bits / 8..(first + count) * bits / 8);
+        match self {
+            Self::Float { float, bytes } => {
+                Self::Float { float: *float, bytes: of(bytes, 8 * float.width()) }
+            }
+            Self::Packed { format, codes, scales } => Self::Packed {
+                format: *format,
+                codes: of(codes, format.bits() as usize),
+                scales: scales.slice(first / BLOCK..(first + count) / BLOCK),
+            },
+        }
+    }
+}
+
 impl FloatKind {
     /// The type of a graph's weight.
     pub fn of(data_type: DataType) -> Option<Self> {
@@ -124,6 +142,11 @@ pub(super) fn equal(a: &[f32], b: &[f32]) -> bool {
     a.chunks(64).zip(b.chunks(64)).all(same)
 }
 
+/// Whether a row is one value, repeated.
+pub(super) fn is_one_value(row: &[f32]) -> bool {
+    row.windows(2).all(|pair| bits(pair[0]) == bits(pair[1]))
+}
+
 impl Matrix {
     /// Lines of one orientation, and their length: the rows, or the columns.
     pub fn lines(&self, columns: bool) -> (usize, usize) {
@@ -142,11 +165,6 @@ impl Matrix {
             Values::Packed { codes, .. } => codes,
         }
     }
-/// Whether a row is one value, repeated.
-pub(super) fn is_one_value(row: &[f32]) -> bool {
-    row.windows(2).all(|pair| bits(pair[0]) == bits(pair[1]))
-}
-
 
     /// One value, as a graph of type `target` holds it.
     pub fn at(&self, row: usize, col: usize, target: FloatKind) -> f32 {
@@ -223,12 +241,11 @@ pub(super) fn is_one_value(row: &[f32]) -> bool {
         }
     }
 
-    /// Row and block of the first scale that is NaN.
-    pub fn nan_block(&self) -> Option<(usize, usize)> {
+    /// The first block of a row whose scale is NaN.
+    pub fn nan_block(&self, row: usize) -> Option<usize> {
         let Values::Packed { scales, .. } = &self.values else { return None };
         let blocks = self.cols / BLOCK;
-        let first = scales.iter().position(|&byte| byte == NAN_SCALE)?;
-        Some((first / blocks, first % blocks))
+        scales[row * blocks..][..blocks].iter().position(|&byte| byte == NAN_SCALE)
     }
 }
 

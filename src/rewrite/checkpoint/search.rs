@@ -6,8 +6,8 @@ use super::{
 };
 use crate::{onnx, rewrite::weights::Rows};
 
-/// Values of one comparison.
-const TILE_VALUES: usize = 1 << 18;
+/// Values of one comparison, unless a single row has more.
+const TILE_VALUES: usize = 1 << 20;
 
 /// Most runs that a weight is put together from: heads that an exporter reordered.
 const MOST_RUNS: usize = 4096;
@@ -67,7 +67,7 @@ impl Search<'_> {
         while row < self.rows.n {
             let key = row_keys(self.rows, row, 1)?.first().copied().unwrap_or_default();
             let mut best: Vec<Run> = Vec::new();
-            for &line in index.get(key) {
+            for line in index.get(key) {
                 let Some(run) = self.run(row, line)? else { continue };
                 if assembly.iter().filter_map(|runs| runs.first()).any(|used| used.overlaps(&run)) {
                     continue;
@@ -137,7 +137,7 @@ impl Search<'_> {
         most: usize,
     ) -> Result<(usize, bool), onnx::Error> {
         let (matrix, k) = (&self.matrices[line.matrix], self.rows.k);
-        let tile = (TILE_VALUES / k).clamp(64, 1024).min(most);
+        let tile = (TILE_VALUES / k).clamp(1, 1024).min(most);
         let (mut ours, mut theirs) = (vec![0.0; tile * k], vec![0.0; tile * k]);
         let mut telling = false;
         for done in (0..most).step_by(tile) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use mx_kernels::ElementFormat;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{Checkpoint, CheckpointError, Found, Names};
+use super::{Checkpoint, CheckpointError, Found, Names, matrix::FloatKind, tensors};
 use crate::{
     onnx::{DataType, Model, testing::ModelBuilder},
     rewrite::{
@@ -308,6 +308,30 @@ fn what_the_graph_says_is_weighed() {
     assert!(path == "a.q_proj" && note.contains("a.k_proj, a.v_proj"), "{path} {note}");
 }
 
+#[test]
+fn a_stack_that_no_layer_is_of_costs_nothing() {
+    let values = numbers(24 * 40, 8);
+    let checkpoint = open(&[
+        f32s("conv.weight", &[1000, 1, 1], &[0.5; 1000]),
+        f32s("l.experts.up_proj", &[2, 40, 12], &values),
+    ])
+    .unwrap();
+    assert_eq!(checkpoint.stacks.len(), 2);
+    let of = |lengths: &[usize]| {
+        let lengths = lengths.iter().copied().collect();
+        let stacks = checkpoint.stacks.iter().filter(|stack| stack.has_lines_of(&lengths));
+        stacks.flat_map(tensors::Stack::matrices).collect::<Vec<_>>()
+    };
+    assert_eq!((of(&[24]).len(), of(&[40]).len(), of(&[12]).len()), (0, 2, 2));
+    let second = &of(&[40])[1];
+    assert_eq!((second.expert, second.at(1, 0, FloatKind::F32)), (Some(1), values[41 * 12]));
+    // A row that is more than one comparison takes by itself is one all the same.
+    let long = numbers(3 << 19, 8);
+    let checkpoint = open(&[f32s("l.up_proj.weight", &[3, 1 << 19], &long)]).unwrap();
+    let model = graph(&[("v0", 1 << 19, 3, transposed(&long, 3, 1 << 19))]);
+    assert_eq!(paths(&find(&checkpoint, &model).1), [("l.up_proj", BY_CONTENT)]);
+}
+
 fn message(result: Result<Checkpoint, CheckpointError>) -> String {
     result.expect_err("a bad checkpoint").to_string()
 }
@@ -349,27 +373,46 @@ fn scales_have_to_fit_their_codes() {
         ("a.weight_scale", Dtype::F8_E4M3, vec![4, 4], vec![1; 16]),
         ("b.weight", Dtype::F8_E4M3, vec![4, 64], vec![1; 256]),
     ];
-    assert!(open(&nvfp4).unwrap().matrices.is_empty());
+    assert!(open(&nvfp4).unwrap().stacks.is_empty());
+    // Neither is what merely has such a name.
+    assert!(open(&[bytes("attn.mask_blocks", &[4, 4])]).unwrap().stacks.is_empty());
 }
 
 #[test]
 fn a_nan_scale_is_refused_when_the_weight_could_be_meant() {
+    let codes: Vec<u8> = (0..96).map(|i| (i * 29 + 8) as u8).collect();
     let tensors = |scale: u8| -> [Tensor; 2] {
         let mut scales = vec![127; 2 * 3];
         scales[4] = scale;
         [
-            ("e.up_blocks", Dtype::U8, vec![3, 2, 16], vec![0x21; 96]),
+            ("e.up_blocks", Dtype::U8, vec![3, 2, 16], codes.clone()),
             ("e.up_scales", Dtype::U8, vec![3, 2], scales),
         ]
     };
     let checkpoint = open(&tensors(0xff)).unwrap();
     let sites = |model: &Model| find_sites(model, &everything()).unwrap().sites;
-    let model = graph(&[("v0", 64, 3, numbers(192, 1))]);
+    // An exporter that widened the codes has NaN in the graph.
+    let spec = mx_kernels::QuantSpec::mx(ElementFormat::Fp4E2M1).unwrap();
+    let mut values = vec![0.0; 192];
+    mx_kernels::dequantize_rows(
+        &spec,
+        &codes,
+        &[127, 127, 127, 127, 0xff, 127],
+        3,
+        64,
+        &mut values,
+    )
+    .unwrap();
+    assert!(values[2 * 64].is_nan());
+    let model = graph(&[("v0", 64, 3, transposed(&values, 3, 64))]);
     let message = checkpoint.find(&model, &sites(&model), None).unwrap_err().to_string();
     let parts = ["'e.up_blocks'", "model.safetensors", "block 0 of row 2", "0xff"];
     assert!(parts.iter().all(|part| message.contains(part)), "{message}");
-    let other = graph(&[("v0", 32, 3, numbers(96, 1))]);
-    assert!(checkpoint.find(&other, &sites(&other), None).is_ok());
+    // A weight that is another one has nothing to do with the damage, be its k the same.
+    for k in [32, 64] {
+        let other = graph(&[("v0", k, 3, numbers(3 * k, 1))]);
+        assert!(checkpoint.find(&other, &sites(&other), None).is_ok());
+    }
 }
 
 #[test]
