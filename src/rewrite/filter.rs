@@ -131,7 +131,11 @@ impl Filter {
 
     /// Takes or leaves one Linear.
     pub fn decide(&self, subject: &Subject<'_>) -> Decision {
-        let found = self.rules.iter().position(|rule| rule.matches(subject, self.depth));
+        self.decide_by(subject, |rule| rule.matches(subject, self.depth))
+    }
+
+    fn decide_by(&self, subject: &Subject<'_>, is_for: impl Fn(&Compiled) -> bool) -> Decision {
+        let found = self.rules.iter().position(is_for);
         let Some(index) = found else { return Decision::Leave(self.reason(subject)) };
         if self.rules[index].format.is_none() {
             return Decision::Leave(format!("kept by rule {} of {}", index + 1, self.title));
@@ -142,13 +146,21 @@ impl Filter {
         }
     }
 
-    /// Takes or leaves one product that several layers make up: it is taken when all of them are, in
-    /// one format.
-    pub fn decide_parts(&self, parts: &[Subject<'_>]) -> Decision {
+    /// Takes or leaves one product that several layers make up. What is said of the product itself (a
+    /// rule for it, an expression that excludes it) decides; else it is taken when all of `parts`
+    /// are, in one format.
+    pub fn decide_joined(&self, whole: &Subject<'_>, parts: &[Subject<'_>]) -> Decision {
+        if let Some(regex) = self.exclude.iter().find(|regex| finds(regex, whole)) {
+            return Decision::Leave(format!("excluded by --exclude '{regex}'"));
+        }
+        if self.rules.iter().any(|rule| rule.matches(whole, self.depth)) {
+            return self.decide(whole);
+        }
         let mut rule: Option<usize> = None;
         for part in parts {
             let of = |path: Option<&str>| path.unwrap_or_default().to_owned();
-            let taken = match self.decide(part) {
+            let is_for = |rule: &Compiled| rule.matches(part, self.depth) && !rule.excludes(whole);
+            let taken = match self.decide_by(part, is_for) {
                 Decision::Take(taken) => taken,
                 Decision::Leave(reason) => {
                     let path = of(part.path);
@@ -228,7 +240,11 @@ impl Compiled {
         by_role
             && (self.layers.is_empty() || self.layers.iter().any(in_range))
             && (self.include.is_empty() || self.include.iter().any(includes))
-            && !self.exclude.iter().any(|regex| finds(regex, subject))
+            && !self.excludes(subject)
+    }
+
+    fn excludes(&self, subject: &Subject<'_>) -> bool {
+        self.exclude.iter().any(|regex| finds(regex, subject))
     }
 }
 
@@ -366,10 +382,31 @@ mod tests {
             subject(Some("layers.0.self_attn.q_proj"), Role::Attention),
             subject(Some("layers.0.mlp.fc1"), Role::Mlp),
         ];
-        let decide = |rules: &[Rule]| Filter::new("r", rules, &[]).unwrap().decide_parts(&parts);
+        let whole = subject(Some("layers.0.{self_attn.q_proj,mlp.fc1}"), Role::Packed);
+        let excluding = |rules: &[Rule], exclude: &[&str]| {
+            let exclude: Vec<String> = exclude.iter().map(|&e| e.to_owned()).collect();
+            Filter::new("r", rules, &exclude).unwrap().decide_joined(&whole, &parts)
+        };
+        let decide = |rules: &[Rule]| excluding(rules, &[]);
         let both = rules(vec![Select::mlp(), Select::attention()]);
         assert_eq!(decide(&both), Decision::Take(1));
         assert!(matches!(decide(&both[..1]), Decision::Leave(why) if why.contains("q_proj")));
+        // What names the product itself wins over what its layers are.
+        let own = r"layers\.0\.\{self_attn";
+        for exclude in [own, "q_proj"] {
+            let left = excluding(&both, &[exclude]);
+            assert!(matches!(&left, Decision::Leave(why) if why.contains("excluded")), "{left:?}");
+        }
+        let keep = Rule { select: Select::named(own), format: None };
+        let kept = decide(&[vec![keep], both.clone()].concat());
+        assert_eq!(kept, Decision::Leave("kept by rule 1 of r".into()));
+        let mut others = both.clone();
+        others[0].select.exclude = vec![own.into()];
+        assert!(matches!(decide(&others), Decision::Leave(_)));
+        assert_eq!(
+            decide(&[both.clone(), rules(vec![Select::named(own)])].concat()),
+            Decision::Take(2)
+        );
         let mut mixed = both;
         mixed[0].format = Some(SiteFormat::Bf16);
         assert!(

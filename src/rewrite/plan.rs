@@ -67,7 +67,9 @@ pub struct RewritePlan {
 impl RewritePlan {
     /// Gives every site of `scan` the format of the recipe's rule that took it. The scan has to come
     /// from the same recipe's filter.
-    pub fn new(scan: SiteScan, recipe: Recipe) -> Self {
+    pub fn new(scan: SiteScan, mut recipe: Recipe) -> Self {
+        // A checkpoint without packed weights makes no weight another than its rule says.
+        recipe.packed &= scan.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.packed > 0);
         let mut skipped = scan.skipped;
         let sites = scan
             .sites
@@ -75,7 +77,7 @@ impl RewritePlan {
             .filter_map(|site| {
                 let chosen = recipe.rules.get(site.rule)?.format?;
                 let (format, weight_source, refused) = match scan.checkpoint {
-                    Some(_) => import(&site, chosen, recipe.import),
+                    Some(_) => import(&site, chosen, recipe.packed),
                     None => (chosen, None, None),
                 };
                 if let Some(reason) = no_form(&site, &format, recipe.lowering) {
@@ -139,8 +141,8 @@ fn no_form(site: &Site, format: &SiteFormat, lowering: Lowering) -> Option<Strin
     ))
 }
 
-/// The format of a site for which a rule chose `chosen`, where its codes come from, and why they are
-/// not the checkpoint's although that has some. `always`: they are, whatever the rule says.
+/// The format of a site for which a rule chose `chosen`, where its codes come from, and what is to be
+/// noted: why they are not the checkpoint's although that has some, or what that changes else. `always`: they are, whatever the rule says.
 fn import(
     site: &Site,
     chosen: SiteFormat,
@@ -151,11 +153,18 @@ fn import(
     let SiteFormat::Mx { weight, activation } = chosen else { return quantised(None) };
     let stored = packed.spec(&weight);
     if always || weight == stored {
-        return (
-            SiteFormat::Mx { weight: stored, activation },
-            Some(WeightSource::Checkpoint),
-            None,
-        );
+        // X is quantised in the weight's blocks, be they the rule's or the checkpoint's.
+        let block_size = stored.block_size;
+        let other = activation.filter(|spec| spec.block_size != block_size);
+        let note = other.map(|spec| {
+            format!(
+                "blocks of {block_size}, as the checkpoint holds them, for the activation too, and not of {}",
+                spec.block_size
+            )
+        });
+        let activation = activation.map(|spec| QuantSpec { block_size, ..spec });
+        let format = SiteFormat::Mx { weight: stored, activation };
+        return (format, Some(WeightSource::Checkpoint), note);
     }
     let spelled = |spec: &QuantSpec| match spec.scale {
         ScaleKind::E8M0 => format!("{} in blocks of {}", spec.format, spec.block_size),

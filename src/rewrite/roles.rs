@@ -18,6 +18,8 @@ const MLP: &[&[&str]] = &[
     &["w3"],
     &["dense_h_to_4h"],
     &["dense_4h_to_h"],
+    &["mlp1"],
+    &["mlp2"],
     &["mlp", "c_fc"],
     &["mlp", "c_proj"],
 ];
@@ -37,6 +39,11 @@ const ATTENTION: &[&[&str]] = &[
     &["dense"],
     &["query_key_value"],
     &["wqkv"],
+    &["wq"],
+    &["wk"],
+    &["wv"],
+    // T5's feed-forward block has a `wo` as well.
+    &["attn", "wo"],
     &["out_proj"],
 ];
 
@@ -160,6 +167,8 @@ mod tests {
             "gpt_neox.layers.0.mlp.dense_4h_to_h",
             "model.layers.0.block_sparse_moe.experts.7.w3",
             "model.layers.0.mlp.up_proj.base_layer",
+            "block.0.mlp.experts.3.mlp1",
+            "layers.0.feed_forward.w1",
         ];
         let attention = [
             "transformer.h.0.attn.c_proj",
@@ -170,6 +179,8 @@ mod tests {
             "encoder.layer.0.attention.self.query",
             "transformer.blocks.0.attn.Wqkv",
             "layers.0.dense",
+            "layers.0.attention.wq",
+            "layers.0.attention.wo",
         ];
         for path in mlp {
             assert_eq!(family(path), Some(Family::Mlp), "{path}");
@@ -177,8 +188,15 @@ mod tests {
         for path in attention {
             assert_eq!(family(path), Some(Family::Attention), "{path}");
         }
-        for path in ["c_proj", "transformer.h.0.c_proj", "mlp.dense", "lm_head", "up_proj2", "gate"]
-        {
+        for path in [
+            "c_proj",
+            "transformer.h.0.c_proj",
+            "mlp.dense",
+            "lm_head",
+            "up_proj2",
+            "gate",
+            "DenseReluDense.wo",
+        ] {
             assert_eq!(family(path), None, "{path}");
         }
     }

@@ -186,16 +186,14 @@ impl Search<'_> {
             node: &node_name,
             initializer: &linear.weight.root,
         };
-        let mut decision = filter.decide(&subject);
-        if matches!(decision, Decision::Leave(_)) && !mixture.is_empty() && !head {
-            let part = |path| Subject {
-                path: Some(path),
-                role: roles::role(Some(path), false),
-                ..subject
-            };
+        let part =
+            |path| Subject { path: Some(path), role: roles::role(Some(path), false), ..subject };
+        let decision = if mixture.is_empty() || head {
+            filter.decide(&subject)
+        } else {
             let parts: Vec<Subject<'_>> = mixture.iter().map(|path| part(path)).collect();
-            decision = filter.decide_parts(&parts);
-        }
+            filter.decide_joined(&subject, &parts)
+        };
         match decision {
             Decision::Leave(reason) => {
                 let reason = note.map_or(reason.clone(), |note| format!("{reason}; {note}"));

@@ -15,7 +15,7 @@ use crate::onnx::{self, Model};
 
 /// Sets [`PlannedSite::expected_sqnr`](super::PlannedSite::expected_sqnr) of every site: 10 log10 of
 /// sum w^2 / sum (w - q)^2 in decibels, where q is the weight after quantising. Infinite where nothing
-/// is lost (codes of a checkpoint are the weight), NaN where the weight is not finite.
+/// is lost (codes of a checkpoint are the weight, whatever the graph's float type made of it), NaN where the weight is not finite.
 ///
 /// # Errors
 /// A weight that cannot be read.

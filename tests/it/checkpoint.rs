@@ -200,6 +200,9 @@ fn shards_are_followed_and_files_that_lie_are_named() {
     let arguments = ["m.onnx", "-o", "out.onnx", "--tier-a", "--checkpoint", "ckpt"];
     let plan = json(folder.path(), &[&arguments[..], &["--plan", "--json"]].concat());
     assert_eq!(plan["sites"][0]["module_path"], "l.0.mlp.up_proj");
+    // It has no packed weight, and is needed for the names.
+    assert_eq!(plan["recipe"]["checkpoint"], "required");
+    assert!(plan["recipe"]["packed_weights"].is_null());
 
     let fails = |expected: &[&str]| {
         let done = run(folder.path(), &arguments);
@@ -246,6 +249,11 @@ fn shards_are_followed_and_files_that_lie_are_named() {
         println!("{what}");
         fails(&["a.safetensors"]);
     }
+    let spaces = format!("{{}}{}", " ".repeat(33 << 20));
+    fs::write(ckpt.join("a.safetensors"), with_header(&spaces, &[])).unwrap();
+    fails(&["a.safetensors", "header of 34603010 bytes"]);
+    fs::write(ckpt.join("a.safetensors"), "a text that is something else").unwrap();
+    fails(&["a.safetensors", "is no safetensors file"]);
     fs::remove_dir_all(&ckpt).unwrap();
     fails(&["ckpt"]);
     fs::create_dir(&ckpt).unwrap();

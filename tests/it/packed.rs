@@ -217,6 +217,32 @@ fn a_format_that_is_asked_for_is_made_and_a_plan_makes_the_same_again() {
         let note = site["note"].to_string();
         assert_eq!(note.contains("quantised again: the checkpoint holds fp4_e2m1"), asks, "{note}");
     }
+    // Blocks of X are those of the weight, under any lowering, and a rule that says another size is told.
+    for lowering in ["mx", "qdq"] {
+        let rule = format!(
+            "lowering = \"{lowering}\"\npacked_weights = \"checkpoint\"\n[[rules]]\nrole = \"expert\"\n\
+             weight_format = \"fp8_e4m3\"\nblock_size = 64\n"
+        );
+        fs::write(folder.path().join("r.toml"), rule).unwrap();
+        let plan = plan(&["--recipe", "r.toml"]);
+        let site = &plan["sites"][0];
+        assert_eq!((&site["weight_format"], &site["block_size"]), (&"fp4_e2m1".into(), &32.into()));
+        assert!(
+            site["note"].to_string().contains("for the activation too, and not of 64"),
+            "{site}"
+        );
+        let (output, input) = (format!("{lowering}.onnx"), "m.onnx");
+        let arguments = [input, "-o", &output, "--recipe", "r.toml", "--checkpoint", ".", "--json"];
+        json(folder.path(), &arguments);
+        // k = 64 is two blocks: the qdq form reshapes X by the block.
+        let made = Model::open(folder.path().join(&output)).unwrap();
+        let has_64 = made.graph().nodes().any(|(_, node)| {
+            node.attribute
+                .iter()
+                .any(|a| a.name.as_deref() == Some("block_size") && a.i == Some(64))
+        });
+        assert!(!has_64, "{lowering}");
+    }
     let weight_only = plan(&["--tier-a", "--activation-format", "none"]);
     assert_eq!(weight_only["sites"][0]["activation_format"], "none");
     assert_eq!(weight_only["sites"][0]["weight_source"], "checkpoint");
@@ -229,9 +255,44 @@ fn a_format_that_is_asked_for_is_made_and_a_plan_makes_the_same_again() {
     json(folder.path(), &[&again[..], &["--checkpoint", ".", "--json"]].concat());
     let read = |name: &str| fs::read(folder.path().join(name)).unwrap();
     assert_eq!(read("a.onnx"), read("b.onnx"), "the recipe in the metadata makes the same file");
+    // Asked for by name, the format is imported all the same, and needs the checkpoint as well.
+    let named = ["--tier-a", "--format", "fp4_e2m1", "--checkpoint", ".", "--json"];
+    json(folder.path(), &[&["m.onnx", "-o", "c.onnx"], &named[..]].concat());
+    let without = run(folder.path(), &["m.onnx", "-o", "d.onnx", "--recipe", "c.onnx"]);
+    assert_eq!(without.status.code(), Some(2), "{}", text(&without.stderr));
+    let again = ["m.onnx", "-o", "d.onnx", "--recipe", "c.onnx", "--checkpoint", ".", "--json"];
+    let report = json(folder.path(), &again);
+    assert!(report["plan"]["recipe"]["packed_weights"].is_null(), "{}", report["plan"]["recipe"]);
+    assert_eq!(read("c.onnx"), read("d.onnx"));
     let shown = run(folder.path(), &["m.onnx", "--plan", "--tier-a", "--checkpoint", "."]);
     let shown = text(&shown.stdout);
     assert!(shown.contains("fp4_e2m1 (imported)") && shown.contains("7 imported"), "{shown}");
+}
+
+#[test]
+fn names_of_openai_are_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let experts = [Fp4::new(8, 64, 1), Fp4::new(8, 64, 2)];
+    let codes = experts.iter().flat_map(|e| e.codes.clone()).collect();
+    let scales = experts.iter().flat_map(|e| e.scales.clone()).collect();
+    let own = |end: &str| format!("block.0.mlp.mlp1_weight.{end}");
+    safetensors(
+        &folder.path().join("model.safetensors"),
+        &[
+            (own("blocks"), Dtype::U8, vec![2, 8, 2, 16], codes),
+            (own("scales"), Dtype::U8, vec![2, 8, 2], scales),
+        ],
+    );
+    let all: Vec<usize> = (0..8).collect();
+    let name = "model.layers.0.mlp.experts.1.gate_up_proj.weight";
+    let weight = floats(name, &[64, 8], DataType::Float, &experts[1].turned(&all));
+    write(folder.path(), "m.onnx", products(vec![weight]));
+    let arguments = ["m.onnx", "-o", "o.onnx", "--tier-a", "--checkpoint", ".", "--json"];
+    let report = json(folder.path(), &arguments);
+    let site = &report["plan"]["sites"][0];
+    assert_eq!(site["module_path"], "block.0.mlp.experts.1.mlp1");
+    assert_eq!((&site["role"], &site["weight_source"]), (&"expert".into(), &"checkpoint".into()));
+    assert_eq!(packed(&folder.path().join("o.onnx"))[name], experts[1].bytes(&all));
 }
 
 #[test]

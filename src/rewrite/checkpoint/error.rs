@@ -24,7 +24,7 @@ pub enum CheckpointError {
         path: PathBuf,
     },
     /// A file that is no safetensors, or whose header does not fit it.
-    #[error("checkpoint file '{}': {what}; download it again", path.display())]
+    #[error("checkpoint file '{}': {what}", path.display())]
     File {
         /// The file.
         path: PathBuf,

@@ -14,13 +14,16 @@ use std::{
 };
 
 use bytes::Bytes;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use super::CheckpointError;
 use crate::onnx::{self, map};
 
 /// More than the index of any checkpoint takes.
 const LARGEST_INDEX: u64 = 256 << 20;
+
+/// More than the header of any file takes: names, types and shapes, some hundred bytes a tensor.
+const LARGEST_HEADER: u64 = 32 << 20;
 
 /// A tensor as stored.
 #[derive(Clone, Debug)]
@@ -80,8 +83,28 @@ fn names_in(folder: &Path) -> Result<BTreeSet<String>, CheckpointError> {
 fn read(path: &Path, entries: &mut Entries) -> Result<(), CheckpointError> {
     let bytes = map(path).map_err(CheckpointError::Io)?;
     let file = |what: String| CheckpointError::File { path: path.to_owned(), what };
-    let tensors = SafeTensors::deserialize(&bytes)
-        .map_err(|error| file(format!("is no whole safetensors file ({error})")))?;
+    if let Some((length, _)) = bytes.split_first_chunk::<8>() {
+        let length = u64::from_le_bytes(*length);
+        // Parsed, a header takes several times its size.
+        if length > LARGEST_HEADER && length <= bytes.len() as u64 {
+            return Err(file(format!(
+                "has a header of {length} bytes, more than the {LARGEST_HEADER} that are read"
+            )));
+        }
+    }
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| {
+        use SafeTensorError as E;
+        file(match error {
+            // The header is whole and does not fit what follows.
+            E::MetadataIncompleteBuffer
+            | E::InvalidOffset(_)
+            | E::TensorInvalidInfo
+            | E::ValidationOverflow => {
+                format!("is cut off or damaged ({error}); download it again")
+            }
+            error => format!("is no safetensors file, or is cut off in its header ({error})"),
+        })
+    })?;
     let shared = Arc::new(path.to_owned());
     for (name, view) in tensors.iter() {
         let entry = Entry {

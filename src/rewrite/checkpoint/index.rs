@@ -3,7 +3,7 @@
 //! A line's key is a hash of [`PROBES`] of its values at fixed places. Equal lines have equal keys;
 //! what has the same key is compared whole before it is believed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use rayon::prelude::*;
 
@@ -13,7 +13,7 @@ use crate::{onnx, rewrite::weights::Rows};
 /// Values of a line that its key is made of.
 pub(super) const PROBES: usize = 16;
 
-/// Most lines that are remembered under one key: a checkpoint of zeros has millions.
+/// Most lines of one key that are looked at: a checkpoint of zeros has millions.
 const MOST: usize = 64;
 
 /// A line of a matrix.
@@ -27,9 +27,9 @@ pub(super) struct Line {
     pub line: usize,
 }
 
-/// Lines by key.
-#[derive(Debug, Default)]
-pub(super) struct Index(HashMap<u64, Vec<Line>>);
+/// Lines by key: sorted by it, those of one key in the checkpoint's order.
+#[derive(Debug)]
+pub(super) struct Index(Vec<(u64, Line)>);
 
 /// The places that a key of `length` values looks at, spread evenly.
 pub(super) fn places(length: usize) -> [usize; PROBES] {
@@ -112,18 +112,15 @@ impl Index {
             found
         };
         let found: Vec<_> = matrices.par_iter().enumerate().map(of_matrix).collect();
-        let mut index = Self::default();
-        for (key, line) in found.into_iter().flatten() {
-            let lines = index.0.entry(key).or_default();
-            if lines.len() < MOST {
-                lines.push(line);
-            }
-        }
-        index
+        let mut lines: Vec<(u64, Line)> = Vec::with_capacity(found.iter().map(Vec::len).sum());
+        lines.extend(found.into_iter().flatten());
+        lines.par_sort_by_key(|&(key, _)| key);
+        Self(lines)
     }
 
     /// Lines that may be the one with this key, in the checkpoint's order.
-    pub fn get(&self, key: u64) -> &[Line] {
-        self.0.get(&key).map_or(&[], Vec::as_slice)
+    pub fn get(&self, key: u64) -> impl Iterator<Item = Line> {
+        let from = &self.0[self.0.partition_point(|&(other, _)| other < key)..];
+        from.iter().take_while(move |&&(other, _)| other == key).take(MOST).map(|&(_, line)| line)
     }
 }

@@ -21,7 +21,7 @@ const NAN_SCALE: u8 = 0xff;
 #[derive(Clone, Debug)]
 pub(super) struct Matrix {
     /// The parameter without `.weight` and the like.
-    pub module: String,
+    pub module: Arc<str>,
     /// Which of the stack it is, when it is of one.
     pub expert: Option<usize>,
     /// The tensor's full name, for messages.
@@ -49,6 +49,24 @@ pub(super) enum FloatKind {
     F32,
     F16,
     Bf16,
+}
+
+impl Values {
+    /// Values `first .. first + count` of them, whole blocks where there are blocks.
+    pub fn part(&self, first: usize, count: usize) -> Self {
+        let of =
+            |bytes: &Bytes, bits: usize| bytes.slice(first * bits / 8..(first + count) * bits / 8);
+        match self {
+            Self::Float { float, bytes } => {
+                Self::Float { float: *float, bytes: of(bytes, 8 * float.width()) }
+            }
+            Self::Packed { format, codes, scales } => Self::Packed {
+                format: *format,
+                codes: of(codes, format.bits() as usize),
+                scales: scales.slice(first / BLOCK..(first + count) / BLOCK),
+            },
+        }
+    }
 }
 
 impl FloatKind {
@@ -122,6 +140,11 @@ pub(super) fn equal(a: &[f32], b: &[f32]) -> bool {
         differing == 0 || a.iter().zip(b).all(|(&a, &b)| bits(a) == bits(b))
     };
     a.chunks(64).zip(b.chunks(64)).all(same)
+}
+
+/// Whether a row is one value, repeated.
+pub(super) fn is_one_value(row: &[f32]) -> bool {
+    row.windows(2).all(|pair| bits(pair[0]) == bits(pair[1]))
 }
 
 impl Matrix {
@@ -218,12 +241,11 @@ impl Matrix {
         }
     }
 
-    /// Row and block of the first scale that is NaN.
-    pub fn nan_block(&self) -> Option<(usize, usize)> {
+    /// The first block of a row whose scale is NaN.
+    pub fn nan_block(&self, row: usize) -> Option<usize> {
         let Values::Packed { scales, .. } = &self.values else { return None };
         let blocks = self.cols / BLOCK;
-        let first = scales.iter().position(|&byte| byte == NAN_SCALE)?;
-        Some((first / blocks, first % blocks))
+        scales[row * blocks..][..blocks].iter().position(|&byte| byte == NAN_SCALE)
     }
 }
 

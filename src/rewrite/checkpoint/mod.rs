@@ -34,7 +34,8 @@ pub(crate) use naming::{Found, Settled};
 use self::{
     index::{Index, row_keys},
     matrix::{FloatKind, Matrix},
-    search::{Assembly, Search},
+    search::{Assembly, Run, Search},
+    tensors::Stack,
 };
 use super::{
     execute::ExecuteError,
@@ -48,7 +49,7 @@ use crate::onnx::{self, Model};
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    matrices: Vec<Matrix>,
+    stacks: Vec<Stack>,
 }
 
 /// How much of a graph is in a checkpoint.
@@ -91,8 +92,8 @@ impl Checkpoint {
     /// [`CheckpointError`]: nothing there, a file that is damaged, an index that names what is missing,
     /// scales that do not fit their codes.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let matrices = tensors::matrices(&files::open(path)?)?;
-        Ok(Self { path: path.to_owned(), matrices })
+        let stacks = tensors::stacks(&files::open(path)?)?;
+        Ok(Self { path: path.to_owned(), stacks })
     }
 
     /// Looks for the weights of `sites`, layers of `model`, with `threads` threads.
@@ -118,7 +119,11 @@ impl Checkpoint {
             });
             of_site.push(number);
         }
-        let found = patch.threads.run(|| self.search(&weights))?;
+        // A stack that no layer's rows are in may be of millions.
+        let lengths = weights.iter().map(|rows| rows.k).collect();
+        let stacks = self.stacks.iter().filter(|stack| stack.has_lines_of(&lengths));
+        let matrices: Vec<Matrix> = stacks.flat_map(Stack::matrices).collect();
+        let found = patch.threads.run(|| search(&matrices, &weights))?;
         let found: Vec<Option<Arc<Found>>> = found.into_iter().map(|f| f.map(Arc::new)).collect();
         let by_site = sites.iter().copied().zip(of_site);
         let found: HashMap<_, _> = by_site
@@ -134,73 +139,71 @@ impl Checkpoint {
         };
         Ok(Names { found, summary: Some(summary) })
     }
+}
 
-    fn search(&self, weights: &[Rows]) -> Result<Vec<Option<Found>>, CheckpointError> {
-        let mut found = vec![None; weights.len()];
-        for target in [FloatKind::F32, FloatKind::F16, FloatKind::Bf16] {
-            let of_type =
-                |&number: &usize| FloatKind::of(weights[number].data_type()) == Some(target);
-            let numbers: Vec<usize> = (0..weights.len()).filter(of_type).collect();
-            let lengths = |numbers: &[usize]| numbers.iter().map(|&n| weights[n].k).collect();
-            self.refuse_nan(&lengths(&numbers))?;
-            let index = Index::of_anchors(&self.matrices, &lengths(&numbers), target);
-            self.assemble(weights, &numbers, target, &index, &mut found)?;
-            let rest: Vec<usize> = numbers.into_iter().filter(|&n| found[n].is_none()).collect();
-            if rest.is_empty() {
-                continue;
-            }
-            // They begin elsewhere: inside a parameter, or with its rows in another order.
-            let keys = rest.par_iter().map(|&n| row_keys(&weights[n], 0, weights[n].n));
-            let keys: Vec<Vec<u64>> = keys.collect::<Result<_, _>>()?;
-            let wanted: HashSet<u64> = keys.into_iter().flatten().collect();
-            let index = Index::of_lines(&self.matrices, &lengths(&rest), target, &wanted);
-            self.assemble(weights, &rest, target, &index, &mut found)?;
+/// What each of `weights` is.
+fn search(matrices: &[Matrix], weights: &[Rows]) -> Result<Vec<Option<Found>>, CheckpointError> {
+    let mut found = vec![None; weights.len()];
+    for target in [FloatKind::F32, FloatKind::F16, FloatKind::Bf16] {
+        let of_type = |&number: &usize| FloatKind::of(weights[number].data_type()) == Some(target);
+        let numbers: Vec<usize> = (0..weights.len()).filter(of_type).collect();
+        let lengths = |numbers: &[usize]| numbers.iter().map(|&n| weights[n].k).collect();
+        let index = Index::of_anchors(matrices, &lengths(&numbers), target);
+        assemble(matrices, weights, &numbers, target, &index, &mut found)?;
+        let rest: Vec<usize> = numbers.into_iter().filter(|&n| found[n].is_none()).collect();
+        if rest.is_empty() {
+            continue;
         }
-        Ok(found)
+        // They begin elsewhere: inside a parameter, or with its rows in another order.
+        let keys = rest.par_iter().map(|&n| row_keys(&weights[n], 0, weights[n].n));
+        let keys: Vec<Vec<u64>> = keys.collect::<Result<_, _>>()?;
+        let wanted: HashSet<u64> = keys.into_iter().flatten().collect();
+        let index = Index::of_lines(matrices, &lengths(&rest), target, &wanted);
+        assemble(matrices, weights, &rest, target, &index, &mut found)?;
     }
+    Ok(found)
+}
 
-    fn assemble(
-        &self,
-        weights: &[Rows],
-        numbers: &[usize],
-        target: FloatKind,
-        index: &Index,
-        found: &mut [Option<Found>],
-    ) -> Result<(), CheckpointError> {
-        let one = |&number: &usize| {
-            let search = Search { matrices: &self.matrices, rows: &weights[number], target };
-            let assembly = search.assemble(index)?;
-            weights[number].release();
-            let used = assembly.iter().flatten().flatten().map(|run| run.first.matrix);
-            used.for_each(|matrix| onnx::release(self.matrices[matrix].bytes()));
-            Ok((number, assembly))
-        };
-        let all: Vec<(usize, Option<Assembly>)> =
-            numbers.par_iter().map(one).collect::<Result<_, onnx::Error>>()?;
-        for (number, assembly) in all {
-            found[number] = assembly.map(|assembly| Found::new(&self.matrices, &assembly));
+fn assemble(
+    matrices: &[Matrix],
+    weights: &[Rows],
+    numbers: &[usize],
+    target: FloatKind,
+    index: &Index,
+    found: &mut [Option<Found>],
+) -> Result<(), CheckpointError> {
+    let one = |&number: &usize| -> Result<_, CheckpointError> {
+        let assembly = Search { matrices, rows: &weights[number], target }.assemble(index)?;
+        weights[number].release();
+        for run in assembly.iter().flatten().flatten() {
+            refuse_nan(&matrices[run.first.matrix], run)?;
+            onnx::release(matrices[run.first.matrix].bytes());
         }
-        Ok(())
+        Ok((number, assembly))
+    };
+    let all: Vec<(usize, Option<Assembly>)> =
+        numbers.par_iter().map(one).collect::<Result<_, _>>()?;
+    for (number, assembly) in all {
+        found[number] = assembly.map(|assembly| Found::new(matrices, &assembly));
     }
+    Ok(())
+}
 
-    /// A block whose scale is NaN stands for no weight: it matches nothing, and is nothing to import.
-    fn refuse_nan(&self, lengths: &HashSet<usize>) -> Result<(), CheckpointError> {
-        let wrong = self
-            .matrices
-            .par_iter()
-            .filter(|matrix| lengths.contains(&matrix.cols))
-            .find_map_first(|matrix| matrix.nan_block().map(|place| (matrix, place)));
-        let Some((matrix, (row, block))) = wrong else { return Ok(()) };
-        let expert = matrix.expert.map_or(String::new(), |expert| format!("of expert {expert} "));
-        Err(CheckpointError::Tensor {
-            tensor: matrix.tensor.to_string(),
-            path: matrix.path.as_ref().clone(),
-            what: format!(
-                "the scale of block {block} of row {row} {expert}is 0xff, NaN: the weight is damaged; \
-                 download it again, or leave --checkpoint out"
-            ),
-        })
-    }
+/// A block whose scale is NaN stands for no weight: what has one is nothing to import.
+fn refuse_nan(matrix: &Matrix, run: &Run) -> Result<(), CheckpointError> {
+    let rows = (0..run.count).map(|row| run.first.line + row * run.step);
+    let wrong =
+        rows.filter(|_| !run.first.columns).find_map(|row| Some((row, matrix.nan_block(row)?)));
+    let Some((row, block)) = wrong else { return Ok(()) };
+    let expert = matrix.expert.map_or(String::new(), |expert| format!("of expert {expert} "));
+    Err(CheckpointError::Tensor {
+        tensor: matrix.tensor.to_string(),
+        path: matrix.path.as_ref().clone(),
+        what: format!(
+            "the scale of block {block} of row {row} {expert}is 0xff, NaN: the weight is damaged; \
+             download it again, or leave --checkpoint out"
+        ),
+    })
 }
 
 impl From<ExecuteError> for CheckpointError {

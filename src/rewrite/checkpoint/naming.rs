@@ -6,7 +6,7 @@ use super::{
     search::{Assembly, Run},
 };
 use crate::rewrite::{
-    roles,
+    roles::{self, components},
     sites::{PathSource, Role},
 };
 
@@ -16,6 +16,7 @@ const JOINED: &[(&[&str], &str)] = &[
     (&["query", "key", "value"], "query_key_value"),
     (&["gate_proj", "up_proj"], "gate_up_proj"),
     (&["w1", "w3"], "gate_up_proj"),
+    (&["wq", "wk", "wv"], "wqkv"),
 ];
 
 /// Names that a note lists before it says how many more there are.
@@ -140,6 +141,15 @@ impl Found {
                     false => self.by_content(found, None),
                 }
             }
+            // A scheme of names that nothing is known of is no reason to forget what a layer is.
+            Some(path)
+                if self.role.unwrap_or_else(|| roles::role(Some(found), false)) == Role::Other
+                    && roles::role(Some(&path), false) != Role::Other =>
+            {
+                let note = format!("the checkpoint calls it {found}");
+                let notes: Vec<String> = [note].into_iter().chain(self.parts.clone()).collect();
+                keep(Some(path), Some(notes.join("; ")))
+            }
             Some(path) => {
                 let note = format!("the graph ({source}) calls it {path}");
                 self.by_content(found, Some(note))
@@ -206,6 +216,10 @@ fn with_expert(module: &str, expert: Option<usize>) -> String {
         (Some(expert), Some((stack, own))) if stack.ends_with("experts") => {
             format!("{stack}.{expert}.{own}")
         }
+        // OpenAI's gpt-oss has the stacks right in `mlp`.
+        (Some(expert), Some((mlp, own @ ("mlp1" | "mlp2")))) => {
+            format!("{mlp}.experts.{expert}.{own}")
+        }
         (Some(expert), _) => format!("{module}.{expert}"),
     }
 }
@@ -254,10 +268,6 @@ fn agree(a: &str, b: &str) -> bool {
     let (a, b) = (components(a), components(b));
     let (long, short) = if a.len() >= b.len() { (&a, &b) } else { (&b, &a) };
     long.ends_with(short) || short.len() > 1 && long.starts_with(short)
-}
-
-fn components(path: &str) -> Vec<String> {
-    roles::components(path)
 }
 
 /// `a, b and 3 more`.

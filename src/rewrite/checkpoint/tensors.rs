@@ -15,9 +15,8 @@
 //! 15df5d1c99eced45e0517f8dcfcf082cc0b5a4b4, nvfp4/helpers.py (packing) at
 //! 01dd1a58d39e47c617df54aaa4519a30273be0c5.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
-use bytes::Bytes;
 use mx_kernels::ElementFormat;
 use safetensors::Dtype;
 
@@ -32,21 +31,44 @@ const GPT_OSS: [(&str, &str); 2] = [("_blocks", "_scales"), (".blocks", ".scales
 const PACKED: (&str, &str) = (".weight_packed", ".weight_scale");
 const PLAIN: (&str, &str) = (".weight", ".weight_scale");
 
+/// A matrix of the checkpoint, or a stack of such.
+#[derive(Clone, Debug)]
+pub(super) struct Stack {
+    /// How many there are; `None` for one that is not stacked.
+    count: Option<usize>,
+    /// The first one, with the values of all.
+    all: Matrix,
+}
+
+impl Stack {
+    /// Whether rows or columns of its matrices are of one of these lengths.
+    pub fn has_lines_of(&self, lengths: &HashSet<usize>) -> bool {
+        let by_columns = self.all.has_columns() && lengths.contains(&self.all.rows);
+        lengths.contains(&self.all.cols) || by_columns
+    }
+
+    /// Its matrices, in order.
+    pub fn matrices(&self) -> impl Iterator<Item = Matrix> {
+        let size = self.all.rows * self.all.cols;
+        (0..self.count.unwrap_or(1)).map(move |index| Matrix {
+            expert: self.count.map(|_| index),
+            values: self.all.values.part(index * size, size),
+            ..self.all.clone()
+        })
+    }
+}
+
 /// Every matrix of the checkpoint, in the order of names. Vectors, scales and what is of no known type
 /// are none.
-pub(super) fn matrices(entries: &Entries) -> Result<Vec<Matrix>, CheckpointError> {
+pub(super) fn stacks(entries: &Entries) -> Result<Vec<Stack>, CheckpointError> {
     let mut all = Vec::new();
     for (name, entry) in entries {
         if let Some(pair) = Pair::find(entries, name, entry)? {
-            pair.split(&mut all)?;
+            all.push(pair.stack()?);
         } else if let Some(float) = float_kind(entry.dtype) {
-            let Some((stack, [rows, cols])) = extents(&entry.shape) else { continue };
-            let size = rows * cols * if float == FloatKind::F32 { 4 } else { 2 };
-            for index in 0..stack.unwrap_or(1) {
-                let bytes = entry.bytes.slice(index * size..(index + 1) * size);
-                let values = Values::Float { float, bytes };
-                all.push(matrix(name, entry, stack.map(|_| index), [rows, cols], values));
-            }
+            let Some((count, extents)) = extents(&entry.shape) else { continue };
+            let values = Values::Float { float, bytes: entry.bytes.clone() };
+            all.push(Stack { count, all: matrix(name, entry, extents, values) });
         }
     }
     Ok(all)
@@ -72,22 +94,18 @@ fn extents(shape: &[usize]) -> Option<(Option<usize>, [usize; 2])> {
     }
 }
 
-fn matrix(
-    name: &str,
-    entry: &Entry,
-    expert: Option<usize>,
-    [rows, cols]: [usize; 2],
-    values: Values,
-) -> Matrix {
+fn matrix(name: &str, entry: &Entry, [rows, cols]: [usize; 2], values: Values) -> Matrix {
     let (tensor, path): (Arc<str>, _) = (name.into(), entry.path.clone());
-    Matrix { module: module(name), expert, tensor, path, rows, cols, values }
+    Matrix { module: module(name), expert: None, tensor, path, rows, cols, values }
 }
 
 /// The module of a parameter.
-fn module(name: &str) -> String {
+fn module(name: &str) -> Arc<str> {
     let endings = ["_blocks", ".blocks", ".weight_packed"];
-    let name = endings.iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(name);
-    name.strip_suffix(".weight").unwrap_or(name).to_owned()
+    let own = endings.iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(name);
+    // OpenAI's gpt-oss has `mlp1_weight.blocks`.
+    let ending = if name.ends_with(".blocks") { "_weight" } else { ".weight" };
+    own.strip_suffix(ending).unwrap_or(own).into()
 }
 
 /// Codes and their scales.
@@ -128,7 +146,10 @@ impl<'a> Pair<'a> {
             Some(scales) => !is_exponents(scales.dtype),
             None => format == ElementFormat::Fp8E4M3,
         };
-        if !blocked && other {
+        // `attn.mask_blocks` is a name like any other.
+        let other =
+            if blocked { scales.is_none() && codes.shape.last() != Some(&16) } else { other };
+        if other {
             return Ok(None);
         }
         let Some(scales) = scales else {
@@ -143,20 +164,12 @@ impl<'a> Pair<'a> {
     }
 
     /// One matrix, or one of every expert.
-    fn split(self, all: &mut Vec<Matrix>) -> Result<(), CheckpointError> {
+    fn stack(self) -> Result<Stack, CheckpointError> {
+        let (count, extents) = self.extents()?;
         let Self { name, codes, scales, format, .. } = self;
-        let row_bytes = |cols: usize| cols * format.bits() as usize / 8;
-        let (stack, [rows, cols]) = self.extents()?;
-        for index in 0..stack.unwrap_or(1) {
-            let part = |bytes: &Bytes, size: usize| bytes.slice(index * size..(index + 1) * size);
-            let values = Values::Packed {
-                format,
-                codes: part(&codes.bytes, rows * row_bytes(cols)),
-                scales: part(&scales.bytes, rows * cols / BLOCK),
-            };
-            all.push(matrix(name, codes, stack.map(|_| index), [rows, cols], values));
-        }
-        Ok(())
+        let values =
+            Values::Packed { format, codes: codes.bytes.clone(), scales: scales.bytes.clone() };
+        Ok(Stack { count, all: matrix(name, codes, extents, values) })
     }
 
     /// Matrices and their extents, the scales' shape checked against the codes'.

@@ -5,7 +5,7 @@ use std::path::Path;
 use mx_kernels::ElementFormat;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{Checkpoint, CheckpointError, Found, Names};
+use super::{Checkpoint, CheckpointError, Found, Names, matrix::FloatKind, tensors};
 use crate::{
     onnx::{DataType, Model, testing::ModelBuilder},
     rewrite::{
@@ -113,15 +113,18 @@ fn one_number_that_differs_is_no_match() {
 
 #[test]
 fn equal_tensors_are_not_told_apart_silently() {
-    let (same, zero) = (numbers(24 * 40, 4), vec![0.0; 24 * 40]);
+    let (same, twice) = (numbers(24 * 40, 4), numbers(24 * 40, 9));
     let checkpoint = open(&[
         f32s("layers.0.mlp.up_proj.weight", &[24, 40], &same),
         f32s("layers.1.mlp.up_proj.weight", &[24, 40], &same),
-        f32s("layers.0.mlp.gate_proj.weight", &[24, 40], &zero),
-        f32s("layers.0.self_attn.q_proj.weight", &[24, 40], &zero),
+        f32s("layers.0.mlp.gate_proj.weight", &[24, 40], &twice),
+        f32s("layers.0.self_attn.q_proj.weight", &[24, 40], &twice),
     ])
     .unwrap();
-    let model = graph(&[("v0", 40, 24, transposed(&same, 24, 40)), ("v1", 40, 24, zero)]);
+    let model = graph(&[
+        ("v0", 40, 24, transposed(&same, 24, 40)),
+        ("v1", 40, 24, transposed(&twice, 24, 40)),
+    ]);
     let (names, sites) = find(&checkpoint, &model);
     // The same role both times: the first name, with little confidence. Two roles: none.
     assert_eq!(
@@ -133,6 +136,39 @@ fn equal_tensors_are_not_told_apart_silently() {
     let note = sites[1].note.as_ref().unwrap();
     assert!(note.contains("gate_proj") && note.contains("q_proj"), "{note}");
     assert_eq!(names.summary.unwrap().ambiguous, 2);
+}
+
+#[test]
+fn zeros_and_repeated_rows_name_nothing() {
+    let (mut embedding, k) = (numbers(64 * 40, 5), numbers(24 * 40, 6));
+    embedding[..40].fill(0.0);
+    let checkpoint = open(&[
+        f32s("m.embed_tokens.weight", &[64, 40], &embedding),
+        f32s("l.0.k_proj.weight", &[24, 40], &k),
+        f32s("l.0.mlp.up_proj.weight", &[24, 40], &[0.0; 24 * 40]),
+        f32s("twins.q_proj.weight", &[8, 40], &numbers(8 * 40, 7)),
+        f32s("twins.v_proj.weight", &[8, 40], &numbers(8 * 40, 7)),
+    ])
+    .unwrap();
+    let half = &k[..12 * 40];
+    let repeated = [half, half].concat();
+    let interleaved: Vec<f32> = (0..24).flat_map(|row| k[row / 2 * 40..][..40].to_vec()).collect();
+    let twice = numbers(8 * 40, 7).repeat(2);
+    let model = graph(&[
+        ("v0", 40, 24, vec![0.0; 24 * 40]),
+        ("v1", 40, 24, transposed(&repeated, 24, 40)),
+        ("v2", 40, 24, transposed(&interleaved, 24, 40)),
+        // Rows of zeros among others are rows of the parameter.
+        ("v3", 40, 64, transposed(&embedding, 64, 40)),
+        // Two parameters that are equal may both be in it, and in which order is not known.
+        ("v4", 40, 16, transposed(&twice, 16, 40)),
+    ]);
+    let (_, sites) = find(&checkpoint, &model);
+    let nothing = ("", PathSource::None);
+    let found = paths(&sites);
+    assert_eq!(found[..4], [nothing, nothing, nothing, ("m.embed_tokens", BY_CONTENT)]);
+    let note = sites[4].note.as_deref().unwrap_or_default();
+    assert!(found[4] == nothing && note.contains("twins.{q_proj,v_proj}"), "{:?}", sites[4]);
 }
 
 #[test]
@@ -243,6 +279,16 @@ fn what_the_graph_says_is_weighed() {
     let (path, source, note) = settle(&one, "model.layers.1.mlp.up_proj", metadata, false, false);
     assert_eq!((path, source), (own.clone(), BY_CONTENT));
     assert!(note.contains("model.layers.1.mlp.up_proj") && note.contains("metadata"), "{note}");
+    // A name that says nothing of the layer's kind does not win over one that does.
+    let strange = found(&["blk.0.ffn_in.weight"]);
+    let (path, source, note) = settle(&strange, &own, metadata, false, false);
+    assert_eq!((path, source), (own.clone(), metadata));
+    assert!(note.contains("blk.0.ffn_in"), "{note}");
+    assert_eq!(settle(&strange, "", PathSource::None, false, false).0, "blk.0.ffn_in");
+    // Mistral's own names are known.
+    let mistral = found(&["layers.0.attention.wq.weight"]);
+    let q = "model.layers.0.self_attn.q_proj";
+    assert_eq!(settle(&mistral, q, metadata, false, false).0, "layers.0.attention.wq");
     // A stack is less than its expert.
     let (path, source, _) = settle(&one, "model.layers.0.mlp", metadata, false, false);
     assert_eq!((path, source), (own.clone(), BY_CONTENT));
@@ -260,6 +306,30 @@ fn what_the_graph_says_is_weighed() {
     );
     let (path, _, note) = settle(&twins, "a.q_proj", metadata, false, false);
     assert!(path == "a.q_proj" && note.contains("a.k_proj, a.v_proj"), "{path} {note}");
+}
+
+#[test]
+fn a_stack_that_no_layer_is_of_costs_nothing() {
+    let values = numbers(24 * 40, 8);
+    let checkpoint = open(&[
+        f32s("conv.weight", &[1000, 1, 1], &[0.5; 1000]),
+        f32s("l.experts.up_proj", &[2, 40, 12], &values),
+    ])
+    .unwrap();
+    assert_eq!(checkpoint.stacks.len(), 2);
+    let of = |lengths: &[usize]| {
+        let lengths = lengths.iter().copied().collect();
+        let stacks = checkpoint.stacks.iter().filter(|stack| stack.has_lines_of(&lengths));
+        stacks.flat_map(tensors::Stack::matrices).collect::<Vec<_>>()
+    };
+    assert_eq!((of(&[24]).len(), of(&[40]).len(), of(&[12]).len()), (0, 2, 2));
+    let second = &of(&[40])[1];
+    assert_eq!((second.expert, second.at(1, 0, FloatKind::F32)), (Some(1), values[41 * 12]));
+    // A row that is more than one comparison takes by itself is one all the same.
+    let long = numbers(3 << 19, 8);
+    let checkpoint = open(&[f32s("l.up_proj.weight", &[3, 1 << 19], &long)]).unwrap();
+    let model = graph(&[("v0", 1 << 19, 3, transposed(&long, 3, 1 << 19))]);
+    assert_eq!(paths(&find(&checkpoint, &model).1), [("l.up_proj", BY_CONTENT)]);
 }
 
 fn message(result: Result<Checkpoint, CheckpointError>) -> String {
@@ -303,27 +373,46 @@ fn scales_have_to_fit_their_codes() {
         ("a.weight_scale", Dtype::F8_E4M3, vec![4, 4], vec![1; 16]),
         ("b.weight", Dtype::F8_E4M3, vec![4, 64], vec![1; 256]),
     ];
-    assert!(open(&nvfp4).unwrap().matrices.is_empty());
+    assert!(open(&nvfp4).unwrap().stacks.is_empty());
+    // Neither is what merely has such a name.
+    assert!(open(&[bytes("attn.mask_blocks", &[4, 4])]).unwrap().stacks.is_empty());
 }
 
 #[test]
 fn a_nan_scale_is_refused_when_the_weight_could_be_meant() {
+    let codes: Vec<u8> = (0..96).map(|i| (i * 29 + 8) as u8).collect();
     let tensors = |scale: u8| -> [Tensor; 2] {
         let mut scales = vec![127; 2 * 3];
         scales[4] = scale;
         [
-            ("e.up_blocks", Dtype::U8, vec![3, 2, 16], vec![0x21; 96]),
+            ("e.up_blocks", Dtype::U8, vec![3, 2, 16], codes.clone()),
             ("e.up_scales", Dtype::U8, vec![3, 2], scales),
         ]
     };
     let checkpoint = open(&tensors(0xff)).unwrap();
     let sites = |model: &Model| find_sites(model, &everything()).unwrap().sites;
-    let model = graph(&[("v0", 64, 3, numbers(192, 1))]);
+    // An exporter that widened the codes has NaN in the graph.
+    let spec = mx_kernels::QuantSpec::mx(ElementFormat::Fp4E2M1).unwrap();
+    let mut values = vec![0.0; 192];
+    mx_kernels::dequantize_rows(
+        &spec,
+        &codes,
+        &[127, 127, 127, 127, 0xff, 127],
+        3,
+        64,
+        &mut values,
+    )
+    .unwrap();
+    assert!(values[2 * 64].is_nan());
+    let model = graph(&[("v0", 64, 3, transposed(&values, 3, 64))]);
     let message = checkpoint.find(&model, &sites(&model), None).unwrap_err().to_string();
     let parts = ["'e.up_blocks'", "model.safetensors", "block 0 of row 2", "0xff"];
     assert!(parts.iter().all(|part| message.contains(part)), "{message}");
-    let other = graph(&[("v0", 32, 3, numbers(96, 1))]);
-    assert!(checkpoint.find(&other, &sites(&other), None).is_ok());
+    // A weight that is another one has nothing to do with the damage, be its k the same.
+    for k in [32, 64] {
+        let other = graph(&[("v0", k, 3, numbers(3 * k, 1))]);
+        assert!(checkpoint.find(&other, &sites(&other), None).is_ok());
+    }
 }
 
 #[test]

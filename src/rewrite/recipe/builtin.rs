@@ -38,13 +38,15 @@ impl Recipe {
             if recipe.import && options.checkpoint.is_none() {
                 return Err(RecipeError::NoCheckpoint { name: recipe.name });
             }
+            recipe.import = options.checkpoint.is_some();
             return Ok(recipe);
         }
         Ok(Self {
             name: options.tier.title(),
             lowering: options.lowering,
             base_dtype: options.base_dtype,
-            import: imports(options),
+            import: options.checkpoint.is_some(),
+            packed: takes_packed(options),
             rules: tier_rules(options)?,
             exclude: options.exclude.clone(),
         })
@@ -83,7 +85,7 @@ impl Recipe {
 }
 
 /// Packed weights are taken as they are unless the options ask for a format.
-fn imports(options: &RewriteOptions) -> bool {
+fn takes_packed(options: &RewriteOptions) -> bool {
     let default = RewriteOptions::default();
     let asks = options.format.is_some()
         || options.tier.has_fixed_formats()

@@ -114,9 +114,12 @@ pub struct Recipe {
     pub lowering: Lowering,
     /// Float type of everything else.
     pub base_dtype: Option<BaseDtype>,
-    /// Weights that a checkpoint holds as MX codes are taken as they are, whatever format the rules
-    /// say. Needs a checkpoint.
+    /// Needs a checkpoint: it names layers by their weights, and weights that it holds as MX codes of
+    /// their rule's format are taken from it.
     pub import: bool,
+    /// Weights that the checkpoint holds as MX codes are taken as they are, whatever format the rules
+    /// say.
+    pub packed: bool,
     /// The rules.
     pub rules: Vec<Rule>,
     /// Regular expressions of layers that no rule takes.
@@ -136,10 +139,10 @@ pub enum RecipeError {
         /// Why.
         why: &'static str,
     },
-    /// A recipe that takes weights from a checkpoint, without one.
+    /// A recipe that needs a checkpoint, without one.
     #[error(
-        "{name} takes packed weights from a checkpoint (packed_weights = \"checkpoint\"): name it with \
-         --checkpoint, or take that line out"
+        "{name} needs a checkpoint, which names layers or holds their codes (checkpoint = \"required\" or \
+         packed_weights = \"checkpoint\"): name it with --checkpoint, or take those lines out"
     )]
     NoCheckpoint {
         /// The recipe.

@@ -12,6 +12,9 @@ use crate::rewrite::{
 /// `weight_format` of a rule that leaves its layers as they are.
 pub(super) const KEEP: &str = "keep";
 
+/// `checkpoint` of a recipe that needs one.
+pub(super) const REQUIRED: &str = "required";
+
 /// `packed_weights` of a recipe that takes packed weights from a checkpoint.
 pub(super) const IMPORT: &str = "checkpoint";
 
@@ -22,6 +25,8 @@ struct Document<'a> {
     lowering: Lowering,
     #[serde(skip_serializing_if = "Option::is_none")]
     base_dtype: Option<BaseDtype>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     packed_weights: Option<&'static str>,
     rules: Vec<Table<'a>>,
@@ -114,6 +119,9 @@ impl Recipe {
             text.push_str(&format!("base_dtype = {}\n", quoted(base.name())));
         }
         if self.import {
+            text.push_str(&format!("checkpoint = {}\n", quoted(REQUIRED)));
+        }
+        if self.packed {
             text.push_str(&format!("packed_weights = {}\n", quoted(IMPORT)));
         }
         if !self.exclude.is_empty() {
@@ -133,7 +141,8 @@ impl Serialize for Recipe {
             name: &self.name,
             lowering: self.lowering,
             base_dtype: self.base_dtype,
-            packed_weights: self.import.then_some(IMPORT),
+            checkpoint: self.import.then_some(REQUIRED),
+            packed_weights: self.packed.then_some(IMPORT),
             rules: self.rules.iter().map(Table::new).collect(),
             exclude: &self.exclude,
         }

@@ -10,7 +10,7 @@ use mx_kernels::{Rounding, ScaleRule};
 
 use super::{
     Activation, BUILT_IN, Numbers, Recipe, RecipeError, Rule, SiteFormat,
-    print::{IMPORT, KEEP},
+    print::{IMPORT, KEEP, REQUIRED},
     tree::{self, Item, Value},
 };
 use crate::{
@@ -27,7 +27,8 @@ use crate::{
 /// More than any recipe or plan; a device file ends here.
 const LARGEST: u64 = 64 << 20;
 
-const TOP_KEYS: &[&str] = &["name", "lowering", "base_dtype", "packed_weights", "exclude", "rules"];
+const TOP_KEYS: &[&str] =
+    &["name", "lowering", "base_dtype", "checkpoint", "packed_weights", "exclude", "rules"];
 const RULE_KEYS: &[&str] = &[
     "role",
     "layers",
@@ -151,15 +152,17 @@ impl Reader<'_> {
             None => return Err(self.error(item.line, no_rules.to_owned())),
         };
         let rules = rules.iter().map(|item| self.rule(item, lowering)).collect::<Result<_>>()?;
-        let import = match field(entries, "packed_weights") {
-            Some(item) => self.choice(item, "packed_weights", &[IMPORT]).map(|_| true)?,
-            None => false,
+        let says = |key, value| match field(entries, key) {
+            Some(item) => self.choice(item, key, &[value]).map(|_| true),
+            None => Ok(false),
         };
+        let packed = says("packed_weights", IMPORT)?;
+        let import = says("checkpoint", REQUIRED)? || packed;
         if let (Some(item), true) = (field(entries, "packed_weights"), !lowering.takes_formats()) {
             let what = "packed_weights goes with lowering \"mx\" or \"qdq\"";
             return Err(self.error(item.line, what.to_owned()));
         }
-        Ok(Recipe { name, lowering, base_dtype, import, rules, exclude })
+        Ok(Recipe { name, lowering, base_dtype, import, packed, rules, exclude })
     }
 
     fn rule(&self, item: &Item, lowering: Lowering) -> Result<Rule> {

@@ -208,7 +208,7 @@ fn what_qdq_cannot_say_is_refused_at_its_line() {
 fn packed_weights_are_taken_unless_a_format_is_asked_for() {
     let checkpoint = || RewriteOptions { checkpoint: Some("ckpt".into()), ..Default::default() };
     let taken = Recipe::new(&checkpoint()).unwrap();
-    assert!(taken.import && !Recipe::new(&RewriteOptions::default()).unwrap().import);
+    assert!(taken.packed && !Recipe::new(&RewriteOptions::default()).unwrap().import);
     round_trip(&taken);
     let format = Some(ElementFormat::Fp4E2M1);
     for options in [
@@ -217,15 +217,27 @@ fn packed_weights_are_taken_unless_a_format_is_asked_for() {
         RewriteOptions { block_size: 16, ..checkpoint() },
         RewriteOptions { lowering: Lowering::Int8, ..checkpoint() },
     ] {
-        assert!(!Recipe::new(&options).unwrap().import, "{options:?}");
+        let recipe = Recipe::new(&options).unwrap();
+        assert!(recipe.import && !recipe.packed, "{options:?}");
+        round_trip(&recipe);
+        // Layers are named by the checkpoint, and codes of a rule's own format are its.
+        let alone = RewriteOptions { recipe: Some(recipe), ..Default::default() };
+        assert!(matches!(Recipe::new(&alone), Err(RecipeError::NoCheckpoint { .. })));
     }
     // A recipe that takes them cannot do without.
     let recipe = Some(taken);
     let alone = RewriteOptions { recipe: recipe.clone(), ..Default::default() };
     let error_text = Recipe::new(&alone).unwrap_err().to_string();
     assert!(error_text.contains("--checkpoint"), "{error_text}");
+    assert!(Recipe::new(&RewriteOptions { recipe, ..checkpoint() }).unwrap().packed);
+    // What a checkpoint has had a part in needs it again.
+    let recipe = Recipe::built_in("w4a8").unwrap();
     assert!(Recipe::new(&RewriteOptions { recipe, ..checkpoint() }).unwrap().import);
     let rules = "[[rules]]\nweight_format = \"fp8_e4m3\"\n";
+    let packed =
+        Recipe::from_text(&format!("packed_weights = \"checkpoint\"\n{rules}"), "r").unwrap();
+    assert!(packed.import && packed.packed);
+    assert!(error(&format!("checkpoint = true\n{rules}")).contains("r.toml:1"));
     assert!(error(&format!("packed_weights = \"no\"\n{rules}")).contains("r.toml:1"));
     let int8 = "lowering = \"int8\"\npacked_weights = \"checkpoint\"\n[[rules]]\nrole = \"mlp\"\n";
     assert!(
