@@ -9,7 +9,10 @@ use super::{
     types,
 };
 use crate::{
-    onnx::{self, DataType, Graph, Model, NodeId, proto::Node},
+    onnx::{
+        self, DataType, Graph, Model, NodeId,
+        proto::{Node, ValueInfo},
+    },
     rewrite::{
         lower::{float, int, node},
         patch::fresh_name,
@@ -318,6 +321,7 @@ impl<'r, 'a, 'g> Walk<'r, 'a, 'g> {
                 Some(data_type) if !exact && !kept && !name.is_empty() => {
                     let wide = self.rounding.fresh(&format!("{name}.bf16_exact"));
                     let [down, up] = self.casts(&wide, name, data_type);
+                    self.declare_like(name, &wide);
                     changed.output[index] = wide;
                     self.graph.insert_after(id, down);
                     self.graph.insert_after(id, up);
@@ -330,6 +334,17 @@ impl<'r, 'a, 'g> Walk<'r, 'a, 'g> {
         }
         if changed != *self.graph.node(id) {
             self.graph.replace_node(id, changed);
+        }
+    }
+
+    /// Gives the value in the place of an output of the graph that one's type and shape. ONNX Runtime
+    /// infers another where an operator returns a longer cache than it takes, and then has both share
+    /// memory.
+    fn declare_like(&mut self, output: &str, value: &str) {
+        let declared = self.graph.outputs().find(|known| known.name.as_deref() == Some(output));
+        if let Some(declared) = declared.cloned() {
+            let name = Some(value.to_owned());
+            self.graph.add_value_info(ValueInfo { name, ..declared });
         }
     }
 
