@@ -303,9 +303,8 @@ fn half_precision_casts_back_to_its_type_and_old_opsets_are_refused() {
 #[test]
 fn what_takes_the_place_of_an_output_is_declared_like_it() {
     let model = rounded(&output(embedding().node("Exp", &["x"], &["y"]), "y"));
-    let named =
-        |name: &str| move |v: &&crate::onnx::proto::ValueInfo| v.name.as_deref() == Some(name);
     let graph = model.graph();
-    let exact = graph.value_infos().find(named("y.bf16_exact")).expect("declared");
-    assert_eq!(exact.r#type, graph.outputs().find(named("y")).unwrap().r#type);
+    let exact = graph.value_infos().find(|v| v.name.as_deref() == Some("y.bf16_exact"));
+    let output = graph.outputs().find(|v| v.name.as_deref() == Some("y"));
+    assert_eq!(exact.expect("declared").r#type, output.expect("it stays").r#type);
 }
