@@ -14,12 +14,13 @@ setup_python
 say "building (release)"
 cargo build --release --locked --workspace >&2
 
+bin=${CARGO_TARGET_DIR:-target}/release
 model=fixtures/tinylm/dynamo/model.onnx
 say "what tier A would replace in $model"
-target/release/mxrewrite "$model" --tier-a --plan
+"$bin/mxrewrite" "$model" --tier-a --plan
 
 say "every stage on fixtures/mini_pile.parquet"
-target/release/mxeval --sweep "$model" --tokenizer fixtures/tinylm/tokenizer.json \
+"$bin/mxeval" --sweep "$model" --tokenizer fixtures/tinylm/tokenizer.json \
     --data fixtures/mini_pile.parquet --seq-len 512 --batch-size 8 --device cpu --out "$out"
 
 echo

@@ -1,7 +1,8 @@
 """Mixture-of-experts layers in a form that torch.onnx exports and mxrewrite can quantise.
 
 transformers 5 keeps the experts of a layer as two stacked parameters, [E, 2I, H] and [E, H, I], and picks
-rows by data-dependent or grouped products that neither exporter translates. Here each expert becomes three
+rows by data-dependent or grouped products that neither exporter translates (its experts_implementation="batched_mm"
+exports, as MatMuls that mxrewrite turns into MxExpertMatMul). Here each expert becomes three
 Linear layers w1 (gate), w3 (up) and w2 (down), Mixtral's own names, and every expert sees every token: its
 share is zero where the router did not choose it. The result is the same up to the order of additions; the
 time is that of all experts, E / top_k times as much.

@@ -1,5 +1,7 @@
 //! Every graph of a model: the main one and the bodies of If, Loop and Scan.
 
+use bytes::Bytes;
+
 use super::op_name;
 use crate::onnx::{Error, Graph, Model, NodeId};
 
@@ -23,6 +25,19 @@ pub struct Owner {
     pub node: NodeId,
     /// Which of the node's bodies it is.
     pub position: usize,
+}
+
+impl Owner {
+    /// Writes the body's message into its place in the node; `around` is the graph of the node.
+    pub fn put_back(&self, around: &mut Graph, body: Bytes) {
+        let mut node = around.node(self.node).clone();
+        let mut places =
+            node.attribute.iter_mut().flat_map(|a| a.g.iter_mut().chain(&mut a.graphs));
+        if let Some(place) = places.nth(self.position) {
+            *place = body;
+        }
+        around.replace_node(self.node, node);
+    }
 }
 
 /// The graphs of a model, each behind the one around it; the main graph is the first.

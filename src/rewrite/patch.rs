@@ -171,13 +171,7 @@ impl<'a> Patch<'a> {
             let Some(owner) = self.branches[index].owner else { continue };
             let message = body.to_bytes()?;
             let around = self.graph_mut(owner.graph);
-            let mut node = around.node(owner.node).clone();
-            let mut places =
-                node.attribute.iter_mut().flat_map(|a| a.g.iter_mut().chain(&mut a.graphs));
-            if let Some(place) = places.nth(owner.position) {
-                *place = message;
-            }
-            around.replace_node(owner.node, node);
+            owner.put_back(around, message);
         }
         Ok(self.out)
     }

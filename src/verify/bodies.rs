@@ -108,13 +108,7 @@ impl Bodies {
             let Some(owner) = self.branches[index].owner else { continue };
             let message = self.branches[index].graph.to_bytes()?;
             let around = self.graph_mut(owner.graph);
-            let mut node = around.node(owner.node).clone();
-            let mut places =
-                node.attribute.iter_mut().flat_map(|a| a.g.iter_mut().chain(&mut a.graphs));
-            if let Some(place) = places.nth(owner.position) {
-                *place = message;
-            }
-            around.replace_node(owner.node, node);
+            owner.put_back(around, message);
         }
         *self.model.graph_mut() = self.branches.swap_remove(0).graph;
         Ok(self.model)
