@@ -24,6 +24,7 @@ pub mod scores;
 pub mod tensor;
 
 pub use act_matmul::ActMatMulProblem;
+pub use cpu::PreparedWeight;
 pub use error::Error;
 pub use formats::ElementFormat;
 pub use parallel::{Parallel, Serial, StdThreads};
@@ -52,7 +53,28 @@ pub fn linear(
     y: FloatMut<'_>,
     par: &dyn Parallel,
 ) -> Result<(), Error> {
-    cpu::linear(cpu::kernels(), problem, x, w, bias, y, par)
+    cpu::linear(cpu::kernels(), problem, x, w, None, bias, y, par)
+}
+
+/// [`fn@linear`] with a weight that was repacked for this machine.
+///
+/// The bound of the result is that of [`fn@linear`], not always its last bits: where both operands are
+/// small integers (e2m1, e2m3, mxint8) the sums of a block are exact, and an unquantised float32 x may be
+/// taken as two bfloat16, exact to 2^-18. The same input gives the same bits again.
+///
+/// # Errors
+/// As [`fn@linear`].
+#[allow(clippy::too_many_arguments)]
+pub fn linear_prepared(
+    problem: &LinearProblem,
+    x: Float<'_>,
+    w: &PackedWeight<'_>,
+    prepared: &PreparedWeight,
+    bias: Option<Float<'_>>,
+    y: FloatMut<'_>,
+    par: &dyn Parallel,
+) -> Result<(), Error> {
+    cpu::packed::linear(cpu::kernels(), problem, x, w, prepared, bias, y, par)
 }
 
 /// Products of matrices of a and b, each quantised along k on the fly; see [`ActMatMulProblem`].

@@ -8,7 +8,7 @@ use crate::{
     parallel::Parallel,
     reference,
     scale::ScaleKind,
-    tensor::{Float, LinearProblem},
+    tensor::{Float, FloatMut, LinearProblem},
 };
 
 /// Where results go; tasks write disjoint elements.
@@ -22,6 +22,15 @@ pub(crate) enum Output {
 unsafe impl Sync for Output {}
 
 impl Output {
+    /// The elements of `y`.
+    pub(crate) fn of(y: FloatMut<'_>) -> Self {
+        match y {
+            FloatMut::F32(y) => Self::F32(y.as_mut_ptr()),
+            FloatMut::F16(y) => Self::F16(y.as_mut_ptr()),
+            FloatMut::Bf16(y) => Self::Bf16(y.as_mut_ptr()),
+        }
+    }
+
     /// Writes `values` from element `at` on.
     ///
     /// # Safety

@@ -26,7 +26,28 @@ pub fn linear(
     y: FloatMut<'_>,
     par: &dyn Parallel,
 ) -> Result<(), Error> {
-    super::linear(table(variant), problem, x, w, bias, y, par)
+    super::linear(table(variant), problem, x, w, None, bias, y, par)
+}
+
+/// [`crate::linear_prepared`] with a weight prepared for it; [`crate::linear`] where the variant has no use
+/// for one.
+///
+/// # Errors
+/// As there.
+pub fn linear_prepared(
+    variant: &str,
+    problem: &LinearProblem,
+    x: Float<'_>,
+    w: &PackedWeight<'_>,
+    bias: Option<Float<'_>>,
+    y: FloatMut<'_>,
+    par: &dyn Parallel,
+) -> Result<(), Error> {
+    let kernels = table(variant);
+    match super::PreparedWeight::with(kernels, problem, w, par) {
+        Some(prepared) => super::packed::linear(kernels, problem, x, w, &prepared, bias, y, par),
+        None => super::linear(kernels, problem, x, w, None, bias, y, par),
+    }
 }
 
 /// [`crate::quantize_rows`].

@@ -9,6 +9,11 @@ use std::sync::OnceLock;
 use super::{
     Kernels,
     buffers::{Output, prepare_x, tensor_divisor},
+    packed::{
+        PreparedWeight,
+        kernels::{Decode, float_index},
+        layout::{BLOCK, Row},
+    },
     panel::{PANEL, Weight},
     scratch,
     tile::{CHUNK, XPanel},
@@ -39,7 +44,7 @@ pub(crate) const SERIAL_WORK: usize = 1 << 16;
 
 /// Products in one chain of fp32 additions. With chunks of c the error is at most
 /// (c/2 + k/(2c)) * 2^-23 * sum |x w|; these keep it under (k/16 + 32) * 2^-23 for every k.
-fn chain(k: usize) -> usize {
+pub(super) fn chain(k: usize) -> usize {
     match k {
         0..704 => 64,
         704..1600 => 128,
@@ -47,10 +52,49 @@ fn chain(k: usize) -> usize {
     }
 }
 
+/// A prepared weight and what makes floats of it.
+struct Panels<'a> {
+    prepared: &'a PreparedWeight,
+    decode: Decode,
+}
+
+impl<'a> Panels<'a> {
+    fn new(kernels: &Kernels, prepared: &'a PreparedWeight, w: &PackedWeight<'_>) -> Option<Self> {
+        let decode = kernels.packed.float?.decode[float_index(w.spec().format)?];
+        Some(Self { prepared, decode })
+    }
+
+    /// A panel from feature `n` on, as `panel::decode_panel` makes it of the file's codes.
+    ///
+    /// # Safety
+    /// The variant of the kernels runs here; `out` holds CHUNK rows of 16 floats.
+    unsafe fn decode(
+        &self,
+        n: usize,
+        k0: usize,
+        kc: usize,
+        out: *mut f32,
+        bad: &mut [bool; PANEL],
+    ) {
+        let layout = &self.prepared.layout;
+        let (last, block) = (layout.rows.len() - 1, k0 / BLOCK);
+        let panel = (n / PANEL).min(last / PANEL);
+        let (codes, scales) = (layout.codes(panel, block), layout.scales(panel, block));
+        // SAFETY: kc, rounded up to whole blocks, lies within the layout, and CHUNK is whole blocks.
+        unsafe {
+            (self.decode)(&*self.prepared.tables, codes, scales, kc.div_ceil(BLOCK), out.cast());
+        }
+        if layout.special {
+            *bad = std::array::from_fn(|j| layout.rows[(n + j).min(last)] != Row::Plain);
+        }
+    }
+}
+
 /// Some rows of x against the whole weight.
 struct Job<'a> {
     kernels: &'a Kernels,
     weight: &'a Weight<'a>,
+    panels: Option<Panels<'a>>,
     x: XPanel,
     /// Rows of x whose values do not fit f32, in f64.
     exact: &'a [OnceLock<Vec<f64>>],
@@ -65,12 +109,15 @@ struct Job<'a> {
     y: &'a Output,
 }
 
-/// See [`crate::linear`].
+/// See [`crate::linear`]; more than [`DOT_ROWS`] rows of x take the panels from `prepared` where there
+/// is one.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn linear(
     kernels: &Kernels,
     problem: &LinearProblem,
     x: Float<'_>,
     w: &PackedWeight<'_>,
+    prepared: Option<&PreparedWeight>,
     bias: Option<Float<'_>>,
     y: FloatMut<'_>,
     par: &dyn Parallel,
@@ -89,11 +136,7 @@ pub(crate) fn linear(
         None => vec![0.0; n],
         Some(b) => (0..n).map(|j| f64::from(problem.beta) * f64::from(b.get(j))).collect(),
     };
-    let y = match y {
-        FloatMut::F32(y) => Output::F32(y.as_mut_ptr()),
-        FloatMut::F16(y) => Output::F16(y.as_mut_ptr()),
-        FloatMut::Bf16(y) => Output::Bf16(y.as_mut_ptr()),
-    };
+    let y = Output::of(y);
     let padded = k.div_ceil(CHUNK) * CHUNK;
     let most = (X_FLOATS / padded).clamp(1, MAX_ROWS);
     let parts = m.div_ceil(most);
@@ -106,7 +149,9 @@ pub(crate) fn linear(
             let x = XPanel { data: buffer.as_ptr(), rows };
             let (bias, y, weight) = (&bias[..], &y, &weight);
             let exact = &exact[..];
-            let job = Job { kernels, weight, x, exact, any_exact, row0, rows, factor, bias, y };
+            let panels = prepared.and_then(|prepared| Panels::new(kernels, prepared, w));
+            let job =
+                Job { kernels, weight, panels, x, exact, any_exact, row0, rows, factor, bias, y };
             if m <= DOT_ROWS { job.run_dots(par) } else { job.run_tiles(par) }
         });
     }
@@ -205,8 +250,14 @@ impl Job<'_> {
                 for p in 0..step {
                     let out = panels[p * CHUNK * PANEL..(p + 1) * CHUNK * PANEL].as_mut_ptr();
                     let n = n0 + (first + p) * PANEL;
+                    let bad = &mut bad[first + p];
                     // SAFETY: the variant runs here, k0 + kc <= k, a panel holds CHUNK rows of 16.
-                    unsafe { decode(self.weight, n, k0, kc, out, &mut bad[first + p]) };
+                    unsafe {
+                        match &self.panels {
+                            Some(panels) => panels.decode(n, k0, kc, out, bad),
+                            None => decode(self.weight, n, k0, kc, out, bad),
+                        }
+                    };
                 }
                 for block in 0..blocks {
                     let start = (m1 - m0) * block / blocks;

@@ -9,6 +9,7 @@ mod avx2;
 mod avx512;
 mod buffers;
 mod linear;
+pub(crate) mod packed;
 mod panel;
 mod quantize;
 mod quantize_columns;
@@ -26,6 +27,7 @@ pub mod forced;
 use std::sync::OnceLock;
 
 pub(crate) use linear::linear;
+pub use packed::PreparedWeight;
 pub(crate) use quantize::{fake_quantize_rows, quantize_rows};
 pub(crate) use quantize_weight::quantize_weight;
 pub(crate) use variants::Kernels;

@@ -70,11 +70,11 @@ fn round<const R: u8>(q: &RowQuant, v: f32, inv: f32) -> (u32, u32) {
 
 /// Largest magnitude as bits: 0x7f80_0000 and above mean infinity and NaN.
 #[inline(always)]
-fn amax_bits(x: &[f32]) -> u32 {
+pub(super) fn amax_bits(x: &[f32]) -> u32 {
     x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
 }
 
-const INFINITY: u32 = 0x7f80_0000;
+pub(super) const INFINITY: u32 = 0x7f80_0000;
 
 #[inline(always)]
 fn values<const R: u8>(q: &RowQuant, x: &[f32], e: i32, out: &mut [f32]) {
@@ -85,6 +85,15 @@ fn values<const R: u8>(q: &RowQuant, x: &[f32], e: i32, out: &mut [f32]) {
         let magnitude = units as i32 as f32 * quantum * back;
         *o = f32::from_bits(magnitude.to_bits() | v.to_bits() & 0x8000_0000);
     }
+}
+
+/// v * inv rounded to an element, inside the window.
+#[inline(always)]
+pub(super) fn element<const R: u8>(q: &RowQuant, v: f32, inv: f32) -> f32 {
+    let (units, exponent) = round::<R>(q, v, inv);
+    let quantum = f32::from_bits(exponent - (q.m << 23));
+    let magnitude = units as i32 as f32 * quantum;
+    f32::from_bits(magnitude.to_bits() | v.to_bits() & 0x8000_0000)
 }
 
 /// The code of v * inv, inside the window.

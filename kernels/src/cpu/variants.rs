@@ -1,7 +1,14 @@
 //! The kernels of each variant as function pointers, all made by one macro.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use super::packed::kernels::x86;
 use super::{
+    packed::{
+        kernels::PackedKernels,
+        layout::Row,
+        x::{self, Place, XForm},
+    },
     panel::{PANEL, Weight},
     quantize_columns::{self, Scratch, Strip},
     rows::{self, RowQuant},
@@ -37,6 +44,9 @@ pub(crate) struct Kernels {
     pub decode: [Decode; 7],
     /// Dot products in the order of `ElementFormat::ALL`.
     pub dots: [DotsOfFormat; 7],
+    /// What works on repacked weights.
+    pub packed: PackedKernels,
+    pub pack_x: unsafe fn(&XForm, &[f32], &Place) -> Row,
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
     pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, &mut Scratch, &mut [u8], &mut [u8; 16]),
@@ -55,9 +65,12 @@ fn scale_row_impl(c: &[f32], factor: f64, bias: &[f64], out: &mut [f32]) {
     }
 }
 
+/// Nothing that works on repacked weights.
+const NO_PACKED: PackedKernels = PackedKernels { integer: None, bf16: None, float: None };
+
 macro_rules! variant {
     ($module:ident, $name:literal, $simd:ty, $panels:literal, [$($mr:literal),+],
-     [$($feature:literal),*], $detect:expr) => {
+     [$($feature:literal),*], $packed:expr, $detect:expr) => {
         mod $module {
             use super::*;
 
@@ -159,9 +172,17 @@ macro_rules! variant {
                 ]
             }
 
-            pub(super) static TABLE: Kernels = Kernels {
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn pack_x(form: &XForm, x: &[f32], place: &Place) -> Row {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x::pack_row(form, x, place) }
+            }
+
+            pub(super) const TABLE: Kernels = Kernels {
                 name: $name,
                 detect: $detect,
+                packed: $packed,
+                pack_x,
                 panels: $panels,
                 tiles: &[$(tile::<$mr>),+],
                 decode: [
@@ -195,7 +216,7 @@ macro_rules! variant {
     };
 }
 
-variant!(scalar_kernels, "scalar", Scalar, 1, [1, 2, 3, 4], [], || true);
+variant!(scalar_kernels, "scalar", Scalar, 1, [1, 2, 3, 4], [], NO_PACKED, || true);
 
 #[cfg(target_arch = "x86_64")]
 variant!(
@@ -205,6 +226,11 @@ variant!(
     1,
     [1, 2, 3, 4, 5, 6],
     ["avx2", "fma", "f16c"],
+    PackedKernels {
+        integer: Some(&x86::maddubs::KERNELS),
+        bf16: None,
+        float: Some(&x86::avx2::FLOATS),
+    },
     || {
         std::arch::is_x86_feature_detected!("avx2")
             && std::arch::is_x86_feature_detected!("fma")
@@ -220,6 +246,7 @@ variant!(
     2,
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14],
     ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"],
+    avx2_kernels::TABLE.packed,
     || {
         std::arch::is_x86_feature_detected!("avx512f")
             && std::arch::is_x86_feature_detected!("avx512bw")
@@ -229,10 +256,51 @@ variant!(
     }
 );
 
+/// AVX2 with the dot products of AVX-VNNI.
+#[cfg(target_arch = "x86_64")]
+static AVX_VNNI: Kernels = Kernels {
+    name: "avxvnni",
+    packed: PackedKernels { integer: Some(&x86::avx_vnni::KERNELS), ..avx2_kernels::TABLE.packed },
+    detect: || std::arch::is_x86_feature_detected!("avxvnni") && (avx2_kernels::TABLE.detect)(),
+    ..avx2_kernels::TABLE
+};
+
+/// AVX-512 with VNNI's integer dot products and VBMI's tables.
+#[cfg(target_arch = "x86_64")]
+static AVX512_VNNI: Kernels = Kernels {
+    name: "avx512vnni",
+    packed: PackedKernels { integer: Some(&x86::vnni512::KERNELS), ..avx2_kernels::TABLE.packed },
+    detect: || {
+        std::arch::is_x86_feature_detected!("avx512vnni")
+            && std::arch::is_x86_feature_detected!("avx512vbmi")
+            && (avx512_kernels::TABLE.detect)()
+    },
+    ..avx512_kernels::TABLE
+};
+
+/// The same with bfloat16 dot products.
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: Kernels = Kernels {
+    name: "avx512bf16",
+    packed: PackedKernels {
+        integer: Some(&x86::vnni512::KERNELS),
+        bf16: Some(&x86::bf16::KERNELS),
+        float: Some(&x86::bf16::FLOATS),
+    },
+    detect: || std::arch::is_x86_feature_detected!("avx512bf16") && (AVX512_VNNI.detect)(),
+    ..avx512_kernels::TABLE
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX512: Kernels = avx512_kernels::TABLE;
+#[cfg(target_arch = "x86_64")]
+static AVX2: Kernels = avx2_kernels::TABLE;
+static SCALAR: Kernels = scalar_kernels::TABLE;
+
 /// All variants of this build, the best first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[&Kernels] =
-    &[&avx512_kernels::TABLE, &avx2_kernels::TABLE, &scalar_kernels::TABLE];
+    &[&AVX512_BF16, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
 /// All variants of this build, the best first.
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) static ALL: &[&Kernels] = &[&scalar_kernels::TABLE];
+pub(crate) static ALL: &[&Kernels] = &[&SCALAR];

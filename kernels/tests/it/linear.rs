@@ -2,12 +2,45 @@
 
 use half::{bf16, f16};
 use mx_kernels::{
-    ElementFormat, Error, Float, FloatMut, LinearProblem, PackedWeight, QuantSpec, Rounding,
-    ScaleKind, ScaleRule, Serial, StdThreads, cpu::forced, dequantize_rows, fake_quantize_rows,
-    linear, quantize_rows, reference,
+    ElementFormat, Error, Float, FloatMut, LinearProblem, PackedWeight, Parallel, QuantSpec,
+    Rounding, ScaleKind, ScaleRule, Serial, StdThreads, cpu::forced, dequantize_rows,
+    fake_quantize_rows, linear, quantize_rows, reference,
 };
 
 use crate::common::{Guarded, Random, specs, variants};
+
+/// A variant's kernels on the file's codes or on a repacked weight.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    variant: &'static str,
+    prepared: bool,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.variant, if self.prepared { " (prepared)" } else { "" })
+    }
+}
+
+impl Way {
+    fn linear(
+        self,
+        problem: &LinearProblem,
+        x: Float<'_>,
+        w: &PackedWeight<'_>,
+        bias: Option<Float<'_>>,
+        y: FloatMut<'_>,
+        par: &dyn Parallel,
+    ) -> Result<(), Error> {
+        let run = if self.prepared { forced::linear_prepared } else { forced::linear };
+        run(self.variant, problem, x, w, bias, y, par)
+    }
+}
+
+fn ways() -> Vec<Way> {
+    let of = |variant| [false, true].map(|prepared| Way { variant, prepared });
+    variants().into_iter().flat_map(of).collect()
+}
 
 /// A packed weight in memory that ends at an unreadable page.
 struct Weight {
@@ -103,7 +136,7 @@ const SHAPES: &[(usize, usize, usize)] = &[
 
 #[test]
 fn random_data_stays_within_the_tight_bound() {
-    for variant in variants() {
+    for way in ways() {
         let mut random = Random(2);
         for spec in specs() {
             for &(m, n, k) in SHAPES {
@@ -114,10 +147,10 @@ fn random_data_stays_within_the_tight_bound() {
                     let mut y = Guarded::new(&vec![0.0_f32; m * n]);
                     let out = FloatMut::F32(y.get_mut());
                     let x = Float::F32(x.get());
-                    forced::linear(variant, &problem, x, &w.view(), None, out, &Serial).unwrap();
+                    way.linear(&problem, x, &w.view(), None, out, &Serial).unwrap();
                     let Float::F32(x) = x else { unreachable!() };
                     let (want, magnitude) = exact(&problem, x, &w.view());
-                    let what = format!("{variant} {spec:?} {m}x{n}x{k} {quantised}");
+                    let what = format!("{way} {spec:?} {m}x{n}x{k} {quantised}");
                     assert_close(y.get(), &want, &magnitude, 32.0, &what);
                 }
             }
@@ -128,7 +161,7 @@ fn random_data_stays_within_the_tight_bound() {
 /// Sums of one sign and of equal terms, where rounding errors add up.
 #[test]
 fn systematic_data_stays_within_the_wide_bound() {
-    for variant in variants() {
+    for way in ways() {
         let mut random = Random(3);
         for spec in specs() {
             for k in [40, 64, 65, 73, 130, 703, 704, 1599, 1600, 4096] {
@@ -144,10 +177,9 @@ fn systematic_data_stays_within_the_wide_bound() {
                         let out = FloatMut::F32(&mut y);
                         let view = w.view();
                         let input = Float::F32(&x);
-                        forced::linear(variant, &problem, input, &view, None, out, &Serial)
-                            .unwrap();
+                        way.linear(&problem, input, &view, None, out, &Serial).unwrap();
                         let (want, magnitude) = exact(&problem, &x, &view);
-                        let what = format!("{variant} {spec:?} m={m} k={k}");
+                        let what = format!("{way} {spec:?} m={m} k={k}");
                         assert_close(&y, &want, &magnitude, any_data_units(k), &what);
                     }
                 }
@@ -159,7 +191,7 @@ fn systematic_data_stays_within_the_wide_bound() {
 /// Scales at both ends of E8M0 whose product is ordinary, subnormal inputs, zero and NaN blocks.
 #[test]
 fn extreme_scales_and_special_blocks() {
-    for variant in variants() {
+    for way in ways() {
         let mut random = Random(4);
         for spec in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
             for m in [1, 3, 6, 20] {
@@ -179,7 +211,7 @@ fn extreme_scales_and_special_blocks() {
                     w[64..96].fill(-0.0);
                     w[(n - 1) * k + 7] = f32::NAN;
                     x[(m - 1) * k + 130] = f32::INFINITY;
-                    check_reference(variant, spec, m, n, k, &x, &w, &mut random);
+                    check_reference(way, spec, m, n, k, &x, &w, &mut random);
                 }
             }
         }
@@ -189,7 +221,7 @@ fn extreme_scales_and_special_blocks() {
 /// Against the reference, which never leaves f64; the bound uses its own sum of magnitudes.
 #[allow(clippy::too_many_arguments)]
 fn check_reference(
-    variant: &str,
+    way: Way,
     spec: QuantSpec,
     m: usize,
     n: usize,
@@ -215,17 +247,81 @@ fn check_reference(
     let (x, view) = (Float::F32(x), w.view());
     let threads = StdThreads(1 + random.below(3));
     let out = FloatMut::F32(&mut got);
-    forced::linear(variant, &problem, x, &view, None, out, &threads).unwrap();
+    way.linear(&problem, x, &view, None, out, &threads).unwrap();
     reference::linear(&problem, x, &view, None, FloatMut::F32(&mut want)).unwrap();
     let want: Vec<f64> = want.into_iter().map(f64::from).collect();
-    let what = format!("{variant} {spec:?} {m}x{n}x{k}");
+    let what = format!("{way} {spec:?} {m}x{n}x{k}");
     assert_close(&got, &want, &magnitudes, any_data_units(k), &what);
+}
+
+/// Every pair of formats with block scales, several block sizes, every number of rows up to a few tiles:
+/// what W4A8 and the like take, and the edges of tiles and panels.
+#[test]
+fn pairs_of_formats_and_all_heights() {
+    let formats = || specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0).map(|s| s.format);
+    for way in ways() {
+        let mut random = Random(9);
+        for w_format in formats() {
+            for x_format in formats() {
+                for block_size in [32, 64, 256] {
+                    let spec = |format| QuantSpec { block_size, ..QuantSpec::mx(format).unwrap() };
+                    let (n, k) = (1 + random.below(70), 1 + random.below(600));
+                    let mut weight = random.normals(n * k);
+                    weight[..32.min(k)].fill(0.0);
+                    let w = Weight::quantise(spec(w_format), n, k, &weight);
+                    let heights = [1 + random.below(13), 14 + random.below(117)];
+                    let heights =
+                        if block_size == 32 { heights.to_vec() } else { vec![heights[0]] };
+                    for m in heights {
+                        let problem = w.problem(Some(spec(x_format)));
+                        let x = Guarded::new(&random.normals(m * k));
+                        let mut y = Guarded::new(&vec![f32::NAN; m * n]);
+                        let out = FloatMut::F32(y.get_mut());
+                        let par = StdThreads(1 + random.below(3));
+                        way.linear(&problem, Float::F32(x.get()), &w.view(), None, out, &par)
+                            .unwrap();
+                        let (want, magnitude) = exact(&problem, x.get(), &w.view());
+                        let what = format!("{way} {w_format} x {x_format} {m}x{n}x{k}");
+                        assert_close(y.get(), &want, &magnitude, 32.0, &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// All heights from 1 to 130 for each format, quantised and weight-only in every type of x.
+#[test]
+fn every_height() {
+    for way in ways() {
+        let mut random = Random(10);
+        for spec in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
+            let (n, k) = (35, 544);
+            let w = Weight::quantise(spec, n, k, &random.normals(n * k));
+            for m in 1..=130 {
+                let problem = w.problem((m % 2 == 0).then_some(spec));
+                let x = random.normals(m * k);
+                let half: Vec<f16> = x.iter().map(|&v| f16::from_f32(v)).collect();
+                let brain: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
+                let (x, values): (_, Vec<f32>) = match m % 3 {
+                    0 => (Float::F32(&x), x.clone()),
+                    1 => (Float::F16(&half), half.iter().map(|v| v.to_f32()).collect()),
+                    _ => (Float::Bf16(&brain), brain.iter().map(|v| v.to_f32()).collect()),
+                };
+                let mut y = vec![f32::NAN; m * n];
+                way.linear(&problem, x, &w.view(), None, FloatMut::F32(&mut y), &Serial).unwrap();
+                let (want, magnitude) = exact(&problem, &values, &w.view());
+                let what = format!("{way} {spec:?} m={m} {:?}", problem.activation.is_some());
+                assert_close(&y, &want, &magnitude, 32.0, &what);
+            }
+        }
+    }
 }
 
 /// Imported weights may hold any bytes: all codes, all scale bytes, garbage behind the row's end.
 #[test]
 fn every_code_and_scale_byte_means_what_the_reference_says() {
-    for variant in variants() {
+    for way in ways() {
         let mut random = Random(5);
         for spec in specs() {
             for (m, n, k) in [(1, 24, 250), (3, 10, 63), (7, 40, 250), (2, 300, 33)] {
@@ -246,11 +342,11 @@ fn every_code_and_scale_byte_means_what_the_reference_says() {
                 let (mut got, mut want) = (vec![0.0_f32; m * n], vec![0.0_f32; m * n]);
                 let (x, view) = (Float::F32(&x), w.view());
                 let out = FloatMut::F32(&mut got);
-                forced::linear(variant, &problem, x, &view, None, out, &Serial).unwrap();
+                way.linear(&problem, x, &view, None, out, &Serial).unwrap();
                 reference::linear(&problem, x, &view, None, FloatMut::F32(&mut want)).unwrap();
                 for (i, (a, b)) in got.iter().zip(&want).enumerate() {
                     let same = a == b || a.is_nan() && b.is_nan();
-                    assert!(same, "{variant} {spec:?} {m}x{n}x{k} [{i}]: {a:e}, not {b:e}");
+                    assert!(same, "{way} {spec:?} {m}x{n}x{k} [{i}]: {a:e}, not {b:e}");
                 }
             }
         }
@@ -260,7 +356,7 @@ fn every_code_and_scale_byte_means_what_the_reference_says() {
 /// f16 and bf16 in and out, with bias, alpha and beta, in guarded memory.
 #[test]
 fn half_types_bias_alpha_and_beta() {
-    for variant in variants() {
+    for way in ways() {
         let mut random = Random(6);
         for spec in specs() {
             for (m, n, k) in [(1, 37, 70), (5, 37, 70), (17, 16, 300)] {
@@ -278,14 +374,14 @@ fn half_types_bias_alpha_and_beta() {
                         let mut want = vec![<$type>::from_f32(9.0); m * n];
                         let (x, bias) = (Float::$kind(x.get()), Some(Float::$kind(bias.get())));
                         let (view, out) = (w.view(), FloatMut::$kind(y.get_mut()));
-                        forced::linear(variant, &problem, x, &view, bias, out, &Serial).unwrap();
+                        way.linear(&problem, x, &view, bias, out, &Serial).unwrap();
                         let out = FloatMut::$kind(&mut want);
                         reference::linear(&problem, x, &view, bias, out).unwrap();
                         for (a, b) in y.get().iter().zip(&want) {
                             let (a, b) = (f64::from(*a), f64::from(*b));
                             // One step of the type, or the sum's own error near zero.
                             let bound = $epsilon * b.abs() + 1e-4;
-                            assert!((a - b).abs() <= bound, "{variant} {spec:?}: {a}, not {b}");
+                            assert!((a - b).abs() <= bound, "{way} {spec:?}: {a}, not {b}");
                         }
                     }};
                 }
@@ -296,11 +392,11 @@ fn half_types_bias_alpha_and_beta() {
                 let (mut y, mut want) = (vec![0.0_f32; m * n], vec![0.0_f32; m * n]);
                 let (x, bias, view) = (Float::F32(&x), Some(Float::F32(bias.get())), w.view());
                 let out = FloatMut::F32(&mut y);
-                forced::linear(variant, &problem, x, &view, bias, out, &Serial).unwrap();
+                way.linear(&problem, x, &view, bias, out, &Serial).unwrap();
                 let out = FloatMut::F32(&mut want);
                 reference::linear(&problem, x, &view, bias, out).unwrap();
                 for (a, b) in y.iter().zip(&want) {
-                    assert!((a - b).abs() <= 1e-4, "{variant} {spec:?}: {a}, not {b}");
+                    assert!((a - b).abs() <= 1e-4, "{way} {spec:?}: {a}, not {b}");
                 }
             }
         }
@@ -309,7 +405,7 @@ fn half_types_bias_alpha_and_beta() {
 
 #[test]
 fn same_bits_whatever_the_threads() {
-    for variant in variants() {
+    for way in ways() {
         let mut random = Random(7);
         for format in [ElementFormat::Fp8E4M3, ElementFormat::Fp6E2M3, ElementFormat::Fp4E2M1] {
             let spec = QuantSpec::mx(format).unwrap();
@@ -320,12 +416,12 @@ fn same_bits_whatever_the_threads() {
                     let mut y = vec![0.0; m * n];
                     let (x, out) = (Float::F32(&x), FloatMut::F32(&mut y));
                     let par = StdThreads(threads);
-                    forced::linear(variant, &problem, x, &w.view(), None, out, &par).unwrap();
+                    way.linear(&problem, x, &w.view(), None, out, &par).unwrap();
                     y.into_iter().map(f32::to_bits).collect()
                 };
                 let once = run(1);
                 for threads in [1, 2, 3, 8] {
-                    assert_eq!(once, run(threads), "{variant} {format} {m}x{n}x{k} {threads}");
+                    assert_eq!(once, run(threads), "{way} {format} {m}x{n}x{k} {threads}");
                 }
             }
         }

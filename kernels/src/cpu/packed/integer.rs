@@ -1,0 +1,197 @@
+//! Exact integer dot products: both operands are small integers times a power of two.
+//!
+//! e2m1, e2m3 and MXINT8 are integers once multiplied by 2, 8 and 64. A block's 32 products are summed
+//! without error; only then come the scales, one multiply-add a block: at most k / 32 roundings.
+#![allow(unsafe_code)]
+// Two or three arrays run along one index; an iterator over one of them would hide that.
+#![allow(clippy::needless_range_loop)]
+
+use super::{
+    super::{panel::PANEL, simd::Simd},
+    layout::{BLOCK, block_bytes},
+    tables::Tables,
+};
+use crate::formats::ElementFormat;
+
+/// What a kernel multiplies: some rows of x, all of one tile, with one panel over some blocks of k.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DotArgs {
+    pub tables: *const Tables,
+    /// Codes of the panel from its first block on, or what a decoder made of them.
+    pub w: *const u8,
+    /// Scale bytes of the panel from its first block on.
+    pub scales: *const u8,
+    /// [block][row][32] elements.
+    pub x: *const u8,
+    /// [block][row]: exponents of x in the place of a float's.
+    pub x_scales: *const i32,
+    /// [block][row]: what the sum starts with to take the weight's offset out.
+    pub x_sums: *const i32,
+    pub blocks: usize,
+    /// Rows of sixteen sums, `ldc` floats apart.
+    pub c: *mut f32,
+    pub ldc: usize,
+    /// Whether to add to `c`.
+    pub add: bool,
+}
+
+pub(crate) type Dot = unsafe fn(&DotArgs);
+/// Codes of some blocks of a panel, as [`Integers::load`] reads them.
+pub(crate) type Unpack = unsafe fn(*const Tables, *const u8, usize, *mut u8);
+
+/// A format as a type, as far as the integer kernels know it.
+pub(crate) trait IntFormat {
+    const FORMAT: ElementFormat;
+}
+pub(crate) struct E2M1;
+impl IntFormat for E2M1 {
+    const FORMAT: ElementFormat = ElementFormat::Fp4E2M1;
+}
+pub(crate) struct E2M3;
+impl IntFormat for E2M3 {
+    const FORMAT: ElementFormat = ElementFormat::Fp6E2M3;
+}
+pub(crate) struct Int8;
+impl IntFormat for Int8 {
+    const FORMAT: ElementFormat = ElementFormat::MxInt8;
+}
+
+/// The operations of a machine.
+///
+/// # Safety
+/// Every method may only run on a machine with the instructions, and pointers must be good for what
+/// the method's name says.
+pub(crate) trait Integers {
+    type F: Simd;
+    /// Four integers of each of sixteen rows.
+    type W: Copy;
+    /// Sums of sixteen rows.
+    type Acc: Copy;
+
+    /// A decoded register: 64 bytes.
+    unsafe fn load(from: *const u8) -> Self::W;
+    unsafe fn store(to: *mut u8, w: Self::W);
+    /// Registers 2c and 2c + 1 of a block.
+    unsafe fn decode<C: IntFormat>(
+        tables: *const Tables,
+        block: *const u8,
+        c: usize,
+    ) -> [Self::W; 2];
+    /// The sum to start from: `sum` in every row.
+    unsafe fn start(sum: *const i32) -> Self::Acc;
+    /// acc + the products with four bytes of x, the same for every row. `NARROW` where a block's sums
+    /// of pairs fit sixteen bits.
+    unsafe fn dot<const NARROW: bool>(acc: Self::Acc, w: Self::W, x: *const u8) -> Self::Acc;
+    /// Sixteen scale bytes, in the place of a float's exponent.
+    type Scales: Copy;
+    unsafe fn scales(from: *const u8) -> Self::Scales;
+    /// sums + acc * 2^(scale + x scale); `sum` is what [`Integers::start`] had.
+    unsafe fn scale_add<const NARROW: bool>(
+        sums: <Self::F as Simd>::V,
+        acc: Self::Acc,
+        scales: Self::Scales,
+        x_scale: *const i32,
+        sum: *const i32,
+    ) -> <Self::F as Simd>::V;
+}
+
+/// Where the registers of a block come from.
+pub(crate) trait Source<S: Integers> {
+    const BYTES: usize;
+    /// Bytes ahead of their use that are asked for; 0 for none.
+    const AHEAD: usize;
+    unsafe fn pair(tables: *const Tables, block: *const u8, c: usize) -> [S::W; 2];
+}
+
+/// Straight from the codes.
+pub(crate) struct Codes<C>(std::marker::PhantomData<C>);
+impl<S: Integers, C: IntFormat> Source<S> for Codes<C> {
+    const BYTES: usize = block_bytes(C::FORMAT);
+    const AHEAD: usize = 2048;
+    #[inline(always)]
+    unsafe fn pair(tables: *const Tables, block: *const u8, c: usize) -> [S::W; 2] {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { S::decode::<C>(tables, block, c) }
+    }
+}
+
+/// From what [`unpack`] wrote.
+pub(crate) struct Unpacked;
+impl<S: Integers> Source<S> for Unpacked {
+    const BYTES: usize = PANEL * BLOCK;
+    const AHEAD: usize = 0;
+    #[inline(always)]
+    unsafe fn pair(_: *const Tables, block: *const u8, c: usize) -> [S::W; 2] {
+        // SAFETY: a block has eight registers.
+        unsafe { [S::load(block.add(128 * c)), S::load(block.add(128 * c + 64))] }
+    }
+}
+
+/// Decodes `blocks` blocks of a panel into `out`, 512 bytes each.
+///
+/// # Safety
+/// The machine has the instructions of `S`; both buffers hold as many blocks.
+#[inline(always)]
+pub(crate) unsafe fn unpack<S: Integers, C: IntFormat>(
+    tables: *const Tables,
+    codes: *const u8,
+    blocks: usize,
+    out: *mut u8,
+) {
+    for b in 0..blocks {
+        for c in 0..4 {
+            // SAFETY: the caller vouches for the blocks.
+            unsafe {
+                let [first, second] =
+                    S::decode::<C>(tables, codes.add(b * block_bytes(C::FORMAT)), c);
+                let out = out.add(b * PANEL * BLOCK + c * 128);
+                S::store(out, first);
+                S::store(out.add(64), second);
+            }
+        }
+    }
+}
+
+/// c[MR][16] (+)= x * w over the blocks.
+///
+/// # Safety
+/// The machine has the instructions of `S`; everything in `args` holds MR rows and `args.blocks` blocks.
+#[inline(always)]
+pub(crate) unsafe fn dot<S: Integers, W: Source<S>, const MR: usize, const NARROW: bool>(
+    args: &DotArgs,
+) {
+    // SAFETY: all offsets stay within what the caller vouches for.
+    unsafe {
+        let mut sums = [S::F::splat(0.0); MR];
+        for b in 0..args.blocks {
+            let w = args.w.add(b * W::BYTES);
+            let x = args.x.add(b * MR * BLOCK);
+            let (x_sums, x_scales) = (args.x_sums.add(b * MR), args.x_scales.add(b * MR));
+            if W::AHEAD > 0 {
+                for line in 0..W::BYTES / 64 {
+                    S::F::prefetch(w.wrapping_add(W::AHEAD + line * 64));
+                }
+            }
+            let mut acc: [S::Acc; MR] = std::array::from_fn(|r| S::start(x_sums.add(r)));
+            for c in 0..4 {
+                let [first, second] = W::pair(args.tables, w, c);
+                for r in 0..MR {
+                    acc[r] = S::dot::<NARROW>(acc[r], first, x.add(r * BLOCK + 8 * c));
+                }
+                for r in 0..MR {
+                    acc[r] = S::dot::<NARROW>(acc[r], second, x.add(r * BLOCK + 8 * c + 4));
+                }
+            }
+            let scales = S::scales(args.scales.add(b * PANEL));
+            for r in 0..MR {
+                let (x_scale, sum) = (x_scales.add(r), x_sums.add(r));
+                sums[r] = S::scale_add::<NARROW>(sums[r], acc[r], scales, x_scale, sum);
+            }
+        }
+        for r in 0..MR {
+            let c = args.c.add(r * args.ldc);
+            let sum = if args.add { S::F::add(S::F::load(c), sums[r]) } else { sums[r] };
+            S::F::store(c, sum);
+        }
+    }
+}

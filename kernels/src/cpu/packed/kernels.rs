@@ -1,0 +1,282 @@
+//! The packed kernels of each machine as function pointers.
+#![allow(unsafe_code)]
+
+use super::{integer::Dot, tables::Tables};
+use crate::formats::ElementFormat;
+
+pub(crate) type Unpack = super::integer::Unpack;
+/// Codes and scales of some blocks of a panel to bfloat16 pairs or floats.
+pub(crate) type Decode = unsafe fn(*const Tables, *const u8, *const u8, usize, *mut u8);
+/// A tile of some rows and all panels that the kernel spans, so many bytes apart.
+pub(crate) type Tile = unsafe fn(&super::integer::DotArgs, usize);
+
+/// What a machine has; all of it optional.
+///
+/// The functions may only be called where the variant that lists them was detected.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct PackedKernels {
+    pub integer: Option<&'static IntegerKernels>,
+    pub bf16: Option<&'static Bf16Kernels>,
+    pub float: Option<&'static FloatKernels>,
+}
+
+/// See `integer`.
+#[derive(Debug)]
+pub(crate) struct IntegerKernels {
+    /// Whether sums of two products may need more than sixteen bits.
+    pub wide: bool,
+    /// From codes: by format (e2m1, e2m3, mxint8), by whether a block's sums of pairs fit sixteen bits,
+    /// by rows of x.
+    pub codes: [[&'static [Dot]; 2]; 3],
+    /// From unpacked panels, by the latter two.
+    pub panels: [&'static [Dot]; 2],
+    pub unpack: [Unpack; 3],
+}
+
+/// See `x86_bf16`.
+#[derive(Debug)]
+pub(crate) struct Bf16Kernels {
+    /// From codes, by [`float_index`], by rows of x; x in one part.
+    pub one: [&'static [Dot]; 5],
+    /// The same for x in two parts.
+    pub two: [&'static [Dot]; 5],
+    pub decode: [Decode; 5],
+    /// Panels that a tile spans.
+    pub panels: usize,
+    /// By rows of x.
+    pub tiles: &'static [Tile],
+}
+
+/// See `x86_float`.
+#[derive(Debug)]
+pub(crate) struct FloatKernels {
+    /// From codes, by [`float_index`], by rows of x; may be empty.
+    pub dots: [&'static [Dot]; 5],
+    /// To panels of f32, [k][16].
+    pub decode: [Decode; 5],
+}
+
+/// Place of a format in the tables of integer kernels.
+pub(crate) const fn integer_index(format: ElementFormat) -> Option<usize> {
+    match format {
+        ElementFormat::Fp4E2M1 => Some(0),
+        ElementFormat::Fp6E2M3 => Some(1),
+        ElementFormat::MxInt8 => Some(2),
+        _ => None,
+    }
+}
+
+/// Place of a format in the tables of floating-point kernels.
+pub(crate) const fn float_index(format: ElementFormat) -> Option<usize> {
+    match format {
+        ElementFormat::Fp8E4M3 => Some(0),
+        ElementFormat::Fp8E5M2 => Some(1),
+        ElementFormat::Fp6E3M2 => Some(2),
+        ElementFormat::Fp6E2M3 => Some(3),
+        ElementFormat::Fp4E2M1 => Some(4),
+        ElementFormat::MxInt8 | ElementFormat::Bf16 => None,
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86 {
+    use super::{
+        super::{
+            integer::{self, Codes, DotArgs, E2M1, E2M3, Int8, Unpacked},
+            x86_bf16::{self, E2M1 as FE2M1, E2M3 as FE2M3, E3M2, E4M3, E5M2, Format},
+            x86_float,
+            x86_integer::{AvxVnni, Maddubs, Vnni512},
+        },
+        *,
+    };
+
+    macro_rules! integer_kernels {
+        ($module:ident, $machine:ty, $wide:literal, [$($mr:literal),+], [$($feature:literal),*]) => {
+            pub(crate) mod $module {
+                use super::*;
+
+                $(#[target_feature(enable = $feature)])*
+                unsafe fn dot<W: integer::Source<$machine>, const MR: usize, const NARROW: bool>(
+                    args: &DotArgs,
+                ) {
+                    // SAFETY: the caller's promise is passed on.
+                    unsafe { integer::dot::<$machine, W, MR, NARROW>(args) }
+                }
+
+                $(#[target_feature(enable = $feature)])*
+                unsafe fn unpack<C: integer::IntFormat>(
+                    tables: *const Tables,
+                    codes: *const u8,
+                    blocks: usize,
+                    out: *mut u8,
+                ) {
+                    // SAFETY: the caller's promise is passed on.
+                    unsafe { integer::unpack::<$machine, C>(tables, codes, blocks, out) }
+                }
+
+                struct Of<W>(std::marker::PhantomData<W>);
+                impl<W: integer::Source<$machine>> Of<W> {
+                    const DOTS: [&'static [Dot]; 2] = [
+                        &[$(dot::<W, $mr, { !$wide }>),+],
+                        &[$(dot::<W, $mr, true>),+],
+                    ];
+                }
+
+                pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
+                    wide: $wide,
+                    codes: [
+                        Of::<Codes<E2M1>>::DOTS,
+                        Of::<Codes<E2M3>>::DOTS,
+                        Of::<Codes<Int8>>::DOTS,
+                    ],
+                    panels: Of::<Unpacked>::DOTS,
+                    unpack: [unpack::<E2M1>, unpack::<E2M3>, unpack::<Int8>],
+                };
+            }
+        };
+    }
+
+    // Where sums of pairs are 32 bits wide, both kinds of kernel are the same one.
+    integer_kernels!(
+        vnni512,
+        Vnni512,
+        false,
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+        ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma"]
+    );
+    integer_kernels!(
+        avx_vnni,
+        AvxVnni,
+        false,
+        [1, 2, 3, 4, 5, 6],
+        ["avx2", "fma", "f16c", "avxvnni"]
+    );
+    integer_kernels!(maddubs, Maddubs, true, [1, 2, 3, 4], ["avx2", "fma", "f16c"]);
+
+    pub(crate) mod bf16 {
+        use super::*;
+
+        macro_rules! avx512_bf16 {
+            ($($function:item)+) => { $(
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")]
+                $function
+            )+ };
+        }
+        avx512_bf16! {
+            unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotArgs) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_bf16::dot::<C, MR, P>(args) }
+            }
+            unsafe fn tile<const MR: usize>(args: &DotArgs, panel_stride: usize) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_bf16::tile::<MR, 2>(args, panel_stride) }
+            }
+            unsafe fn decode<C: Format>(
+                tables: *const Tables,
+                codes: *const u8,
+                scales: *const u8,
+                blocks: usize,
+                out: *mut u8,
+            ) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_bf16::decode::<C>(tables, codes, scales, blocks, out) }
+            }
+            unsafe fn decode_f32<C: Format>(
+                tables: *const Tables,
+                codes: *const u8,
+                scales: *const u8,
+                blocks: usize,
+                out: *mut u8,
+            ) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_bf16::decode_f32::<C>(tables, codes, scales, blocks, out) }
+            }
+        }
+
+        const fn one<C: Format>() -> &'static [Dot] {
+            &[
+                dot::<C, 1, 1>,
+                dot::<C, 2, 1>,
+                dot::<C, 3, 1>,
+                dot::<C, 4, 1>,
+                dot::<C, 5, 1>,
+                dot::<C, 6, 1>,
+                dot::<C, 7, 1>,
+                dot::<C, 8, 1>,
+            ]
+        }
+        const fn two<C: Format>() -> &'static [Dot] {
+            &[dot::<C, 1, 2>, dot::<C, 2, 2>, dot::<C, 3, 2>, dot::<C, 4, 2>]
+        }
+
+        pub(crate) static KERNELS: Bf16Kernels = Bf16Kernels {
+            one: [one::<E4M3>(), one::<E5M2>(), one::<E3M2>(), one::<FE2M3>(), one::<FE2M1>()],
+            two: [two::<E4M3>(), two::<E5M2>(), two::<E3M2>(), two::<FE2M3>(), two::<FE2M1>()],
+            decode: [
+                decode::<E4M3>,
+                decode::<E5M2>,
+                decode::<E3M2>,
+                decode::<FE2M3>,
+                decode::<FE2M1>,
+            ],
+            panels: 2,
+            tiles: &[
+                tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>, tile::<6>, tile::<7>,
+                tile::<8>, tile::<9>, tile::<10>, tile::<11>, tile::<12>,
+            ],
+        };
+
+        /// Only to panels: rows straight from the codes go through bfloat16.
+        pub(crate) static FLOATS: FloatKernels = FloatKernels {
+            dots: [&[]; 5],
+            decode: [
+                decode_f32::<E4M3>,
+                decode_f32::<E5M2>,
+                decode_f32::<E3M2>,
+                decode_f32::<FE2M3>,
+                decode_f32::<FE2M1>,
+            ],
+        };
+    }
+
+    pub(crate) mod avx2 {
+        use super::*;
+
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn dot<C: Format, const MR: usize>(args: &DotArgs) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { x86_float::dot::<C, MR>(args) }
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn decode<C: Format>(
+            tables: *const Tables,
+            codes: *const u8,
+            scales: *const u8,
+            blocks: usize,
+            out: *mut u8,
+        ) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { x86_float::decode::<C>(tables, codes, scales, blocks, out) }
+        }
+        const fn dots<C: Format>() -> &'static [Dot] {
+            &[dot::<C, 1>, dot::<C, 2>]
+        }
+
+        pub(crate) static FLOATS: FloatKernels = FloatKernels {
+            dots: [
+                dots::<E4M3>(),
+                dots::<E5M2>(),
+                dots::<E3M2>(),
+                dots::<FE2M3>(),
+                dots::<FE2M1>(),
+            ],
+            decode: [
+                decode::<E4M3>,
+                decode::<E5M2>,
+                decode::<E3M2>,
+                decode::<FE2M3>,
+                decode::<FE2M1>,
+            ],
+        };
+    }
+}

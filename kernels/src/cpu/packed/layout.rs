@@ -1,0 +1,221 @@
+//! Weights in the order in which the packed kernels read them.
+//!
+//! A panel is sixteen rows (output features); along k it goes in blocks of 32. One register of 64
+//! bytes holds four k of each row, a row in each lane of four bytes, so that four products of every
+//! row are one instruction, and neither a shuffle nor a sum across lanes is left for the inner loop.
+//!
+//! Within a lane byte p belongs to k + [`ORDER`]`[p]`: even and odd bytes, taken apart to be widened to
+//! sixteen bits, are then pairs of neighbours.
+//!
+//! | bits | a block of a panel |
+//! |---|---|
+//! | 8 | eight registers, register g for k from 4g on |
+//! | 4 | four registers, c for k from 8c on: low nibbles the first four k, high nibbles the next |
+//! | 6 | the low four bits as with 4; then two registers, h for k from 16h on: bits 2q and 2q + 1 of a byte are the two high bits of k from 16h + 4q on |
+
+use super::super::panel::PANEL;
+use crate::{
+    formats::ElementFormat,
+    parallel::Parallel,
+    scale::{SCALE_NAN, ScaleKind},
+    tensor::PackedWeight,
+};
+
+/// k of a block; a larger block of the file is several with the same scale.
+pub(crate) const BLOCK: usize = 32;
+/// k behind the four bytes of a lane, relative to the first.
+pub(crate) const ORDER: [usize; 4] = [0, 2, 1, 3];
+/// Exponents of scales that the packed kernels take: products of two stay normal f32, also with the
+/// factors that integers carry. Other blocks send their row to f64.
+pub(crate) const WINDOW: std::ops::RangeInclusive<i32> = -55..=40;
+/// Alignment of codes, the register's size.
+const LINE: usize = 64;
+
+/// What becomes of a row of a weight or of x.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Row {
+    /// The kernels compute it.
+    Plain,
+    /// A scale outside [`WINDOW`], or a code that is infinite or no number: computed in f64.
+    Exact,
+    /// A block of NaN: so is every product.
+    Nan,
+}
+
+/// Bytes of a block of a panel.
+pub(crate) const fn block_bytes(format: ElementFormat) -> usize {
+    PANEL * BLOCK * format.bits() as usize / 8
+}
+
+/// A weight in panels.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    /// Backing store of the codes, which start at `start`.
+    bytes: Vec<u8>,
+    start: usize,
+    /// [panel][block][16]; neutral where a block is zero or its row is not [`Row::Plain`].
+    pub scales: Vec<u8>,
+    /// One for each row.
+    pub rows: Vec<Row>,
+    /// Whether any row is not plain.
+    pub special: bool,
+    /// Blocks of 32 along k.
+    pub blocks: usize,
+    block_bytes: usize,
+}
+
+impl Layout {
+    /// Whether the layout can hold such a weight.
+    pub(crate) fn fits(w: &PackedWeight<'_>) -> bool {
+        let spec = w.spec();
+        spec.scale == ScaleKind::E8M0 && spec.block_size.is_multiple_of(BLOCK)
+    }
+
+    /// `w` in panels; rows past n are zeros.
+    pub(crate) fn new(w: &PackedWeight<'_>, par: &dyn Parallel) -> Self {
+        let (n, k) = (w.n(), w.k());
+        let (panels, blocks) = (n.div_ceil(PANEL), k.div_ceil(BLOCK));
+        let block_bytes = block_bytes(w.spec().format);
+        let len = panels * blocks * block_bytes;
+        let mut bytes = vec![0_u8; len + LINE];
+        let start = bytes.as_ptr().align_offset(LINE).min(LINE);
+        let mut scales = vec![0_u8; panels * blocks * PANEL];
+        let mut rows = vec![Row::Plain; panels * PANEL];
+        let tasks: Vec<_> = bytes[start..start + len]
+            .chunks_exact_mut(blocks * block_bytes)
+            .zip(scales.chunks_exact_mut(blocks * PANEL))
+            .zip(rows.chunks_exact_mut(PANEL))
+            .map(std::sync::Mutex::new)
+            .collect();
+        par.run(tasks.len(), &|panel| {
+            // Every task is run once, so the lock is never contended; a poisoned one is never read.
+            let Ok(mut task) = tasks[panel].lock() else { return };
+            let ((codes, scales), rows) = &mut *task;
+            pack_panel(w, panel * PANEL, codes, scales, rows);
+        });
+        drop(tasks);
+        rows.truncate(n);
+        let special = rows.iter().any(|&row| row != Row::Plain);
+        Self { bytes, start, scales, rows, special, blocks, block_bytes }
+    }
+
+    /// Codes of panel `p` from block `b` on, aligned to 64 bytes.
+    pub(crate) fn codes(&self, p: usize, b: usize) -> *const u8 {
+        self.bytes[self.start + (p * self.blocks + b) * self.block_bytes..].as_ptr()
+    }
+
+    /// Scale bytes of panel `p` from block `b` on.
+    pub(crate) fn scales(&self, p: usize, b: usize) -> *const u8 {
+        self.scales[(p * self.blocks + b) * PANEL..].as_ptr()
+    }
+
+    /// Bytes in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len() + self.scales.len() + self.rows.len()
+    }
+}
+
+fn pack_panel(
+    w: &PackedWeight<'_>,
+    n0: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+    rows: &mut [Row],
+) {
+    let (spec, k) = (w.spec(), w.k());
+    let (row_bytes, file_blocks) = (spec.row_bytes(k), spec.blocks(k));
+    let bits = spec.format.bits() as usize;
+    let file = BLOCK * bits / 8;
+    let bytes = block_bytes(spec.format);
+    for r in 0..PANEL.min(w.n() - n0) {
+        let row = &w.codes()[(n0 + r) * row_bytes..][..row_bytes];
+        let row_scales = &w.scales()[(n0 + r) * file_blocks..][..file_blocks];
+        for (b, out) in codes.chunks_exact_mut(bytes).enumerate() {
+            let mut unpacked = [0_u8; BLOCK];
+            unpack(bits, &row[b * file..][..file], &mut unpacked);
+            // Imported weights may hold anything behind the row's end.
+            let left = k - b * BLOCK;
+            if left < BLOCK {
+                unpacked[left..].fill(0);
+            }
+            let byte = row_scales[b * BLOCK / spec.block_size];
+            let kind = kind(spec.format, &unpacked, byte);
+            let scale = &mut scales[b * PANEL + r];
+            *scale = 127;
+            match kind {
+                None => {}
+                Some(Row::Plain) => *scale = byte,
+                // A NaN block wins over an exact one.
+                Some(row) if rows[r] != Row::Nan => rows[r] = row,
+                Some(_) => {}
+            }
+            place(bits, &unpacked, r, out);
+        }
+    }
+}
+
+/// What a block makes of its row; `None` where all of it is zero, with whatever scale.
+fn kind(format: ElementFormat, codes: &[u8; BLOCK], scale: u8) -> Option<Row> {
+    if scale == SCALE_NAN {
+        return Some(Row::Nan);
+    }
+    let sign = 1_u8 << (format.bits() - 1);
+    let magnitude = |code: u8| if format == ElementFormat::MxInt8 { code } else { code & !sign };
+    let largest = codes.iter().map(|&code| magnitude(code)).max().unwrap_or(0);
+    if largest == 0 {
+        return None;
+    }
+    let special = match format {
+        ElementFormat::Fp8E4M3 => largest == 0x7f,
+        ElementFormat::Fp8E5M2 => largest >= 0x7c,
+        _ => false,
+    };
+    let inside = WINDOW.contains(&(i32::from(scale) - 127));
+    Some(if special || !inside { Row::Exact } else { Row::Plain })
+}
+
+/// The 32 codes in `bytes`, one a byte.
+fn unpack(bits: usize, bytes: &[u8], codes: &mut [u8; BLOCK]) {
+    match bits {
+        4 => {
+            for (pair, byte) in codes.chunks_exact_mut(2).zip(bytes) {
+                pair[0] = byte & 0xf;
+                pair[1] = byte >> 4;
+            }
+        }
+        6 => {
+            for (quad, b) in codes.chunks_exact_mut(4).zip(bytes.chunks_exact(3)) {
+                let word = u32::from_le_bytes([b[0], b[1], b[2], 0]);
+                let spread = word & 0x3f | word << 2 & 0x3f00 | word << 4 & 0x3f_0000;
+                quad.copy_from_slice(&(spread | word << 6 & 0x3f00_0000).to_le_bytes());
+            }
+        }
+        _ => codes.copy_from_slice(bytes),
+    }
+}
+
+/// Puts a row's block into lane `r`.
+fn place(bits: usize, codes: &[u8; BLOCK], r: usize, out: &mut [u8]) {
+    let quad = |g: usize| -> u32 {
+        let quad = ORDER.map(|o| codes[4 * g + o]);
+        u32::from_le_bytes(quad)
+    };
+    let mut put = |register: usize, value: u32| {
+        out[register * LINE + r * 4..][..4].copy_from_slice(&value.to_le_bytes());
+    };
+    if bits == 8 {
+        for g in 0..8 {
+            put(g, quad(g));
+        }
+        return;
+    }
+    for c in 0..4 {
+        put(c, quad(2 * c) & 0x0f0f_0f0f | (quad(2 * c + 1) & 0x0f0f_0f0f) << 4);
+    }
+    if bits == 6 {
+        for h in 0..2 {
+            let high = |q: usize| (quad(4 * h + q) >> 4 & 0x0303_0303) << (2 * q);
+            put(4 + h, high(0) | high(1) | high(2) | high(3));
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Weights repacked once, for kernels that stream them: integer, bfloat16 and fp32 products.
+//!
+//! `layout` has the order, `x` the other operand, `integer`, `x86_*` the kernels, `run` the driver.
+
+pub(crate) mod integer;
+pub(crate) mod kernels;
+pub(crate) mod layout;
+mod run;
+pub(crate) mod tables;
+pub(crate) mod x;
+#[cfg(target_arch = "x86_64")]
+mod x86_bf16;
+#[cfg(target_arch = "x86_64")]
+mod x86_float;
+#[cfg(target_arch = "x86_64")]
+mod x86_integer;
+
+pub(crate) use run::linear;
+
+use self::{
+    kernels::{PackedKernels, float_index, integer_index},
+    layout::Layout,
+    tables::Tables,
+};
+use super::Kernels;
+use crate::{
+    formats::ElementFormat,
+    parallel::Parallel,
+    tensor::{LinearProblem, PackedWeight, QuantSpec},
+};
+
+/// A weight [n, k] in the order in which this machine's kernels read it.
+///
+/// It is as large as the packed bytes (rows rounded up to sixteen, k to 32) and independent of them, but
+/// [`crate::linear_prepared`] still needs them: rows with scales at the ends of E8M0's range or with
+/// codes of infinities are computed from the original.
+#[derive(Debug)]
+pub struct PreparedWeight {
+    pub(crate) layout: Layout,
+    pub(crate) tables: Box<Tables>,
+    n: usize,
+    k: usize,
+    spec: QuantSpec,
+}
+
+impl PreparedWeight {
+    /// Repacks `w` for problems like `problem` on the threads of `par`; `None` where this machine has
+    /// no kernel that would use it: `mxint8` without integer products, blocks of 16, scales other than
+    /// `e8m0`.
+    pub fn new(problem: &LinearProblem, w: &PackedWeight<'_>, par: &dyn Parallel) -> Option<Self> {
+        Self::with(super::kernels(), problem, w, par)
+    }
+
+    pub(crate) fn with(
+        kernels: &Kernels,
+        problem: &LinearProblem,
+        w: &PackedWeight<'_>,
+        par: &dyn Parallel,
+    ) -> Option<Self> {
+        let useful = kernels.packed.choose(problem, 1).is_some();
+        (useful && Layout::fits(w)).then(|| Self {
+            layout: Layout::new(w, par),
+            tables: Box::new(Tables::new(w.spec().format)),
+            n: w.n(),
+            k: w.k(),
+            spec: *w.spec(),
+        })
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn bytes(&self) -> usize {
+        self.layout.bytes() + size_of::<Tables>() + size_of::<Self>()
+    }
+
+    /// Whether it was made of a weight like `w`.
+    pub(crate) fn is_of(&self, w: &PackedWeight<'_>) -> bool {
+        (self.n, self.k, &self.spec) == (w.n(), w.k(), w.spec())
+    }
+}
+
+/// Which kernels multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// Exact integers.
+    Integer,
+    /// bfloat16 straight from the codes, x in so many parts.
+    Bf16Codes(usize),
+    /// Panels of bfloat16.
+    Bf16Panels,
+    /// fp32 straight from the codes.
+    FloatCodes,
+    /// Panels of fp32.
+    FloatPanels,
+}
+
+/// Up to so many rows of x AVX2's kernels take codes.
+const FLOAT_ROWS: usize = 4;
+/// From this k on x in two bfloat16, exact to 2^-18, keeps to the bound of any data.
+const TWO_PARTS: usize = 512;
+
+impl PackedKernels {
+    /// The way for `m` rows of x; `None` where only [`crate::linear`] has one.
+    pub(crate) fn choose(&self, problem: &LinearProblem, m: usize) -> Option<Path> {
+        self.choose_for(problem, m, None)
+    }
+
+    /// [`Self::choose`] where it is known in how many bfloat16 an unquantised x is exact.
+    pub(crate) fn choose_for(
+        &self,
+        problem: &LinearProblem,
+        m: usize,
+        parts: Option<usize>,
+    ) -> Option<Path> {
+        let format = problem.weight.format;
+        let quantised = match &problem.activation {
+            Some(x) if x.scale != crate::ScaleKind::E8M0 => return None,
+            Some(x) if !x.block_size.is_multiple_of(layout::BLOCK) => return None,
+            Some(x) => Some(x.format),
+            None => None,
+        };
+        if let (Some(x), Some(integer)) = (quantised, self.integer)
+            && integer_index(format).is_some()
+            && integer_index(x).is_some()
+            && (!integer.wide || pair_fits(format, x))
+        {
+            return Some(Path::Integer);
+        }
+        let index = float_index(format)?;
+        if let Some(bf16) = self.bf16 {
+            let (parts, kernels) = match (quantised, parts) {
+                (Some(_), _) | (None, Some(1)) => (1, &bf16.one),
+                _ => (2, &bf16.two),
+            };
+            if m <= kernels[index].len() && (parts == 1 || problem.k >= TWO_PARTS) {
+                return Some(Path::Bf16Codes(parts));
+            }
+            if parts == 1 {
+                return Some(Path::Bf16Panels);
+            }
+        }
+        let float = self.float?;
+        match m <= FLOAT_ROWS && !float.dots[index].is_empty() {
+            true => Some(Path::FloatCodes),
+            false => Some(Path::FloatPanels),
+        }
+    }
+}
+
+/// Largest magnitude of a weight's integers with their offset, of x's without.
+const fn largest(format: ElementFormat) -> (i32, i32) {
+    match format {
+        ElementFormat::Fp4E2M1 => (24, 12),
+        ElementFormat::Fp6E2M3 => (120, 60),
+        _ => (255, 127),
+    }
+}
+
+/// Whether sums of `terms` products fit sixteen bits.
+pub(crate) const fn sum_fits(w: ElementFormat, x: ElementFormat, terms: i32) -> bool {
+    largest(w).0 * largest(x).1 * terms <= i16::MAX as i32
+}
+
+const fn pair_fits(w: ElementFormat, x: ElementFormat) -> bool {
+    sum_fits(w, x, 2)
+}

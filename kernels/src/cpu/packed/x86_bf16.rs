@@ -1,0 +1,297 @@
+//! bfloat16 dot products of AVX-512.
+//!
+//! Every element is a bfloat16, so that products are exact; sums are fp32. Up to eight rows of x go
+//! straight from the codes, with the scales applied a block at a time; more rows share a panel of
+//! bfloat16 with the scales in their exponents.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)]
+
+use std::arch::x86_64::*;
+
+use super::{
+    super::panel::PANEL,
+    integer::DotArgs,
+    layout::{BLOCK, block_bytes},
+    tables::Tables,
+    x86_integer::six_512,
+};
+use crate::formats::ElementFormat;
+
+/// A format as a type, as far as these kernels know it.
+pub(crate) trait Format {
+    const FORMAT: ElementFormat;
+}
+
+macro_rules! formats {
+    ($($name:ident = $format:ident),*) => { $(
+        pub(crate) struct $name;
+        impl Format for $name {
+            const FORMAT: ElementFormat = ElementFormat::$format;
+        }
+    )* };
+}
+formats!(E4M3 = Fp8E4M3, E5M2 = Fp8E5M2, E3M2 = Fp6E3M2, E2M3 = Fp6E2M3, E2M1 = Fp4E2M1);
+
+/// Tables in registers.
+#[derive(Clone, Copy)]
+struct Look {
+    high: [__m512i; 2],
+    low: [__m512i; 2],
+    words: __m512i,
+}
+
+impl Look {
+    #[inline(always)]
+    unsafe fn new(tables: *const Tables) -> Self {
+        // SAFETY: tables are aligned and as long as what is read.
+        unsafe {
+            let load = |at: *const u8| _mm512_load_si512(at.cast());
+            let (high, low) = ((*tables).high.as_ptr(), (*tables).low.as_ptr());
+            Self {
+                high: [load(high), load(high.add(64))],
+                low: [load(low), load(low.add(64))],
+                words: load((*tables).words.as_ptr().cast()),
+            }
+        }
+    }
+
+    /// Codes of a register to pairs: k and k + 1 of each row, then k + 2 and k + 3.
+    #[inline(always)]
+    unsafe fn pairs<C: Format>(&self, codes: __m512i) -> [__m512i; 2] {
+        // SAFETY: register operations only.
+        unsafe {
+            let (high, low) = if C::FORMAT.bits() == 8 {
+                let sign = _mm512_set1_epi8(-128);
+                let high = _mm512_permutex2var_epi8(self.high[0], codes, self.high[1]);
+                // high | codes & sign
+                let high = _mm512_ternarylogic_epi32::<0xf8>(high, codes, sign);
+                (high, _mm512_permutex2var_epi8(self.low[0], codes, self.low[1]))
+            } else {
+                (
+                    _mm512_permutexvar_epi8(codes, self.high[0]),
+                    _mm512_permutexvar_epi8(codes, self.low[0]),
+                )
+            };
+            let mask = _mm512_set1_epi16(0xff00_u16 as i16);
+            // mask ? a : b
+            let select = |a, b| _mm512_ternarylogic_epi32::<0xca>(mask, a, b);
+            [select(_mm512_slli_epi16::<8>(high), low), select(high, _mm512_srli_epi16::<8>(low))]
+        }
+    }
+
+    /// The sixteen pairs of k of a block from its `c`-th eighth pair on: registers 2c and 2c + 1.
+    #[inline(always)]
+    unsafe fn eight<C: Format>(&self, block: *const u8, c: usize) -> [__m512i; 4] {
+        // SAFETY: the caller vouches for the block.
+        unsafe {
+            match C::FORMAT.bits() {
+                4 => {
+                    let codes = _mm512_load_si512(block.add(64 * c).cast());
+                    let find = |v| _mm512_permutexvar_epi16(v, self.words);
+                    [
+                        find(codes),
+                        find(_mm512_srli_epi16::<8>(codes)),
+                        find(_mm512_srli_epi16::<4>(codes)),
+                        find(_mm512_srli_epi16::<12>(codes)),
+                    ]
+                }
+                6 => {
+                    let [first, second] = six_512(block, c).map(|codes| self.pairs::<C>(codes));
+                    [first[0], first[1], second[0], second[1]]
+                }
+                _ => {
+                    let [first, second] = [0, 64].map(|at| {
+                        let codes = _mm512_load_si512(block.add(128 * c + at).cast());
+                        self.pairs::<C>(codes)
+                    });
+                    [first[0], first[1], second[0], second[1]]
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dp(acc: __m512, w: __m512i, x: *const u8) -> __m512 {
+    // SAFETY: the caller vouches for four bytes; both types are 64 bytes without a meaning of their own.
+    unsafe {
+        let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+        dp_register(acc, w, x)
+    }
+}
+
+#[inline(always)]
+unsafe fn dp_register(acc: __m512, w: __m512i, x: __m512i) -> __m512 {
+    // SAFETY: both types are 64 bytes without a meaning of their own.
+    unsafe {
+        let bf16 = |v| std::mem::transmute::<__m512i, __m512bh>(v);
+        _mm512_dpbf16_ps(acc, bf16(w), bf16(x))
+    }
+}
+
+/// c[MR][16] (+)= x * w over the blocks, straight from the codes; x in `P` parts.
+///
+/// # Safety
+/// avx512f, bw, vbmi and bf16 are there; everything in `args` holds MR rows and `args.blocks` blocks.
+#[inline(always)]
+pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotArgs) {
+    // SAFETY: all offsets stay within what the caller vouches for.
+    unsafe {
+        let look = Look::new(args.tables);
+        let mut sums = [_mm512_setzero_ps(); MR];
+        for b in 0..args.blocks {
+            let w = args.w.add(b * block_bytes(C::FORMAT));
+            let x = args.x.add(b * P * MR * 2 * BLOCK);
+            for line in 0..block_bytes(C::FORMAT) / 64 {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
+            }
+            let mut acc = [_mm512_setzero_ps(); MR];
+            for c in 0..4 {
+                let pairs = look.eight::<C>(w, c);
+                for (j, pair) in pairs.into_iter().enumerate() {
+                    for part in 0..P {
+                        for r in 0..MR {
+                            let x = x.add((part * MR + r) * 2 * BLOCK + (4 * c + j) * 4);
+                            acc[r] = dp(acc[r], pair, x);
+                        }
+                    }
+                }
+            }
+            let scales = _mm_loadu_si128(args.scales.add(b * PANEL).cast());
+            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
+            for r in 0..MR {
+                let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
+                let scale = _mm512_castsi512_ps(_mm512_add_epi32(scales, x_scale));
+                sums[r] = _mm512_fmadd_ps(acc[r], scale, sums[r]);
+            }
+        }
+        for r in 0..MR {
+            add_to(args.c.add(r * args.ldc), sums[r], args.add);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_to(c: *mut f32, sum: __m512, add: bool) {
+    // SAFETY: the caller vouches for sixteen floats.
+    unsafe {
+        let sum = if add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
+        _mm512_storeu_ps(c, sum);
+    }
+}
+
+/// Exponents of a block's scales, to be added to bfloat16 pairs.
+#[inline(always)]
+unsafe fn exponents(scales: *const u8) -> __m512i {
+    // SAFETY: the caller vouches for sixteen bytes.
+    unsafe {
+        let scale = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.cast()));
+        let e = _mm512_slli_epi32::<7>(_mm512_sub_epi32(scale, _mm512_set1_epi32(127)));
+        // mask ? e : e << 16
+        let mask = _mm512_set1_epi32(0xffff);
+        _mm512_ternarylogic_epi32::<0xca>(mask, e, _mm512_slli_epi32::<16>(e))
+    }
+}
+
+/// Pairs with the scales in their exponents; zeros stay.
+#[inline(always)]
+unsafe fn fold(pair: __m512i, exponents: __m512i) -> __m512i {
+    // SAFETY: register operations only.
+    unsafe {
+        let nonzero = _mm512_test_epi16_mask(pair, _mm512_set1_epi16(0x7fff));
+        _mm512_mask_add_epi16(pair, nonzero, pair, exponents)
+    }
+}
+
+/// Decodes `blocks` blocks of a panel with their scales to bfloat16: [k / 2][16 rows][2].
+///
+/// # Safety
+/// The instructions are there; `out` holds 1024 bytes a block.
+#[inline(always)]
+pub(crate) unsafe fn decode<C: Format>(
+    tables: *const Tables,
+    codes: *const u8,
+    scales: *const u8,
+    blocks: usize,
+    out: *mut u8,
+) {
+    // SAFETY: the caller vouches for the blocks.
+    unsafe {
+        let look = Look::new(tables);
+        for b in 0..blocks {
+            let e = exponents(scales.add(b * PANEL));
+            for c in 0..4 {
+                let pairs = look.eight::<C>(codes.add(b * block_bytes(C::FORMAT)), c);
+                for (j, pair) in pairs.into_iter().enumerate() {
+                    let out = out.add((b * 16 + 4 * c + j) * 64);
+                    _mm512_store_si512(out.cast(), fold(pair, e));
+                }
+            }
+        }
+    }
+}
+
+/// [`decode`] to f32: [k][16 rows].
+///
+/// # Safety
+/// The instructions are there; `out` holds 2048 bytes a block.
+#[inline(always)]
+pub(crate) unsafe fn decode_f32<C: Format>(
+    tables: *const Tables,
+    codes: *const u8,
+    scales: *const u8,
+    blocks: usize,
+    out: *mut u8,
+) {
+    // SAFETY: the caller vouches for the blocks.
+    unsafe {
+        let look = Look::new(tables);
+        for b in 0..blocks {
+            let e = exponents(scales.add(b * PANEL));
+            for c in 0..4 {
+                let pairs = look.eight::<C>(codes.add(b * block_bytes(C::FORMAT)), c);
+                for (j, pair) in pairs.into_iter().enumerate() {
+                    let pair = fold(pair, e);
+                    let out = out.add((b * 16 + 4 * c + j) * 128);
+                    let second = _mm512_and_si512(pair, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                    _mm512_store_si512(out.cast(), _mm512_slli_epi32::<16>(pair));
+                    _mm512_store_si512(out.add(64).cast(), second);
+                }
+            }
+        }
+    }
+}
+
+/// c[MR][NV * 16] (+)= x * panels: [`decode`]d panels `panel_stride` bytes apart.
+///
+/// # Safety
+/// The instructions are there; x and the panels hold `args.blocks` blocks, `c` MR rows.
+#[inline(always)]
+pub(crate) unsafe fn tile<const MR: usize, const NV: usize>(args: &DotArgs, panel_stride: usize) {
+    // SAFETY: all offsets stay within what the caller vouches for.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); NV]; MR];
+        for b in 0..args.blocks {
+            let x = args.x.add(b * MR * 2 * BLOCK);
+            let w = args.w.add(b * 1024);
+            for j in 0..16 {
+                let mut pairs = [_mm512_setzero_si512(); NV];
+                for v in 0..NV {
+                    pairs[v] = _mm512_load_si512(w.add(v * panel_stride + j * 64).cast());
+                }
+                for r in 0..MR {
+                    let x = x.add(r * 2 * BLOCK + j * 4);
+                    let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+                    for v in 0..NV {
+                        acc[r][v] = dp_register(acc[r][v], pairs[v], x);
+                    }
+                }
+            }
+        }
+        for r in 0..MR {
+            for v in 0..NV {
+                add_to(args.c.add(r * args.ldc + v * PANEL), acc[r][v], args.add);
+            }
+        }
+    }
+}
