@@ -1,5 +1,6 @@
 //! Times `linear` and prints GF/s: `cargo run --release -p mx-kernels --example bench_linear --
-//! [FORMAT,...] [M,...] [THREADS,...] [KxN]`. `MX_CPU_VARIANT` forces a variant.
+//! [FORMAT,...] [M,...] [THREADS,...] [KxN] [both|weight|FORMAT of x]`. `MX_CPU_VARIANT` forces a variant.
+//! `raw` multiplies the file's codes, `packed` the repacked weight.
 //!
 //! Beside the wall clock it shows the CPU time of all threads: on a busy machine only that one tells
 //! anything. Weights are rotated, so that a small M reads them from memory as a model's layers do.
@@ -8,8 +9,8 @@
 use std::time::Instant;
 
 use mx_kernels::{
-    ElementFormat, Float, FloatMut, LinearProblem, PackedWeight, QuantSpec, StdThreads, cpu,
-    linear, quantize_rows,
+    ElementFormat, Float, FloatMut, LinearProblem, PackedWeight, PreparedWeight, QuantSpec,
+    StdThreads, cpu, linear, linear_prepared, quantize_rows,
 };
 
 /// Zero-mean values from a linear congruential generator.
@@ -41,7 +42,8 @@ fn main() {
     let shape = list(3, "4096x14336");
     let (k, n) = shape[0].split_once('x').expect("KxN");
     let (k, n): (usize, usize) = (k.parse().expect("K"), n.parse().expect("N"));
-    println!("{} K={k} N={n}, both operands quantised", cpu::variant());
+    let operand = &list(4, "both")[0];
+    println!("{} K={k} N={n}, x: {operand}", cpu::variant());
     let w = random(n * k, 1);
     for format in formats {
         let spec = QuantSpec::mx(format.parse::<ElementFormat>().expect("format")).expect("mx");
@@ -50,33 +52,58 @@ fn main() {
         let start = Instant::now();
         quantize_rows(&spec, &w, n, k, &mut codes, &mut scales).expect("quantise");
         println!("{format}: weight quantised in {:.0} ms", start.elapsed().as_secs_f64() * 1e3);
-        let copies: Vec<_> = (0..4).map(|_| (codes.clone(), scales.clone())).collect();
-        let problem =
-            LinearProblem { n, k, weight: spec, activation: Some(spec), alpha: 1.0, beta: 1.0 };
+        let activation = match operand.as_str() {
+            "both" => Some(spec),
+            "weight" => None,
+            format => Some(QuantSpec::mx(format.parse().expect("format")).expect("mx")),
+        };
+        let problem = LinearProblem { n, k, weight: spec, activation, alpha: 1.0, beta: 1.0 };
+        let start = Instant::now();
+        let copies: Vec<_> = (0..(600 << 20) / codes.len().max(64 << 20))
+            .map(|_| {
+                let w = PackedWeight::new(spec, n, k, &codes, &scales).expect("weight");
+                let prepared = PreparedWeight::new(&problem, &w, &StdThreads(1));
+                (codes.clone(), scales.clone(), prepared)
+            })
+            .collect();
+        println!(
+            "{format}: {} copies, {:.0} ms each to repack",
+            copies.len(),
+            start.elapsed().as_secs_f64() * 1e3 / copies.len() as f64
+        );
         for m in list(1, "1,2,4,8,16,64,512") {
             let m: usize = m.parse().expect("M");
             let (x, mut y) = (random(m * k, 2), vec![0.0; m * n]);
             for threads in list(2, "1,2") {
                 let threads = StdThreads(threads.parse().expect("threads"));
-                let (mut best, mut best_cpu) = (f64::MAX, f64::MAX);
-                for i in 0..if m < 64 { 12 } else { 4 } {
-                    let (codes, scales) = &copies[i % copies.len()];
-                    let w = PackedWeight::new(spec, n, k, codes, scales).expect("weight");
-                    let (start, cpu) = (Instant::now(), cpu_seconds());
-                    let y = FloatMut::F32(&mut y);
-                    linear(&problem, Float::F32(&x), &w, None, y, &threads).expect("linear");
-                    best = best.min(start.elapsed().as_secs_f64());
-                    best_cpu = best_cpu.min(cpu_seconds() - cpu);
+                for packed in [false, true] {
+                    let (mut best, mut best_cpu) = (f64::MAX, f64::MAX);
+                    for i in 0..if m < 64 { 24 } else { 4 } {
+                        let (codes, scales, prepared) = &copies[i % copies.len()];
+                        let w = PackedWeight::new(spec, n, k, codes, scales).expect("weight");
+                        let (start, cpu) = (Instant::now(), cpu_seconds());
+                        let (x, y) = (Float::F32(&x), FloatMut::F32(&mut y));
+                        match prepared.as_ref().filter(|_| packed) {
+                            Some(p) => linear_prepared(&problem, x, &w, p, None, y, &threads),
+                            None => linear(&problem, x, &w, None, y, &threads),
+                        }
+                        .expect("linear");
+                        best = best.min(start.elapsed().as_secs_f64());
+                        best_cpu = best_cpu.min(cpu_seconds() - cpu);
+                    }
+                    let (work, bytes) =
+                        (2.0 * (m * n * k) as f64 / 1e9, codes.len() + scales.len());
+                    println!(
+                        "{format} M={m:<4} threads={} {}  {:9.3} ms {:7.1} GF/s {:5.1} GB/s   cpu {:9.3} ms {:7.1} GF/s",
+                        threads.0,
+                        if packed { "packed" } else { "raw   " },
+                        best * 1e3,
+                        work / best,
+                        bytes as f64 / best / 1e9,
+                        best_cpu * 1e3,
+                        work / best_cpu
+                    );
                 }
-                let work = 2.0 * (m * n * k) as f64 / 1e9;
-                println!(
-                    "{format} M={m:<4} threads={}  {:9.3} ms {:7.1} GF/s   cpu {:9.3} ms {:7.1} GF/s",
-                    threads.0,
-                    best * 1e3,
-                    work / best,
-                    best_cpu * 1e3,
-                    work / best_cpu
-                );
             }
         }
     }

@@ -172,7 +172,10 @@ pub(crate) unsafe fn dot<S: Integers, W: Source<S>, const MR: usize, const NARRO
                     S::F::prefetch(w.wrapping_add(W::AHEAD + line * 64));
                 }
             }
-            let mut acc: [S::Acc; MR] = std::array::from_fn(|r| S::start(x_sums.add(r)));
+            let mut acc = [S::start(x_sums); MR];
+            for r in 1..MR {
+                acc[r] = S::start(x_sums.add(r));
+            }
             for c in 0..4 {
                 let [first, second] = W::pair(args.tables, w, c);
                 for r in 0..MR {

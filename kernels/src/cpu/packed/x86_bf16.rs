@@ -45,12 +45,12 @@ impl Look {
     unsafe fn new(tables: *const Tables) -> Self {
         // SAFETY: tables are aligned and as long as what is read.
         unsafe {
-            let load = |at: *const u8| _mm512_load_si512(at.cast());
-            let (high, low) = ((*tables).high.as_ptr(), (*tables).low.as_ptr());
+            let high = (*tables).high.as_ptr().cast::<__m512i>();
+            let low = (*tables).low.as_ptr().cast::<__m512i>();
             Self {
-                high: [load(high), load(high.add(64))],
-                low: [load(low), load(low.add(64))],
-                words: load((*tables).words.as_ptr().cast()),
+                high: [_mm512_load_si512(high), _mm512_load_si512(high.add(1))],
+                low: [_mm512_load_si512(low), _mm512_load_si512(low.add(1))],
+                words: _mm512_load_si512((*tables).words.as_ptr().cast()),
             }
         }
     }
@@ -87,23 +87,23 @@ impl Look {
             match C::FORMAT.bits() {
                 4 => {
                     let codes = _mm512_load_si512(block.add(64 * c).cast());
-                    let find = |v| _mm512_permutexvar_epi16(v, self.words);
+                    let words = self.words;
                     [
-                        find(codes),
-                        find(_mm512_srli_epi16::<8>(codes)),
-                        find(_mm512_srli_epi16::<4>(codes)),
-                        find(_mm512_srli_epi16::<12>(codes)),
+                        _mm512_permutexvar_epi16(codes, words),
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), words),
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), words),
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), words),
                     ]
                 }
                 6 => {
-                    let [first, second] = six_512(block, c).map(|codes| self.pairs::<C>(codes));
+                    let [first, second] = six_512(block, c);
+                    let (first, second) = (self.pairs::<C>(first), self.pairs::<C>(second));
                     [first[0], first[1], second[0], second[1]]
                 }
                 _ => {
-                    let [first, second] = [0, 64].map(|at| {
-                        let codes = _mm512_load_si512(block.add(128 * c + at).cast());
-                        self.pairs::<C>(codes)
-                    });
+                    let codes = block.add(128 * c).cast::<__m512i>();
+                    let first = self.pairs::<C>(_mm512_load_si512(codes));
+                    let second = self.pairs::<C>(_mm512_load_si512(codes.add(1)));
                     [first[0], first[1], second[0], second[1]]
                 }
             }
@@ -124,8 +124,9 @@ unsafe fn dp(acc: __m512, w: __m512i, x: *const u8) -> __m512 {
 unsafe fn dp_register(acc: __m512, w: __m512i, x: __m512i) -> __m512 {
     // SAFETY: both types are 64 bytes without a meaning of their own.
     unsafe {
-        let bf16 = |v| std::mem::transmute::<__m512i, __m512bh>(v);
-        _mm512_dpbf16_ps(acc, bf16(w), bf16(x))
+        let w = std::mem::transmute::<__m512i, __m512bh>(w);
+        let x = std::mem::transmute::<__m512i, __m512bh>(x);
+        _mm512_dpbf16_ps(acc, w, x)
     }
 }
 
@@ -148,11 +149,11 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
             let mut acc = [_mm512_setzero_ps(); MR];
             for c in 0..4 {
                 let pairs = look.eight::<C>(w, c);
-                for (j, pair) in pairs.into_iter().enumerate() {
+                for j in 0..4 {
                     for part in 0..P {
                         for r in 0..MR {
                             let x = x.add((part * MR + r) * 2 * BLOCK + (4 * c + j) * 4);
-                            acc[r] = dp(acc[r], pair, x);
+                            acc[r] = dp(acc[r], pairs[j], x);
                         }
                     }
                 }

@@ -16,35 +16,37 @@ use super::{
 };
 use crate::formats::ElementFormat;
 
-/// Codes of registers 2c and 2c + 1 of a block, one a byte, each as two halves of eight rows.
+/// Half a register of codes, one a byte: eight rows (`h` 0 or 1) of register `2 * c + g` of a block.
 #[inline(always)]
-unsafe fn codes<C: Format>(block: *const u8, c: usize) -> [[__m256i; 2]; 2] {
+unsafe fn codes<C: Format>(block: *const u8, c: usize, g: usize, h: usize) -> __m256i {
     // SAFETY: the caller vouches for the block.
     unsafe {
-        let load = |at: usize| [0, 32].map(|half| _mm256_load_si256(block.add(at + half).cast()));
-        let mask = _mm256_set1_epi8(0xf);
         if C::FORMAT.bits() == 8 {
-            return [load(128 * c), load(128 * c + 64)];
+            return _mm256_load_si256(block.add(128 * c + 64 * g + 32 * h).cast());
         }
-        let low = load(64 * c);
-        let first = low.map(|v| _mm256_and_si256(v, mask));
-        let second = low.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
+        let mut low = _mm256_load_si256(block.add(64 * c + 32 * h).cast());
+        if g == 1 {
+            low = _mm256_srli_epi16::<4>(low);
+        }
+        low = _mm256_and_si256(low, _mm256_set1_epi8(0xf));
         if C::FORMAT.bits() == 4 {
-            return [first, second];
+            return low;
         }
-        let high = load(256 + 64 * (c / 2));
-        let field = _mm256_set1_epi8(0x30);
-        let or = |low, high| _mm256_or_si256(low, _mm256_and_si256(high, field));
-        let each = |i: usize| match c % 2 {
-            0 => [
-                or(first[i], _mm256_slli_epi16::<4>(high[i])),
-                or(second[i], _mm256_slli_epi16::<2>(high[i])),
-            ],
-            _ => [or(first[i], high[i]), or(second[i], _mm256_srli_epi16::<2>(high[i]))],
+        let high = _mm256_load_si256(block.add(256 + 64 * (c / 2) + 32 * h).cast());
+        let high = match (2 * c + g) % 4 {
+            0 => _mm256_slli_epi16::<4>(high),
+            1 => _mm256_slli_epi16::<2>(high),
+            2 => high,
+            _ => _mm256_srli_epi16::<2>(high),
         };
-        let (a, b) = (each(0), each(1));
-        [[a[0], b[0]], [a[1], b[1]]]
+        _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
     }
+}
+
+#[inline(always)]
+unsafe fn mask(v: __m256i, bits: u16) -> __m256i {
+    // SAFETY: register operations only.
+    unsafe { _mm256_and_si256(v, _mm256_set1_epi16(bits as i16)) }
 }
 
 /// Codes, one in the high byte of each word and zeros below, as f16 bits: value * 2^-SHIFT of `simd`.
@@ -52,7 +54,6 @@ unsafe fn codes<C: Format>(block: *const u8, c: usize) -> [[__m256i; 2]; 2] {
 unsafe fn half<C: Format>(words: __m256i) -> __m256i {
     // SAFETY: register operations only.
     unsafe {
-        let mask = |v, bits: i32| _mm256_and_si256(v, _mm256_set1_epi16(bits as i16));
         match C::FORMAT {
             // The arithmetic shift leaves the sign in place; codes of NaN do not come here.
             ElementFormat::Fp8E4M3 => mask(_mm256_srai_epi16::<1>(words), 0xbf80),
@@ -78,15 +79,18 @@ unsafe fn half<C: Format>(words: __m256i) -> __m256i {
 unsafe fn floats<C: Format>(codes: __m256i) -> [[__m256; 2]; 2] {
     // SAFETY: register operations only.
     unsafe {
-        let even = _mm256_slli_epi16::<8>(codes);
-        let odd = _mm256_and_si256(codes, _mm256_set1_epi16(0xff00_u16 as i16));
-        [even, odd].map(|words| {
-            let half = half::<C>(words);
+        let even = half::<C>(_mm256_slli_epi16::<8>(codes));
+        let odd = half::<C>(mask(codes, 0xff00));
+        [
             [
-                _mm256_cvtph_ps(_mm256_castsi256_si128(half)),
-                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half)),
-            ]
-        })
+                _mm256_cvtph_ps(_mm256_castsi256_si128(even)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(even)),
+            ],
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(odd)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(odd)),
+            ],
+        ]
     }
 }
 
@@ -126,11 +130,10 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize>(args: &DotArgs) {
             }
             let mut acc = [[_mm256_setzero_ps(); 4]; MR];
             for c in 0..4 {
-                let registers = codes::<C>(w, c);
-                for (g, halves) in registers.into_iter().enumerate() {
-                    for (h, half) in halves.into_iter().enumerate() {
-                        let values = floats::<C>(half);
-                        for (p, values) in values.into_iter().enumerate() {
+                for g in 0..2 {
+                    for h in 0..2 {
+                        let values = floats::<C>(codes::<C>(w, c, g, h));
+                        for p in 0..2 {
                             let k = 8 * c + 4 * g + 2 * p;
                             for r in 0..MR {
                                 let x = _mm256_castpd_ps(_mm256_broadcast_sd(
@@ -138,7 +141,7 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize>(args: &DotArgs) {
                                 ));
                                 for q in 0..2 {
                                     let sum = &mut acc[r][2 * h + q];
-                                    *sum = _mm256_fmadd_ps(values[q], x, *sum);
+                                    *sum = _mm256_fmadd_ps(values[p][q], x, *sum);
                                 }
                             }
                         }
@@ -186,13 +189,14 @@ pub(crate) unsafe fn decode<C: Format>(
             let factors: [__m256; 4] =
                 std::array::from_fn(|q| scales(scale_bytes.add(b * PANEL + 4 * q), shift::<C>()));
             for c in 0..4 {
-                for (g, halves) in codes::<C>(w, c).into_iter().enumerate() {
-                    for (h, half) in halves.into_iter().enumerate() {
-                        for (p, values) in floats::<C>(half).into_iter().enumerate() {
+                for g in 0..2 {
+                    for h in 0..2 {
+                        let values = floats::<C>(codes::<C>(w, c, g, h));
+                        for p in 0..2 {
                             let k = b * BLOCK + 8 * c + 4 * g + 2 * p;
                             let out = out.cast::<f32>().add(k * PANEL + 8 * h);
-                            let a = _mm256_mul_ps(values[0], factors[2 * h]);
-                            let b = _mm256_mul_ps(values[1], factors[2 * h + 1]);
+                            let a = _mm256_mul_ps(values[p][0], factors[2 * h]);
+                            let b = _mm256_mul_ps(values[p][1], factors[2 * h + 1]);
                             store_pairs(a, b, out);
                         }
                     }
@@ -207,10 +211,11 @@ pub(crate) unsafe fn decode<C: Format>(
 unsafe fn store_pairs(a: __m256, b: __m256, out: *mut f32) {
     // SAFETY: the caller vouches for both stretches.
     unsafe {
-        let order = |v| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(v));
         let first = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(a, b));
         let second = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(a, b));
-        _mm256_storeu_ps(out, order(first));
-        _mm256_storeu_ps(out.add(PANEL), order(second));
+        let first = _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(first));
+        let second = _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(second));
+        _mm256_storeu_ps(out, first);
+        _mm256_storeu_ps(out.add(PANEL), second);
     }
 }

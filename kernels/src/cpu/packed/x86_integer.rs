@@ -12,35 +12,32 @@ use super::{
 /// Needs avx512f, avx512bw, avx512vbmi and avx512vnni.
 pub(crate) struct Vnni512;
 
-/// Codes of six bits from their planes: the low four bits of `low` as they come, two more bits moved to
-/// their place by a shift of `high` to the left (`LEFT`) or to the right.
-macro_rules! six_bits {
-    ($low:expr, $high:expr, $g:expr, $left:ident, $right:ident, $select:expr) => {
-        match $g % 4 {
-            0 => $select($low, $left::<4>($high)),
-            1 => $select($low, $left::<2>($high)),
-            2 => $select($low, $high),
-            _ => $select($low, $right::<2>($high)),
-        }
-    };
-}
-
 /// Indices of registers `2 * c` and `2 * c + 1` of a block of six-bit codes, bits 6 and 7 arbitrary.
+///
+/// # Safety
+/// avx512bw is there; a block has four registers of low bits and two of high ones.
 #[inline(always)]
 pub(super) unsafe fn six_512(block: *const u8, c: usize) -> [__m512i; 2] {
-    // SAFETY: a block has four registers of low bits and two of high ones; avx512bw is there.
+    // SAFETY: the caller's promise.
     unsafe {
         let low = _mm512_load_si512(block.add(64 * c).cast());
         let high = _mm512_load_si512(block.add(256 + 64 * (c / 2)).cast());
-        let mask = _mm512_set1_epi8(0xf);
-        // mask ? a : b
-        let select = |a, b| _mm512_ternarylogic_epi32::<0xca>(mask, a, b);
         let odd = _mm512_srli_epi16::<4>(low);
-        [
-            six_bits!(low, high, 2 * c, _mm512_slli_epi16, _mm512_srli_epi16, select),
-            six_bits!(odd, high, 2 * c + 1, _mm512_slli_epi16, _mm512_srli_epi16, select),
-        ]
+        // The two high bits move to bits 4 and 5.
+        if c % 2 == 0 {
+            let (first, second) = (_mm512_slli_epi16::<4>(high), _mm512_slli_epi16::<2>(high));
+            [join_512(low, first), join_512(odd, second)]
+        } else {
+            [join_512(low, high), join_512(odd, _mm512_srli_epi16::<2>(high))]
+        }
     }
+}
+
+/// The low four bits of each byte from `low`, the others from `high`.
+#[inline(always)]
+unsafe fn join_512(low: __m512i, high: __m512i) -> __m512i {
+    // SAFETY: register operations only.
+    unsafe { _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi8(0xf), low, high) }
 }
 
 impl Integers for Vnni512 {
@@ -76,11 +73,16 @@ impl Integers for Vnni512 {
                     let high = _mm512_srli_epi16::<4>(codes);
                     [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)]
                 }
-                6 => six_512(block, c).map(|codes| _mm512_permutexvar_epi8(codes, table)),
-                _ => [0, 64].map(|at| {
-                    let codes = _mm512_load_si512(block.add(128 * c + at).cast());
-                    _mm512_xor_si512(codes, _mm512_set1_epi8(-128))
-                }),
+                6 => {
+                    let [first, second] = six_512(block, c);
+                    [_mm512_permutexvar_epi8(first, table), _mm512_permutexvar_epi8(second, table)]
+                }
+                _ => {
+                    let first = _mm512_load_si512(block.add(128 * c).cast());
+                    let second = _mm512_load_si512(block.add(128 * c + 64).cast());
+                    let sign = _mm512_set1_epi8(-128);
+                    [_mm512_xor_si512(first, sign), _mm512_xor_si512(second, sign)]
+                }
             }
         }
     }
@@ -128,25 +130,51 @@ mod pairs {
     #[inline(always)]
     pub(super) unsafe fn load(from: *const u8) -> Two {
         // SAFETY: the caller vouches for 64 aligned bytes.
-        unsafe { [0, 32].map(|at| _mm256_load_si256(from.add(at).cast())) }
+        unsafe { [_mm256_load_si256(from.cast()), _mm256_load_si256(from.add(32).cast())] }
+    }
+
+    /// A table of sixteen bytes in both halves of a register.
+    #[inline(always)]
+    unsafe fn table(tables: *const Tables, quarter: usize) -> __m256i {
+        // SAFETY: a table has 64 bytes.
+        unsafe {
+            let table = (*tables).unsigned.as_ptr().add(16 * quarter);
+            _mm256_broadcastsi128_si256(_mm_load_si128(table.cast()))
+        }
     }
 
     /// Looks up codes of six bits, of which bits 6 and 7 are arbitrary.
     #[inline(always)]
     unsafe fn look_up(tables: *const Tables, codes: __m256i) -> __m256i {
-        // SAFETY: a table has 64 bytes.
+        // SAFETY: the tables are there.
         unsafe {
             let low = _mm256_and_si256(codes, _mm256_set1_epi8(0xf));
-            let quarter = |i: usize| {
-                let table = (*tables).unsigned.as_ptr().add(16 * i);
-                let table = _mm256_broadcastsi128_si256(_mm_load_si128(table.cast()));
-                _mm256_shuffle_epi8(table, low)
-            };
             // A blend goes by bit 7 of each byte: bits 4 and 5 are moved there.
             let (four, five) = (_mm256_slli_epi16::<3>(codes), _mm256_slli_epi16::<2>(codes));
-            let first = _mm256_blendv_epi8(quarter(0), quarter(1), four);
-            let second = _mm256_blendv_epi8(quarter(2), quarter(3), four);
+            let a = _mm256_shuffle_epi8(table(tables, 0), low);
+            let b = _mm256_shuffle_epi8(table(tables, 1), low);
+            let c = _mm256_shuffle_epi8(table(tables, 2), low);
+            let d = _mm256_shuffle_epi8(table(tables, 3), low);
+            let (first, second) = (_mm256_blendv_epi8(a, b, four), _mm256_blendv_epi8(c, d, four));
             _mm256_blendv_epi8(first, second, five)
+        }
+    }
+
+    /// Codes of four bits and what the low bits of a plane hold, looked up.
+    #[inline(always)]
+    unsafe fn four(table: __m256i, codes: __m256i) -> __m256i {
+        // SAFETY: register operations only.
+        unsafe { _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(0xf))) }
+    }
+
+    /// Codes of six bits: the low four of `low`, above them the other bits of `high`.
+    #[inline(always)]
+    unsafe fn six(tables: *const Tables, low: __m256i, high: __m256i) -> __m256i {
+        // SAFETY: register operations, and the tables are there.
+        unsafe {
+            let mask = _mm256_set1_epi8(0xf);
+            let low = _mm256_and_si256(mask, low);
+            look_up(tables, _mm256_or_si256(low, _mm256_andnot_si256(mask, high)))
         }
     }
 
@@ -156,35 +184,41 @@ mod pairs {
         block: *const u8,
         c: usize,
     ) -> [Two; 2] {
-        // SAFETY: the caller vouches for the block; a table has 64 bytes.
+        // SAFETY: the caller vouches for the block.
         unsafe {
             match C::FORMAT.bits() {
                 4 => {
-                    let codes = load(block.add(64 * c));
-                    let table = _mm_load_si128((*tables).unsigned.as_ptr().cast());
-                    let table = _mm256_broadcastsi128_si256(table);
-                    let mask = _mm256_set1_epi8(0xf);
-                    let find = |v| _mm256_shuffle_epi8(table, _mm256_and_si256(v, mask));
-                    [codes.map(find), codes.map(|v| find(_mm256_srli_epi16::<4>(v)))]
+                    let [a, b] = load(block.add(64 * c));
+                    let table = table(tables, 0);
+                    let odd = [_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b)];
+                    [[four(table, a), four(table, b)], [four(table, odd[0]), four(table, odd[1])]]
                 }
                 6 => {
-                    let (low, high) =
-                        (load(block.add(64 * c)), load(block.add(256 + 64 * (c / 2))));
-                    let mask = _mm256_set1_epi8(0xf);
-                    let join = |a: __m256i, b: __m256i| {
-                        _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b))
+                    let [a, b] = load(block.add(64 * c));
+                    let [p, q] = load(block.add(256 + 64 * (c / 2)));
+                    let odd = [_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b)];
+                    // The two high bits move to bits 4 and 5.
+                    let (first, second) = if c % 2 == 0 {
+                        (
+                            [_mm256_slli_epi16::<4>(p), _mm256_slli_epi16::<4>(q)],
+                            [_mm256_slli_epi16::<2>(p), _mm256_slli_epi16::<2>(q)],
+                        )
+                    } else {
+                        ([p, q], [_mm256_srli_epi16::<2>(p), _mm256_srli_epi16::<2>(q)])
                     };
-                    let index = |half: usize, g: usize| {
-                        let low =
-                            if g % 2 == 0 { low[half] } else { _mm256_srli_epi16::<4>(low[half]) };
-                        let high = high[half];
-                        six_bits!(low, high, g, _mm256_slli_epi16, _mm256_srli_epi16, join)
-                    };
-                    [2 * c, 2 * c + 1].map(|g| [0, 1].map(|half| look_up(tables, index(half, g))))
+                    [
+                        [six(tables, a, first[0]), six(tables, b, first[1])],
+                        [six(tables, odd[0], second[0]), six(tables, odd[1], second[1])],
+                    ]
                 }
                 _ => {
-                    let flip = |v| _mm256_xor_si256(v, _mm256_set1_epi8(-128));
-                    [0, 64].map(|at| load(block.add(128 * c + at)).map(flip))
+                    let ([a, b], [c, d]) =
+                        (load(block.add(128 * c)), load(block.add(128 * c + 64)));
+                    let sign = _mm256_set1_epi8(-128);
+                    [
+                        [_mm256_xor_si256(a, sign), _mm256_xor_si256(b, sign)],
+                        [_mm256_xor_si256(c, sign), _mm256_xor_si256(d, sign)],
+                    ]
                 }
             }
         }
@@ -194,10 +228,11 @@ mod pairs {
     pub(super) unsafe fn scales(from: *const u8) -> Two {
         // SAFETY: the caller vouches for sixteen bytes.
         unsafe {
-            [0, 8].map(|at| {
-                let bytes = _mm_loadl_epi64(from.add(at).cast());
-                _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes))
-            })
+            let (a, b) = (_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast()));
+            [
+                _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(a)),
+                _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(b)),
+            ]
         }
     }
 
@@ -211,11 +246,12 @@ mod pairs {
         // SAFETY: the caller vouches for one i32.
         unsafe {
             let x_scale = _mm256_set1_epi32(*x_scale);
-            let one = |sum, acc, scale| {
-                let scale = _mm256_castsi256_ps(_mm256_add_epi32(scale, x_scale));
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, sum)
-            };
-            (one(sums.0, acc[0], scales[0]), one(sums.1, acc[1], scales[1]))
+            let a = _mm256_castsi256_ps(_mm256_add_epi32(scales[0], x_scale));
+            let b = _mm256_castsi256_ps(_mm256_add_epi32(scales[1], x_scale));
+            (
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[0]), a, sums.0),
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[1]), b, sums.1),
+            )
         }
     }
 }
@@ -311,14 +347,13 @@ impl Integers for Maddubs {
         // SAFETY: the caller vouches for four bytes.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            let one = |acc, w| {
-                let products = _mm256_maddubs_epi16(w, x);
-                if NARROW {
-                    return _mm256_add_epi16(acc, products);
-                }
-                _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)))
-            };
-            [one(acc[0], w[0]), one(acc[1], w[1])]
+            let (a, b) = (_mm256_maddubs_epi16(w[0], x), _mm256_maddubs_epi16(w[1], x));
+            if NARROW {
+                return [_mm256_add_epi16(acc[0], a), _mm256_add_epi16(acc[1], b)];
+            }
+            let ones = _mm256_set1_epi16(1);
+            let (a, b) = (_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
+            [_mm256_add_epi32(acc[0], a), _mm256_add_epi32(acc[1], b)]
         }
     }
 
@@ -333,13 +368,12 @@ impl Integers for Maddubs {
         // SAFETY: the caller vouches for both i32.
         unsafe {
             let sum = _mm256_set1_epi32(*sum);
-            let acc = acc.map(|acc| {
-                let wide = match NARROW {
-                    true => _mm256_madd_epi16(acc, _mm256_set1_epi16(1)),
-                    false => acc,
-                };
-                _mm256_add_epi32(wide, sum)
-            });
+            let mut acc = acc;
+            if NARROW {
+                let ones = _mm256_set1_epi16(1);
+                acc = [_mm256_madd_epi16(acc[0], ones), _mm256_madd_epi16(acc[1], ones)];
+            }
+            let acc = [_mm256_add_epi32(acc[0], sum), _mm256_add_epi32(acc[1], sum)];
             pairs::scale_add(sums, acc, scales, x_scale)
         }
     }
