@@ -3,7 +3,7 @@
 mod cpu;
 mod cuda;
 
-use mx_kernels::LinearProblem;
+use mx_kernels::{LinearProblem, PreparedWeight};
 use ort::{
     operator::{
         ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
@@ -75,7 +75,12 @@ impl Operator for MxMatMul {
             if let Device::Gpu(device) = &device {
                 cuda::prepare(device.gpu, &problem, self.x, has_bias)?;
             }
-            Ok(MatMulKernel { name: name.clone(), attrs, problem, has_bias, x: self.x, device })
+            let prepared = match &device {
+                Device::Cpu => cpu::prepare(&node, &attrs, &problem)?,
+                Device::Gpu(_) => None,
+            };
+            let (name, x) = (name.clone(), self.x);
+            Ok(MatMulKernel { name, attrs, problem, has_bias, x, device, prepared })
         })
     }
 
@@ -110,6 +115,8 @@ pub(crate) struct MatMulKernel {
     has_bias: bool,
     x: XType,
     device: Device,
+    /// The weight as the CPU's kernels read it, where it is a constant and they have a use for it.
+    prepared: Option<PreparedWeight>,
 }
 
 /// Reads the attributes and holds everything that the model declares against them; also whether there

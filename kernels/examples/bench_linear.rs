@@ -32,6 +32,34 @@ fn cpu_seconds() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
+/// GB/s at which so many threads add up 512 MiB together, the best of five.
+fn read_bandwidth(threads: usize) -> f64 {
+    let data: Vec<u64> = (0..64 << 20).collect();
+    let mut best = f64::MAX;
+    for _ in 0..5 {
+        let start = Instant::now();
+        let total: u64 = std::thread::scope(|scope| {
+            let parts = data.chunks(data.len().div_ceil(threads));
+            let sums: Vec<_> = parts.map(|p| scope.spawn(|| sum(p))).collect();
+            sums.into_iter().map(|s| s.join().expect("sum")).fold(0, u64::wrapping_add)
+        });
+        std::hint::black_box(total);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    (data.len() * 8) as f64 / best / 1e9
+}
+
+/// A sum in 64 strands, so that vectors and not additions bound it.
+fn sum(data: &[u64]) -> u64 {
+    let mut sums = [0_u64; 64];
+    for chunk in data.as_chunks::<64>().0 {
+        for (sum, v) in sums.iter_mut().zip(chunk) {
+            *sum = sum.wrapping_add(*v);
+        }
+    }
+    sums.iter().fold(0, |a, v| a.wrapping_add(*v))
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let list = |i: usize, default: &str| -> Vec<String> {
@@ -44,6 +72,10 @@ fn main() {
     let (k, n): (usize, usize) = (k.parse().expect("K"), n.parse().expect("N"));
     let operand = &list(4, "both")[0];
     println!("{} K={k} N={n}, x: {operand}", cpu::variant());
+    for threads in list(2, "1,2") {
+        let threads: usize = threads.parse().expect("threads");
+        println!("memory is read at {:.1} GB/s by {threads} threads", read_bandwidth(threads));
+    }
     let w = random(n * k, 1);
     for format in formats {
         let spec = QuantSpec::mx(format.parse::<ElementFormat>().expect("format")).expect("mx");

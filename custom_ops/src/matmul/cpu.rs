@@ -3,18 +3,45 @@
 use std::borrow::Cow;
 
 use half::{bf16, f16};
-use mx_kernels::PackedWeight;
+use mx_kernels::{LinearProblem, PackedWeight, Parallel, PreparedWeight, Serial, StdThreads};
 use ort::operator::ComputeContext;
 
 use super::{MatMulKernel, checked, output_dims};
 use crate::{
-    contract::{ScalesShape, input, op},
+    contract::{MxMatMulAttrs, ScalesShape, input, op},
     guard::OpError,
-    host,
+    host::{self, Node},
     pool::OrtPool,
     ran,
     types::{XElement, XType},
 };
+
+/// Weights under so many elements are repacked without threads.
+const SMALL: usize = 1 << 20;
+
+/// Repacks a constant weight with block scales for this machine. The environment variable
+/// `MX_CPU_REPACK=0` says not to: slower, and no second copy of the weights in memory.
+pub(super) fn prepare(
+    node: &Node<'_, '_>,
+    attrs: &MxMatMulAttrs,
+    problem: &LinearProblem,
+) -> Result<Option<PreparedWeight>, OpError> {
+    if !matches!(attrs.scales_shape(), ScalesShape::Blocks(_))
+        || std::env::var_os("MX_CPU_REPACK").is_some_and(|v| v == "0")
+    {
+        return Ok(None);
+    }
+    let (Some(codes), Some(scales)) = (node.constant(input::CODES)?, node.constant(input::SCALES)?)
+    else {
+        return Ok(None);
+    };
+    let (codes, scales) = (codes.values::<u8>()?, scales.values::<u8>()?);
+    let weight = PackedWeight::new(*attrs.weight(), attrs.n(), attrs.k(), &codes, &scales)?;
+    let threads = StdThreads(std::thread::available_parallelism().map_or(1, usize::from));
+    let small = attrs.n().saturating_mul(attrs.k()) < SMALL;
+    let par: &dyn Parallel = if small { &Serial } else { &threads };
+    Ok(PreparedWeight::new(problem, &weight, par))
+}
 
 pub(super) fn run(kernel: &MatMulKernel, ctx: &ComputeContext) -> Result<(), OpError> {
     match kernel.x {
@@ -52,6 +79,12 @@ fn run_as<T: XElement>(kernel: &MatMulKernel, ctx: &ComputeContext) -> Result<()
     let pool = OrtPool::new(ctx);
     let bias = bias.as_deref().map(T::float);
     ran::cpu(op::MX_MATMUL, &kernel.name);
-    mx_kernels::linear(&kernel.problem, T::float(&x), &weight, bias, T::float_mut(y), &pool)?;
+    let (problem, x, y) = (&kernel.problem, T::float(&x), T::float_mut(y));
+    match &kernel.prepared {
+        Some(prepared) => {
+            mx_kernels::linear_prepared(problem, x, &weight, prepared, bias, y, &pool)?;
+        }
+        None => mx_kernels::linear(problem, x, &weight, bias, y, &pool)?,
+    }
     pool.finish()
 }

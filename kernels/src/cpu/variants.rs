@@ -284,10 +284,23 @@ static AVX512_BF16: Kernels = Kernels {
     name: "avx512bf16",
     packed: PackedKernels {
         integer: Some(&x86::vnni512::KERNELS),
-        bf16: Some(&x86::bf16::KERNELS),
+        bf16: Some(&x86::bf16::AVX512),
         float: Some(&x86::bf16::FLOATS),
     },
     detect: || std::arch::is_x86_feature_detected!("avx512bf16") && (AVX512_VNNI.detect)(),
+    ..avx512_kernels::TABLE
+};
+
+/// The same with AMX's tiles of bfloat16.
+#[cfg(target_arch = "x86_64")]
+static AMX: Kernels = Kernels {
+    name: "amx",
+    packed: PackedKernels {
+        integer: Some(&x86::vnni512::KERNELS),
+        bf16: Some(&x86::bf16::AMX),
+        float: Some(&x86::bf16::FLOATS),
+    },
+    detect: || (AVX512_BF16.detect)() && super::packed::x86_amx::detect(),
     ..avx512_kernels::TABLE
 };
 
@@ -300,7 +313,7 @@ static SCALAR: Kernels = scalar_kernels::TABLE;
 /// All variants of this build, the best first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[&Kernels] =
-    &[&AVX512_BF16, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
+    &[&AMX, &AVX512_BF16, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
 /// All variants of this build, the best first.
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) static ALL: &[&Kernels] = &[&SCALAR];

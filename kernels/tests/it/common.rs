@@ -8,7 +8,7 @@ use mx_kernels::{ElementFormat, QuantSpec, Rounding, ScaleKind, ScaleRule, cpu};
 pub fn variants() -> Vec<&'static str> {
     let available = cpu::available_variants();
     let required = std::env::var("MX_REQUIRE").unwrap_or_default();
-    for name in ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"] {
+    for name in ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"] {
         if available.contains(&name) {
             println!("variant {name}: tested");
         } else {

@@ -28,6 +28,8 @@ pub(crate) struct DotArgs {
     /// [block][row]: what the sum starts with to take the weight's offset out.
     pub x_sums: *const i32,
     pub blocks: usize,
+    /// bfloat16 that x is the sum of, for panels of bfloat16.
+    pub parts: usize,
     /// Rows of sixteen sums, `ldc` floats apart.
     pub c: *mut f32,
     pub ldc: usize,
@@ -79,6 +81,9 @@ pub(crate) trait Integers {
     ) -> [Self::W; 2];
     /// The sum to start from: `sum` in every row.
     unsafe fn start(sum: *const i32) -> Self::Acc;
+    unsafe fn zero() -> Self::Acc;
+    /// The sum of two sums.
+    unsafe fn join<const NARROW: bool>(a: Self::Acc, b: Self::Acc) -> Self::Acc;
     /// acc + the products with four bytes of x, the same for every row. `NARROW` where a block's sums
     /// of pairs fit sixteen bits.
     unsafe fn dot<const NARROW: bool>(acc: Self::Acc, w: Self::W, x: *const u8) -> Self::Acc;
@@ -142,6 +147,8 @@ pub(crate) unsafe fn unpack<S: Integers, C: IntFormat>(
         for c in 0..4 {
             // SAFETY: the caller vouches for the blocks.
             unsafe {
+                S::F::prefetch(codes.wrapping_add(b * block_bytes(C::FORMAT) + 2048 + c * 128));
+                S::F::prefetch(codes.wrapping_add(b * block_bytes(C::FORMAT) + 2112 + c * 128));
                 let [first, second] =
                     S::decode::<C>(tables, codes.add(b * block_bytes(C::FORMAT)), c);
                 let out = out.add(b * PANEL * BLOCK + c * 128);
@@ -176,13 +183,21 @@ pub(crate) unsafe fn dot<S: Integers, W: Source<S>, const MR: usize, const NARRO
             for r in 1..MR {
                 acc[r] = S::start(x_sums.add(r));
             }
+            // With few rows the sums of a block are two chains, as each waits for itself.
+            let mut odd = [S::zero(); MR];
             for c in 0..4 {
                 let [first, second] = W::pair(args.tables, w, c);
                 for r in 0..MR {
                     acc[r] = S::dot::<NARROW>(acc[r], first, x.add(r * BLOCK + 8 * c));
                 }
                 for r in 0..MR {
-                    acc[r] = S::dot::<NARROW>(acc[r], second, x.add(r * BLOCK + 8 * c + 4));
+                    let sums = if MR <= 2 { &mut odd[r] } else { &mut acc[r] };
+                    *sums = S::dot::<NARROW>(*sums, second, x.add(r * BLOCK + 8 * c + 4));
+                }
+            }
+            if MR <= 2 {
+                for r in 0..MR {
+                    acc[r] = S::join::<NARROW>(acc[r], odd[r]);
                 }
             }
             let scales = S::scales(args.scales.add(b * PANEL));

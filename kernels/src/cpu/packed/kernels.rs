@@ -45,6 +45,11 @@ pub(crate) struct Bf16Kernels {
     pub panels: usize,
     /// By rows of x.
     pub tiles: &'static [Tile],
+    /// Most rows of x that codes are multiplied with directly, and that integers are.
+    pub code_rows: usize,
+    pub integer_rows: usize,
+    /// Whether tiles take x in two parts.
+    pub parts: bool,
 }
 
 /// See `x86_float`.
@@ -83,6 +88,7 @@ pub(crate) mod x86 {
     use super::{
         super::{
             integer::{self, Codes, DotArgs, E2M1, E2M3, Int8, Unpacked},
+            x86_amx,
             x86_bf16::{self, E2M1 as FE2M1, E2M3 as FE2M3, E3M2, E4M3, E5M2, Format},
             x86_float,
             x86_integer::{AvxVnni, Maddubs, Vnni512},
@@ -209,7 +215,7 @@ pub(crate) mod x86 {
             &[dot::<C, 1, 2>, dot::<C, 2, 2>, dot::<C, 3, 2>, dot::<C, 4, 2>]
         }
 
-        pub(crate) static KERNELS: Bf16Kernels = Bf16Kernels {
+        const KERNELS: Bf16Kernels = Bf16Kernels {
             one: [one::<E4M3>(), one::<E5M2>(), one::<E3M2>(), one::<FE2M3>(), one::<FE2M1>()],
             two: [two::<E4M3>(), two::<E5M2>(), two::<E3M2>(), two::<FE2M3>(), two::<FE2M1>()],
             decode: [
@@ -224,6 +230,54 @@ pub(crate) mod x86 {
                 tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>, tile::<6>, tile::<7>,
                 tile::<8>, tile::<9>, tile::<10>, tile::<11>, tile::<12>,
             ],
+            code_rows: 8,
+            integer_rows: usize::MAX,
+            parts: false,
+        };
+
+        pub(crate) static AVX512: Bf16Kernels = KERNELS;
+
+        /// With AMX's tiles. Intel's vector instruction for bfloat16 is slower than its multiply-add, so
+        /// only a row or two go through it.
+        pub(crate) static AMX: Bf16Kernels = Bf16Kernels {
+            tiles: &[
+                x86_amx::tile::<1>,
+                x86_amx::tile::<2>,
+                x86_amx::tile::<3>,
+                x86_amx::tile::<4>,
+                x86_amx::tile::<5>,
+                x86_amx::tile::<6>,
+                x86_amx::tile::<7>,
+                x86_amx::tile::<8>,
+                x86_amx::tile::<9>,
+                x86_amx::tile::<10>,
+                x86_amx::tile::<11>,
+                x86_amx::tile::<12>,
+                x86_amx::tile::<13>,
+                x86_amx::tile::<14>,
+                x86_amx::tile::<15>,
+                x86_amx::tile::<16>,
+                x86_amx::tile::<17>,
+                x86_amx::tile::<18>,
+                x86_amx::tile::<19>,
+                x86_amx::tile::<20>,
+                x86_amx::tile::<21>,
+                x86_amx::tile::<22>,
+                x86_amx::tile::<23>,
+                x86_amx::tile::<24>,
+                x86_amx::tile::<25>,
+                x86_amx::tile::<26>,
+                x86_amx::tile::<27>,
+                x86_amx::tile::<28>,
+                x86_amx::tile::<29>,
+                x86_amx::tile::<30>,
+                x86_amx::tile::<31>,
+                x86_amx::tile::<32>,
+            ],
+            code_rows: 2,
+            integer_rows: 8,
+            parts: true,
+            ..KERNELS
         };
 
         /// Only to panels: rows straight from the codes go through bfloat16.

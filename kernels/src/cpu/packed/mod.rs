@@ -9,6 +9,8 @@ mod run;
 pub(crate) mod tables;
 pub(crate) mod x;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod x86_amx;
+#[cfg(target_arch = "x86_64")]
 mod x86_bf16;
 #[cfg(target_arch = "x86_64")]
 mod x86_float;
@@ -85,8 +87,8 @@ pub(crate) enum Path {
     Integer,
     /// bfloat16 straight from the codes, x in so many parts.
     Bf16Codes(usize),
-    /// Panels of bfloat16.
-    Bf16Panels,
+    /// Panels of bfloat16, x in so many parts.
+    Bf16Panels(usize),
     /// fp32 straight from the codes.
     FloatCodes,
     /// Panels of fp32.
@@ -122,6 +124,8 @@ impl PackedKernels {
             && integer_index(format).is_some()
             && integer_index(x).is_some()
             && (!integer.wide || pair_fits(format, x))
+            && (self.bf16.is_none_or(|bf16| m <= bf16.integer_rows)
+                || float_index(format).is_none())
         {
             return Some(Path::Integer);
         }
@@ -131,11 +135,12 @@ impl PackedKernels {
                 (Some(_), _) | (None, Some(1)) => (1, &bf16.one),
                 _ => (2, &bf16.two),
             };
-            if m <= kernels[index].len() && (parts == 1 || problem.k >= TWO_PARTS) {
+            let exact = parts == 1 || problem.k >= TWO_PARTS;
+            if exact && m <= kernels[index].len().min(bf16.code_rows) {
                 return Some(Path::Bf16Codes(parts));
             }
-            if parts == 1 {
-                return Some(Path::Bf16Panels);
+            if exact && (parts == 1 || bf16.parts) {
+                return Some(Path::Bf16Panels(parts));
             }
         }
         let float = self.float?;

@@ -36,6 +36,8 @@ const X_BYTES: usize = 16 << 20;
 const COLUMNS: usize = 128;
 /// Panels of a task that takes its weights straight from the codes, at most.
 const CODE_PANELS: usize = 32;
+/// Bytes of x that stay in a second-level cache beside a panel.
+const NEAR: usize = 512 << 10;
 /// Blocks of k for which a panel of integers is unpacked: 16 KiB.
 const INTEGER_BLOCKS: usize = 32;
 
@@ -167,9 +169,9 @@ impl<'a> Way<'a> {
                 let form = if quantised { Form::Bf16 } else { Form::Parts(parts) };
                 Self { inner: Inner::Codes(dots), form, most: dots.len() }
             }
-            Path::Bf16Panels => {
+            Path::Bf16Panels(parts) => {
                 let bf16 = packed.bf16?;
-                let form = if quantised { Form::FoldedBf16 } else { Form::Parts(1) };
+                let form = if quantised { Form::FoldedBf16 } else { Form::Parts(parts) };
                 Self { inner: Inner::Bf16(bf16, float_index(w)?), form, most: bf16.tiles.len() }
             }
             Path::FloatCodes => {
@@ -309,6 +311,7 @@ impl Call<'_> {
                 x_scales: scales.add(first),
                 x_sums: sums.add(first),
                 blocks,
+                parts: if let Form::Parts(parts) = self.way.form { parts } else { 1 },
                 c,
                 ldc,
                 add: b > 0,
@@ -382,6 +385,30 @@ impl Call<'_> {
         if let Inner::Bf16(kernels, _) = self.way.inner { kernels.panels } else { 1 }
     }
 
+    /// The steps of a task: panels (first, count) by blocks of k (first, count). While the rows of x stay
+    /// in the second-level cache for all k, a panel is read from end to end, as memory likes it; more rows
+    /// take a stretch of k with all panels.
+    fn steps(
+        &self,
+        rows: usize,
+        panels: usize,
+        blocks: usize,
+        mut f: impl FnMut(usize, usize, usize),
+    ) {
+        let span = self.span();
+        let starts = (0..self.blocks()).step_by(blocks);
+        let mut step = |p: usize, b: usize| f(p, b, blocks.min(self.blocks() - b));
+        if rows * self.blocks() * self.way.form.block_bytes() <= NEAR {
+            for p in (0..panels).step_by(span) {
+                starts.clone().for_each(|b| step(p, b));
+            }
+        } else {
+            for b in starts {
+                (0..panels).step_by(span).for_each(|p| step(p, b));
+            }
+        }
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn integer_task(
         &self,
@@ -394,24 +421,21 @@ impl Call<'_> {
         panel: &mut [f32],
         c: &mut [f32],
     ) {
-        let m0 = self.tiles.start(t0);
-        for b in (0..self.blocks()).step_by(INTEGER_BLOCKS) {
-            let blocks = INTEGER_BLOCKS.min(self.blocks() - b);
-            for p in 0..columns / PANEL {
-                let codes = self.prepared.layout.codes(n0 / PANEL + p, b);
-                let out = panel.as_mut_ptr().cast::<u8>();
-                // SAFETY: the variant runs here, the panel holds INTEGER_BLOCKS blocks.
-                unsafe { kernels.unpack[index](&*self.prepared.tables, codes, blocks, out) };
-                for t in t0..t1 {
-                    let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
-                    let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
-                    let mut args = self.args(t, n0 / PANEL + p, b, blocks, c, columns);
-                    args.w = out;
-                    // SAFETY: as above, and everything is as `args` says.
-                    unsafe { kernels.panels[narrow][end - start - 1](&args) };
-                }
+        let (m0, m1) = (self.tiles.start(t0), self.tiles.start(t1));
+        let out = panel.as_mut_ptr().cast::<u8>();
+        self.steps(m1 - m0, columns / PANEL, INTEGER_BLOCKS, |p, b, blocks| {
+            let codes = self.prepared.layout.codes(n0 / PANEL + p, b);
+            // SAFETY: the variant runs here, the panel holds INTEGER_BLOCKS blocks.
+            unsafe { kernels.unpack[index](&*self.prepared.tables, codes, blocks, out) };
+            for t in t0..t1 {
+                let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
+                let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
+                let mut args = self.args(t, n0 / PANEL + p, b, blocks, c, columns);
+                args.w = out;
+                // SAFETY: as above, and everything is as `args` says.
+                unsafe { kernels.panels[narrow][end - start - 1](&args) };
             }
-        }
+        });
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -425,35 +449,32 @@ impl Call<'_> {
         panel: &mut [f32],
         c: &mut [f32],
     ) {
-        let m0 = self.tiles.start(t0);
+        let (m0, m1) = (self.tiles.start(t0), self.tiles.start(t1));
         let last = self.w.n().div_ceil(PANEL) - 1;
-        let step = plain::chain(self.problem.k) / BLOCK;
+        let step = chain(self.problem.k) / BLOCK;
         let stride = step * PANEL * BLOCK * 2;
-        for b in (0..self.blocks()).step_by(step) {
-            let blocks = step.min(self.blocks() - b);
-            for p in (0..columns / PANEL).step_by(kernels.panels) {
-                let out = panel.as_mut_ptr().cast::<u8>();
-                for v in 0..kernels.panels {
-                    // Past the last panel the columns of the tile are never written to y.
-                    let source = (n0 / PANEL + p + v).min(last);
-                    let layout = &self.prepared.layout;
-                    let (codes, scales) = (layout.codes(source, b), layout.scales(source, b));
-                    // SAFETY: the variant runs here, `panel` holds so many panels of `step` blocks.
-                    unsafe {
-                        let out = out.add(v * stride);
-                        kernels.decode[index](&*self.prepared.tables, codes, scales, blocks, out);
-                    }
-                }
-                for t in t0..t1 {
-                    let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
-                    let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
-                    let mut args = self.args(t, (n0 / PANEL + p).min(last), b, blocks, c, columns);
-                    args.w = out;
-                    // SAFETY: as above, and everything is as `args` says.
-                    unsafe { kernels.tiles[end - start - 1](&args, stride) };
+        let out = panel.as_mut_ptr().cast::<u8>();
+        let layout = &self.prepared.layout;
+        self.steps(m1 - m0, columns / PANEL, step, |p, b, blocks| {
+            for v in 0..kernels.panels {
+                // Past the last panel the columns of the tile are never written to y.
+                let source = (n0 / PANEL + p + v).min(last);
+                let (codes, scales) = (layout.codes(source, b), layout.scales(source, b));
+                // SAFETY: the variant runs here, `panel` holds so many panels of `step` blocks.
+                unsafe {
+                    let out = out.add(v * stride);
+                    kernels.decode[index](&*self.prepared.tables, codes, scales, blocks, out);
                 }
             }
-        }
+            for t in t0..t1 {
+                let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
+                let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
+                let mut args = self.args(t, (n0 / PANEL + p).min(last), b, blocks, c, columns);
+                args.w = out;
+                // SAFETY: as above, and everything is as `args` says.
+                unsafe { kernels.tiles[end - start - 1](&args, stride) };
+            }
+        });
     }
 
     /// Puts rows that are not plain right, then scales, adds the bias and writes y.
@@ -517,7 +538,15 @@ impl Call<'_> {
     }
 }
 
+/// k of one chain of fp32 additions in panels: as `cpu::linear` has it, and twice as long where the bound
+/// of any data, (k/16 + 32) * 2^-23, leaves room for c/2 + k/(2c).
+fn chain(k: usize) -> usize {
+    if k >= 4096 { MOST_CHAIN } else { plain::chain(k) }
+}
+
+const MOST_CHAIN: usize = 512;
+
 /// Floats that hold INTEGER_BLOCKS blocks of integers or two panels of a chain of bfloat16.
-const PANEL_FLOATS: usize = 4096 + 4096;
+const PANEL_FLOATS: usize = 2 * PANEL * MOST_CHAIN / 2;
 const _: () = assert!(INTEGER_BLOCKS * PANEL * BLOCK <= 4 * PANEL_FLOATS);
 const _: () = assert!(block_bytes(crate::ElementFormat::MxInt8) == PANEL * BLOCK);

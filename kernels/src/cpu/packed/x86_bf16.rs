@@ -146,14 +146,16 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
             for line in 0..block_bytes(C::FORMAT) / 64 {
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
             }
-            let mut acc = [_mm512_setzero_ps(); MR];
+            // With few rows the sums of a block are four chains, as each waits for itself.
+            let mut acc = [[_mm512_setzero_ps(); 4]; MR];
             for c in 0..4 {
                 let pairs = look.eight::<C>(w, c);
                 for j in 0..4 {
                     for part in 0..P {
                         for r in 0..MR {
                             let x = x.add((part * MR + r) * 2 * BLOCK + (4 * c + j) * 4);
-                            acc[r] = dp(acc[r], pairs[j], x);
+                            let sum = &mut acc[r][if MR <= 2 { j } else { 0 }];
+                            *sum = dp(*sum, pairs[j], x);
                         }
                     }
                 }
@@ -162,8 +164,14 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
             let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
             for r in 0..MR {
                 let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
+                let mut acc = acc[r];
+                if MR <= 2 {
+                    acc[0] = _mm512_add_ps(acc[0], acc[1]);
+                    acc[2] = _mm512_add_ps(acc[2], acc[3]);
+                    acc[0] = _mm512_add_ps(acc[0], acc[2]);
+                }
                 let scale = _mm512_castsi512_ps(_mm512_add_epi32(scales, x_scale));
-                sums[r] = _mm512_fmadd_ps(acc[r], scale, sums[r]);
+                sums[r] = _mm512_fmadd_ps(acc[0], scale, sums[r]);
             }
         }
         for r in 0..MR {
@@ -222,7 +230,11 @@ pub(crate) unsafe fn decode<C: Format>(
         for b in 0..blocks {
             let e = exponents(scales.add(b * PANEL));
             for c in 0..4 {
-                let pairs = look.eight::<C>(codes.add(b * block_bytes(C::FORMAT)), c);
+                let codes = codes.add(b * block_bytes(C::FORMAT));
+                let ahead = codes.wrapping_add(2048 + c * block_bytes(C::FORMAT) / 4);
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
+                let pairs = look.eight::<C>(codes, c);
                 for (j, pair) in pairs.into_iter().enumerate() {
                     let out = out.add((b * 16 + 4 * c + j) * 64);
                     _mm512_store_si512(out.cast(), fold(pair, e));
@@ -250,7 +262,11 @@ pub(crate) unsafe fn decode_f32<C: Format>(
         for b in 0..blocks {
             let e = exponents(scales.add(b * PANEL));
             for c in 0..4 {
-                let pairs = look.eight::<C>(codes.add(b * block_bytes(C::FORMAT)), c);
+                let codes = codes.add(b * block_bytes(C::FORMAT));
+                let ahead = codes.wrapping_add(2048 + c * block_bytes(C::FORMAT) / 4);
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
+                let pairs = look.eight::<C>(codes, c);
                 for (j, pair) in pairs.into_iter().enumerate() {
                     let pair = fold(pair, e);
                     let out = out.add((b * 16 + 4 * c + j) * 128);

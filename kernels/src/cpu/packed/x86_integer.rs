@@ -94,6 +94,18 @@ impl Integers for Vnni512 {
     }
 
     #[inline(always)]
+    unsafe fn zero() -> __m512i {
+        // SAFETY: register operation only.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn join<const NARROW: bool>(a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: register operation only.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
     unsafe fn dot<const NARROW: bool>(acc: __m512i, w: __m512i, x: *const u8) -> __m512i {
         // SAFETY: the caller vouches for four bytes.
         unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
@@ -262,8 +274,9 @@ pub(crate) struct AvxVnni;
 /// Needs avx2 and fma. Only for formats whose sums of two products fit sixteen bits.
 pub(crate) struct Maddubs;
 
+/// `narrow`: sums may be of sixteen bits.
 macro_rules! shared {
-    () => {
+    ($narrow:literal) => {
         type F = Avx2;
         type W = pairs::Two;
         type Acc = pairs::Two;
@@ -295,6 +308,24 @@ macro_rules! shared {
         }
 
         #[inline(always)]
+        unsafe fn zero() -> pairs::Two {
+            // SAFETY: register operation only.
+            unsafe { [_mm256_setzero_si256(); 2] }
+        }
+
+        #[inline(always)]
+        unsafe fn join<const NARROW: bool>(a: pairs::Two, b: pairs::Two) -> pairs::Two {
+            // SAFETY: register operations only.
+            unsafe {
+                if NARROW && $narrow {
+                    [_mm256_add_epi16(a[0], b[0]), _mm256_add_epi16(a[1], b[1])]
+                } else {
+                    [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
+                }
+            }
+        }
+
+        #[inline(always)]
         unsafe fn scales(from: *const u8) -> pairs::Two {
             // SAFETY: the caller's promise is passed on.
             unsafe { pairs::scales(from) }
@@ -303,7 +334,7 @@ macro_rules! shared {
 }
 
 impl Integers for AvxVnni {
-    shared!();
+    shared!(false);
 
     #[inline(always)]
     unsafe fn start(sum: *const i32) -> pairs::Two {
@@ -334,12 +365,12 @@ impl Integers for AvxVnni {
 }
 
 impl Integers for Maddubs {
-    shared!();
+    shared!(true);
 
     #[inline(always)]
     unsafe fn start(_: *const i32) -> pairs::Two {
-        // SAFETY: register operation only.
-        unsafe { [_mm256_setzero_si256(); 2] }
+        // SAFETY: the caller's promise is passed on.
+        unsafe { Self::zero() }
     }
 
     #[inline(always)]
