@@ -2,6 +2,8 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage. Results go to stdout, everything else to stderr.
 
+#[path = "mxrewrite/cpu_info.rs"]
+mod cpu_info;
 #[path = "mxrewrite/verify.rs"]
 mod verify;
 
@@ -37,7 +39,7 @@ struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     /// The model: an .onnx file, with its external data beside it
-    #[arg(required_unless_present = "print_recipe")]
+    #[arg(required_unless_present_any = ["print_recipe", "cpu_info"])]
     model: Option<PathBuf>,
     /// Output [default: beside the model, <stem>.<tier>-<format>.onnx]
     #[arg(short, long, value_name = "FILE")]
@@ -71,6 +73,10 @@ struct Cli {
     /// layer does not run as MX, or NaNs appear
     #[arg(long, conflicts_with_all = ["plan", "print_recipe"])]
     check: bool,
+    /// Show the CPU's kernels: which variants this machine runs, which one is in use (MX_CPU_VARIANT
+    /// forces one) and what multiplies each format; and end
+    #[arg(long, conflicts_with_all = ["plan", "print_recipe", "model", "check"])]
+    cpu_info: bool,
     #[command(flatten)]
     layers: Layers,
     #[command(flatten)]
@@ -178,8 +184,8 @@ struct Formats {
     base_dtype: Option<BaseDtype>,
 }
 
-/// The model is optional only beside --print-recipe.
-const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]\n       \
+/// The model is optional only beside --print-recipe and --cpu-info.
+const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]\n       mxrewrite --cpu-info [--json]\n       \
                      mxrewrite verify <A> <B> [OPTIONS]";
 
 const EXAMPLES: &str = "\
@@ -298,6 +304,10 @@ fn options(cli: &Cli) -> anyhow::Result<RewriteOptions> {
 
 /// Does what was asked for; false when `--check` found something wrong.
 fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<bool> {
+    if cli.cpu_info {
+        print(&if cli.json { json(&cpu_info::value())? } else { cpu_info::text() })?;
+        return Ok(true);
+    }
     if let Some(name) = &cli.layers.print_recipe {
         let recipe = Recipe::built_in_with(name, options).map_err(RewriteError::Recipe)?;
         let Some(recipe) = recipe else { return Ok(true) };

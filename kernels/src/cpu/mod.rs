@@ -8,6 +8,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod buffers;
+mod info;
 mod linear;
 pub(crate) mod packed;
 mod panel;
@@ -26,6 +27,7 @@ pub mod forced;
 
 use std::sync::OnceLock;
 
+pub use info::{CpuInfo, ProductInfo, VariantInfo, info};
 pub(crate) use linear::linear;
 pub use packed::PreparedWeight;
 pub(crate) use quantize::{fake_quantize_rows, quantize_rows};
@@ -38,7 +40,8 @@ fn runnable() -> &'static [&'static Kernels] {
     RUNNABLE.get_or_init(|| variants::ALL.iter().copied().filter(|k| (k.detect)()).collect())
 }
 
-/// Names of the variants that this machine can run, the best first: of `avx512`, `avx2`, `scalar`.
+/// Names of the variants that this machine can run, the best first: of `amx`, `avx512bf16`, `avx512vnni`,
+/// `avx512`, `avxvnni`, `avx2`, `scalar`.
 pub fn available_variants() -> Vec<&'static str> {
     runnable().iter().map(|k| k.name).collect()
 }

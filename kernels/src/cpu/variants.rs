@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
-use super::packed::kernels::x86;
+use super::{info::is_intel, packed::kernels::x86};
 use super::{
     packed::{
         kernels::PackedKernels,
@@ -35,6 +35,8 @@ pub(crate) const BUNCH: [usize; 4] = [4, 2, 1, 1];
 /// the same names in `panel`, `tile`, `rows`, `quantize_columns`, `pack` and `scores`.
 pub(crate) struct Kernels {
     pub name: &'static str,
+    /// Instructions beyond the architecture's baseline.
+    pub needs: &'static [&'static str],
     pub detect: fn() -> bool,
     /// Panels that a tile spans.
     pub panels: usize,
@@ -180,6 +182,7 @@ macro_rules! variant {
 
             pub(super) const TABLE: Kernels = Kernels {
                 name: $name,
+                needs: &[$($feature),*],
                 detect: $detect,
                 packed: $packed,
                 pack_x,
@@ -260,15 +263,24 @@ variant!(
 #[cfg(target_arch = "x86_64")]
 static AVX_VNNI: Kernels = Kernels {
     name: "avxvnni",
+    needs: &["avx2", "fma", "f16c", "avxvnni"],
     packed: PackedKernels { integer: Some(&x86::avx_vnni::KERNELS), ..avx2_kernels::TABLE.packed },
     detect: || std::arch::is_x86_feature_detected!("avxvnni") && (avx2_kernels::TABLE.detect)(),
     ..avx2_kernels::TABLE
 };
 
+#[cfg(target_arch = "x86_64")]
+const AVX512_VNNI_NEEDS: &[&str] =
+    &["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni"];
+#[cfg(target_arch = "x86_64")]
+const AVX512_BF16_NEEDS: &[&str] =
+    &["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx512bf16"];
+
 /// AVX-512 with VNNI's integer dot products and VBMI's tables.
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Kernels = Kernels {
     name: "avx512vnni",
+    needs: AVX512_VNNI_NEEDS,
     packed: PackedKernels { integer: Some(&x86::vnni512::KERNELS), ..avx2_kernels::TABLE.packed },
     detect: || {
         std::arch::is_x86_feature_detected!("avx512vnni")
@@ -280,8 +292,9 @@ static AVX512_VNNI: Kernels = Kernels {
 
 /// The same with bfloat16 dot products.
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16: Kernels = Kernels {
+const AVX512_BF16_TABLE: Kernels = Kernels {
     name: "avx512bf16",
+    needs: AVX512_BF16_NEEDS,
     packed: PackedKernels {
         integer: Some(&x86::vnni512::KERNELS),
         bf16: Some(&x86::bf16::AVX512),
@@ -291,16 +304,29 @@ static AVX512_BF16: Kernels = Kernels {
     ..avx512_kernels::TABLE
 };
 
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: Kernels =
+    Kernels { detect: || (AVX512_BF16_TABLE.detect)() && !is_intel(), ..AVX512_BF16_TABLE };
+
+/// The same for a machine on which only a row or two are worth bfloat16.
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16_INTEL: Kernels = Kernels {
+    packed: PackedKernels { bf16: Some(&x86::bf16::FEW_ROWS), ..AVX512_BF16_TABLE.packed },
+    detect: || (AVX512_BF16_TABLE.detect)() && is_intel(),
+    ..AVX512_BF16_TABLE
+};
+
 /// The same with AMX's tiles of bfloat16.
 #[cfg(target_arch = "x86_64")]
 static AMX: Kernels = Kernels {
     name: "amx",
+    needs: &["avx512bf16", "avx512vnni", "avx512vbmi", "amx-tile", "amx-bf16"],
     packed: PackedKernels {
         integer: Some(&x86::vnni512::KERNELS),
         bf16: Some(&x86::bf16::AMX),
         float: Some(&x86::bf16::FLOATS),
     },
-    detect: || (AVX512_BF16.detect)() && super::packed::x86_amx::detect(),
+    detect: || (AVX512_BF16_TABLE.detect)() && super::packed::x86_amx::detect(),
     ..avx512_kernels::TABLE
 };
 
@@ -313,7 +339,7 @@ static SCALAR: Kernels = scalar_kernels::TABLE;
 /// All variants of this build, the best first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[&Kernels] =
-    &[&AMX, &AVX512_BF16, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
+    &[&AMX, &AVX512_BF16, &AVX512_BF16_INTEL, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
 /// All variants of this build, the best first.
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) static ALL: &[&Kernels] = &[&SCALAR];

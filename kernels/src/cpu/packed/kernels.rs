@@ -43,7 +43,7 @@ pub(crate) struct Bf16Kernels {
     pub decode: [Decode; 5],
     /// Panels that a tile spans.
     pub panels: usize,
-    /// By rows of x.
+    /// By rows of x; empty where panels of fp32 are faster.
     pub tiles: &'static [Tile],
     /// Most rows of x that codes are multiplied with directly, and that integers are.
     pub code_rows: usize,
@@ -236,6 +236,10 @@ pub(crate) mod x86 {
         };
 
         pub(crate) static AVX512: Bf16Kernels = KERNELS;
+
+        /// Without panels.
+        pub(crate) static FEW_ROWS: Bf16Kernels =
+            Bf16Kernels { tiles: &[], code_rows: 2, ..KERNELS };
 
         /// With AMX's tiles. Intel's vector instruction for bfloat16 is slower than its multiply-add, so
         /// only a row or two go through it.

@@ -139,7 +139,7 @@ impl PackedKernels {
             if exact && m <= kernels[index].len().min(bf16.code_rows) {
                 return Some(Path::Bf16Codes(parts));
             }
-            if exact && (parts == 1 || bf16.parts) {
+            if exact && !bf16.tiles.is_empty() && (parts == 1 || bf16.parts) {
                 return Some(Path::Bf16Panels(parts));
             }
         }

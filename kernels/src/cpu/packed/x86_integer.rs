@@ -1,7 +1,7 @@
 //! Integer dot products of x86: AVX-512 VNNI, AVX-VNNI, and AVX2's multiply-add of bytes.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use super::{
     super::{avx2::Avx2, avx512::Avx512},
@@ -364,6 +364,43 @@ impl Integers for AvxVnni {
     }
 }
 
+/// Additions that the compiler does not put in another order: it would make trees of a block's sums, for
+/// which sixteen registers do not suffice.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn add16(a: __m256i, b: __m256i) -> __m256i {
+    let sum;
+    // SAFETY: register operation only.
+    unsafe {
+        asm!(
+            "vpaddw {}, {}, {}",
+            lateout(ymm_reg) sum,
+            in(ymm_reg) a,
+            in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// See [`add16`].
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn add32(a: __m256i, b: __m256i) -> __m256i {
+    let sum;
+    // SAFETY: register operation only.
+    unsafe {
+        asm!(
+            "vpaddd {}, {}, {}",
+            lateout(ymm_reg) sum,
+            in(ymm_reg) a,
+            in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
 impl Integers for Maddubs {
     shared!(true);
 
@@ -380,11 +417,11 @@ impl Integers for Maddubs {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
             let (a, b) = (_mm256_maddubs_epi16(w[0], x), _mm256_maddubs_epi16(w[1], x));
             if NARROW {
-                return [_mm256_add_epi16(acc[0], a), _mm256_add_epi16(acc[1], b)];
+                return [add16(acc[0], a), add16(acc[1], b)];
             }
             let ones = _mm256_set1_epi16(1);
             let (a, b) = (_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
-            [_mm256_add_epi32(acc[0], a), _mm256_add_epi32(acc[1], b)]
+            [add32(acc[0], a), add32(acc[1], b)]
         }
     }
 
