@@ -3,7 +3,7 @@
 mod cpu;
 mod cuda;
 
-use mx_kernels::LinearProblem;
+use mx_kernels::{LinearProblem, PreparedWeight};
 use ort::{
     memory::MemoryType,
     operator::{
@@ -78,7 +78,11 @@ impl Operator for MxExpertMatMul {
             if let Device::Gpu(device) = &device {
                 cuda::prepare(device.gpu, &attrs, &problem, self.x)?;
             }
-            Ok(ExpertKernel { name: name.clone(), attrs, problem, x: self.x, device })
+            let prepared = match &device {
+                Device::Cpu => cpu::prepare(&node, &attrs, &problem)?,
+                Device::Gpu(_) => Vec::new(),
+            };
+            Ok(ExpertKernel { name: name.clone(), attrs, problem, x: self.x, device, prepared })
         })
     }
 
@@ -117,6 +121,8 @@ pub(crate) struct ExpertKernel {
     problem: LinearProblem,
     x: XType,
     device: Device,
+    /// The experts as the CPU's kernels read them; empty where they are not repacked.
+    prepared: Vec<PreparedWeight>,
 }
 
 /// Reads the attributes and holds everything that the model declares against them.

@@ -18,6 +18,7 @@ mod matmul;
 mod pool;
 mod provider;
 pub mod ran;
+mod repack;
 mod scores;
 mod types;
 

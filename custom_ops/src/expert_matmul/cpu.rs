@@ -3,21 +3,55 @@
 use std::borrow::Cow;
 
 use half::{bf16, f16};
-use mx_kernels::PackedWeight;
+use mx_kernels::{LinearProblem, PackedWeight, PreparedWeight};
 use ort::operator::ComputeContext;
 
 use super::{Call, ExpertKernel, call};
 use crate::{
-    contract::{Product, op},
+    contract::{MxExpertMatMulAttrs, Product, expert, op},
     guard::OpError,
-    host,
+    host::{self, Node},
     pool::OrtPool,
-    ran,
+    ran, repack,
     types::{XElement, XType},
 };
 
 /// Rows of X that go to one expert at a time: enough to decode its weight once for many.
 const ROWS: usize = 512;
+
+/// Repacks the experts of a constant stack for this machine; none where it has no use for that.
+pub(super) fn prepare(
+    node: &Node<'_, '_>,
+    attrs: &MxExpertMatMulAttrs,
+    problem: &LinearProblem,
+) -> Result<Vec<PreparedWeight>, OpError> {
+    if attrs.scales_shape().is_none() {
+        return Ok(Vec::new());
+    }
+    repack::constants(node, (expert::CODES, expert::SCALES), |codes, scales| {
+        let weights = (0..attrs.experts()).map(|index| weight(attrs, codes, scales, index));
+        // One that cannot be repacked stands for all.
+        Ok(weights
+            .map(|w| Ok(repack::weight(problem, &w?)))
+            .collect::<Result<Option<Vec<_>>, _>>()?)
+        .map(Option::unwrap_or_default)
+    })
+}
+
+/// Expert `index` of a stack, whose lengths were held against the number of experts.
+fn weight<'a>(
+    attrs: &MxExpertMatMulAttrs,
+    codes: &'a [u8],
+    scales: &'a [u8],
+    index: usize,
+) -> Result<PackedWeight<'a>, mx_kernels::Error> {
+    let attrs = attrs.linear();
+    let (spec, n, k) = (*attrs.weight(), attrs.n(), attrs.k());
+    let part = |bytes: &'a [u8], len: usize| bytes.get(index * len..(index + 1) * len);
+    let codes = part(codes, spec.codes_len(n, k)).unwrap_or_default();
+    let scales = part(scales, spec.scales_len(n, k)).unwrap_or_default();
+    PackedWeight::new(spec, n, k, codes, scales)
+}
 
 pub(super) fn run(kernel: &ExpertKernel, ctx: &ComputeContext) -> Result<(), OpError> {
     match kernel.x {
@@ -44,9 +78,10 @@ fn run_as<T: XElement>(kernel: &ExpertKernel, ctx: &ComputeContext) -> Result<()
     let most = (ROWS / product.m.max(1)).max(1);
     let stack = Stack::new(kernel, &call)?;
     for places in places.chunk_by(|&a, &b| expert(a) == expert(b)) {
-        let weight = stack.weight(expert(places[0]))?;
+        let index = expert(places[0]);
+        let weight = (stack.weight(index)?, kernel.prepared.get(index));
         for places in places.chunks(most) {
-            products(kernel, &product, places, &x, &weight, y, &pool)?;
+            products(kernel, &product, places, &x, weight, y, &pool)?;
         }
     }
     pool.finish()
@@ -67,13 +102,7 @@ impl<'a> Stack<'a> {
     }
 
     fn weight(&self, expert: usize) -> Result<PackedWeight<'_>, mx_kernels::Error> {
-        let attrs = self.kernel.attrs.linear();
-        let (spec, n, k) = (*attrs.weight(), attrs.n(), attrs.k());
-        let (codes, scales) = (spec.codes_len(n, k), spec.scales_len(n, k));
-        // The lengths of both were held against the number of experts.
-        let (codes, scales) =
-            (&self.codes[expert * codes..][..codes], &self.scales[expert * scales..][..scales]);
-        PackedWeight::new(spec, n, k, codes, scales)
+        weight(&self.kernel.attrs, &self.codes, &self.scales, expert)
     }
 }
 
@@ -83,14 +112,20 @@ fn products<T: XElement>(
     product: &Product,
     places: &[usize],
     x: &[T],
-    weight: &PackedWeight<'_>,
+    (weight, prepared): (PackedWeight<'_>, Option<&PreparedWeight>),
     y: &mut [T],
     pool: &OrtPool<'_>,
 ) -> Result<(), OpError> {
     let (x_len, y_len) = (product.m * product.k, product.m * product.n);
     let x_of = |place: usize| &x[product.batches[place].0 * x_len..][..x_len];
     let linear = |x: &[T], y: &mut [T]| {
-        mx_kernels::linear(&kernel.problem, T::float(x), weight, None, T::float_mut(y), pool)
+        let (problem, x, y) = (&kernel.problem, T::float(x), T::float_mut(y));
+        match prepared {
+            Some(prepared) => {
+                mx_kernels::linear_prepared(problem, x, &weight, prepared, None, y, pool)
+            }
+            None => mx_kernels::linear(problem, x, &weight, None, y, pool),
+        }
     };
     if let [place] = *places {
         return Ok(linear(x_of(place), &mut y[place * y_len..][..y_len])?);

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use half::{bf16, f16};
-use mx_kernels::{LinearProblem, PackedWeight, Parallel, PreparedWeight, Serial, StdThreads};
+use mx_kernels::{LinearProblem, PackedWeight, PreparedWeight};
 use ort::operator::ComputeContext;
 
 use super::{MatMulKernel, checked, output_dims};
@@ -12,35 +12,23 @@ use crate::{
     guard::OpError,
     host::{self, Node},
     pool::OrtPool,
-    ran,
+    ran, repack,
     types::{XElement, XType},
 };
 
-/// Weights under so many elements are repacked without threads.
-const SMALL: usize = 1 << 20;
-
-/// Repacks a constant weight with block scales for this machine. The environment variable
-/// `MX_CPU_REPACK=0` says not to: slower, and no second copy of the weights in memory.
+/// Repacks a constant weight with block scales for this machine.
 pub(super) fn prepare(
     node: &Node<'_, '_>,
     attrs: &MxMatMulAttrs,
     problem: &LinearProblem,
 ) -> Result<Option<PreparedWeight>, OpError> {
-    if !matches!(attrs.scales_shape(), ScalesShape::Blocks(_))
-        || std::env::var_os("MX_CPU_REPACK").is_some_and(|v| v == "0")
-    {
+    if !matches!(attrs.scales_shape(), ScalesShape::Blocks(_)) {
         return Ok(None);
     }
-    let (Some(codes), Some(scales)) = (node.constant(input::CODES)?, node.constant(input::SCALES)?)
-    else {
-        return Ok(None);
-    };
-    let (codes, scales) = (codes.values::<u8>()?, scales.values::<u8>()?);
-    let weight = PackedWeight::new(*attrs.weight(), attrs.n(), attrs.k(), &codes, &scales)?;
-    let threads = StdThreads(std::thread::available_parallelism().map_or(1, usize::from));
-    let small = attrs.n().saturating_mul(attrs.k()) < SMALL;
-    let par: &dyn Parallel = if small { &Serial } else { &threads };
-    Ok(PreparedWeight::new(problem, &weight, par))
+    repack::constants(node, (input::CODES, input::SCALES), |codes, scales| {
+        let weight = PackedWeight::new(*attrs.weight(), attrs.n(), attrs.k(), codes, scales)?;
+        Ok(repack::weight(problem, &weight))
+    })
 }
 
 pub(super) fn run(kernel: &MatMulKernel, ctx: &ComputeContext) -> Result<(), OpError> {
