@@ -23,7 +23,7 @@ unsafe impl Sync for Output {}
 
 impl Output {
     /// The elements of `y`.
-    pub(crate) fn of(y: FloatMut<'_>) -> Self {
+    pub(crate) fn of(y: &mut FloatMut<'_>) -> Self {
         match y {
             FloatMut::F32(y) => Self::F32(y.as_mut_ptr()),
             FloatMut::F16(y) => Self::F16(y.as_mut_ptr()),

@@ -119,7 +119,7 @@ pub(crate) fn linear(
     w: &PackedWeight<'_>,
     prepared: Option<&PreparedWeight>,
     bias: Option<Float<'_>>,
-    y: FloatMut<'_>,
+    mut y: FloatMut<'_>,
     par: &dyn Parallel,
 ) -> Result<(), Error> {
     let m = problem.check(&x, w, bias.as_ref(), &y)?;
@@ -132,11 +132,8 @@ pub(crate) fn linear(
     if w.spec().scale == ScaleKind::Tensor {
         factor *= f64::from(pack::tensor_scale_from_bytes(w.scales()));
     }
-    let bias: Vec<f64> = match bias {
-        None => vec![0.0; n],
-        Some(b) => (0..n).map(|j| f64::from(problem.beta) * f64::from(b.get(j))).collect(),
-    };
-    let y = Output::of(y);
+    let bias = scaled_bias(problem, bias.as_ref());
+    let y = Output::of(&mut y);
     let padded = k.div_ceil(CHUNK) * CHUNK;
     let most = (X_FLOATS / padded).clamp(1, MAX_ROWS);
     let parts = m.div_ceil(most);
@@ -156,6 +153,14 @@ pub(crate) fn linear(
         });
     }
     Ok(())
+}
+
+/// beta * bias, or zeros.
+pub(super) fn scaled_bias(problem: &LinearProblem, bias: Option<&Float<'_>>) -> Vec<f64> {
+    match bias {
+        None => vec![0.0; problem.n],
+        Some(b) => (0..problem.n).map(|j| f64::from(problem.beta) * f64::from(b.get(j))).collect(),
+    }
 }
 
 impl Job<'_> {

@@ -48,7 +48,7 @@ pub(crate) struct Kernels {
     pub dots: [DotsOfFormat; 7],
     /// What works on repacked weights.
     pub packed: PackedKernels,
-    pub pack_x: unsafe fn(&XForm, &[f32], &Place) -> Row,
+    pub pack_x: unsafe fn(&XForm, &[f32], &Place) -> (Row, i32),
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
     pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, &mut Scratch, &mut [u8], &mut [u8; 16]),
@@ -175,7 +175,7 @@ macro_rules! variant {
             }
 
             $(#[target_feature(enable = $feature)])*
-            unsafe fn pack_x(form: &XForm, x: &[f32], place: &Place) -> Row {
+            unsafe fn pack_x(form: &XForm, x: &[f32], place: &Place) -> (Row, i32) {
                 // SAFETY: the caller's promise is passed on.
                 unsafe { x::pack_row(form, x, place) }
             }

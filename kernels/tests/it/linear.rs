@@ -254,6 +254,37 @@ fn check_reference(
     assert_close(&got, &want, &magnitudes, any_data_units(k), &what);
 }
 
+/// Rows of a weight that training has let decay to nothing, and activations whose tails are as small as
+/// those of a SiLU: ordinary numbers beside them, alone, and where only a product is out of range.
+#[test]
+fn tiny_values_and_dead_rows() {
+    for way in ways() {
+        let mut random = Random(11);
+        for spec in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
+            for (m, w_exponent, x_exponent) in
+                [(1, -70, -20), (2, -95, -4), (9, -60, -60), (33, -40, -100), (3, -110, 0)]
+            {
+                let (n, k) = (40, 608);
+                let mut weight = random.normals(n * k);
+                weight[..3 * k].iter_mut().for_each(|v| *v *= 2f32.powi(w_exponent));
+                let mut x = random.normals(m * k);
+                x[k - 40..].iter_mut().take(300).for_each(|v| *v *= 2f32.powi(x_exponent));
+                x[5] *= 2f32.powi(x_exponent);
+                let w = Weight::quantise(spec, n, k, &weight);
+                for activation in [Some(spec), None] {
+                    let problem = w.problem(activation);
+                    let mut y = vec![f32::NAN; m * n];
+                    let out = FloatMut::F32(&mut y);
+                    way.linear(&problem, Float::F32(&x), &w.view(), None, out, &Serial).unwrap();
+                    let (want, magnitude) = exact(&problem, &x, &w.view());
+                    let what = format!("{way} {spec:?} {m} 2^{w_exponent} 2^{x_exponent}");
+                    assert_close(&y, &want, &magnitude, any_data_units(k), &what);
+                }
+            }
+        }
+    }
+}
+
 /// Every pair of formats with block scales, several block sizes, every number of rows up to a few tiles:
 /// what W4A8 and the like take, and the edges of tiles and panels.
 #[test]

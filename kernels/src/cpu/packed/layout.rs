@@ -25,9 +25,13 @@ use crate::{
 pub(crate) const BLOCK: usize = 32;
 /// k behind the four bytes of a lane, relative to the first.
 pub(crate) const ORDER: [usize; 4] = [0, 2, 1, 3];
-/// Exponents of scales that the packed kernels take: products of two stay normal f32, also with the
-/// factors that integers carry. Other blocks send their row to f64.
-pub(crate) const WINDOW: std::ops::RangeInclusive<i32> = -55..=40;
+/// Exponents of scales that the packed kernels take: elements with their scale are normal bfloat16, and
+/// no sum of products overflows that ends within f32. A row of a weight with other blocks is computed in
+/// f64.
+pub(crate) const WINDOW: std::ops::RangeInclusive<i32> = -100..=40;
+/// Least sum of the smallest exponents of both operands: with it no product of two elements is flushed,
+/// nor is the product of two scales. Below, [`crate::linear`] has its own ways.
+pub(crate) const LOWEST: i32 = -80;
 /// Alignment of codes, the register's size.
 const LINE: usize = 64;
 
@@ -59,6 +63,8 @@ pub(crate) struct Layout {
     pub rows: Vec<Row>,
     /// Whether any row is not plain.
     pub special: bool,
+    /// Smallest exponent of a block of a plain row that is not zero; 0 where there is none below.
+    pub low: i32,
     /// Blocks of 32 along k.
     pub blocks: usize,
     block_bytes: usize,
@@ -79,7 +85,7 @@ impl Layout {
         let len = panels * blocks * block_bytes;
         let mut bytes = vec![0_u8; len + LINE];
         let start = bytes.as_ptr().align_offset(LINE).min(LINE);
-        let mut scales = vec![0_u8; panels * blocks * PANEL];
+        let mut scales = vec![127_u8; panels * blocks * PANEL];
         let mut rows = vec![Row::Plain; panels * PANEL];
         let tasks: Vec<_> = bytes[start..start + len]
             .chunks_exact_mut(blocks * block_bytes)
@@ -96,7 +102,9 @@ impl Layout {
         drop(tasks);
         rows.truncate(n);
         let special = rows.iter().any(|&row| row != Row::Plain);
-        Self { bytes, start, scales, rows, special, blocks, block_bytes }
+        // Blocks of zeros have the scale 2^0.
+        let low = scales.iter().min().map_or(0, |&byte| i32::from(byte) - 127).min(0);
+        Self { bytes, start, scales, rows, special, low, blocks, block_bytes }
     }
 
     /// Codes of panel `p` from block `b` on, aligned to 64 bytes.

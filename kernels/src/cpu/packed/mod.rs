@@ -21,7 +21,7 @@ pub(crate) use run::linear;
 
 use self::{
     kernels::{PackedKernels, float_index, integer_index},
-    layout::Layout,
+    layout::{Layout, Row},
     tables::Tables,
 };
 use super::Kernels;
@@ -48,7 +48,7 @@ pub struct PreparedWeight {
 impl PreparedWeight {
     /// Repacks `w` for problems like `problem` on the threads of `par`; `None` where this machine has
     /// no kernel that would use it: `mxint8` without integer products, blocks of 16, scales other than
-    /// `e8m0`.
+    /// `e8m0`, and weights with many scales at the ends of E8M0's range.
     pub fn new(problem: &LinearProblem, w: &PackedWeight<'_>, par: &dyn Parallel) -> Option<Self> {
         Self::with(super::kernels(), problem, w, par)
     }
@@ -59,9 +59,13 @@ impl PreparedWeight {
         w: &PackedWeight<'_>,
         par: &dyn Parallel,
     ) -> Option<Self> {
-        let useful = kernels.packed.choose(problem, 1).is_some();
-        (useful && Layout::fits(w)).then(|| Self {
-            layout: Layout::new(w, par),
+        if kernels.packed.choose(problem, 1).is_none() || !Layout::fits(w) {
+            return None;
+        }
+        let layout = Layout::new(w, par);
+        let exact = layout.rows.iter().filter(|&&row| row == Row::Exact).count();
+        (exact <= w.n() / 64).then(|| Self {
+            layout,
             tables: Box::new(Tables::new(w.spec().format)),
             n: w.n(),
             k: w.k(),

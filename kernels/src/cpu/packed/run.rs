@@ -9,7 +9,7 @@ use super::{
     Path, PreparedWeight,
     integer::{Dot, DotArgs},
     kernels::{Bf16Kernels, IntegerKernels, float_index, integer_index},
-    layout::{BLOCK, Row, block_bytes},
+    layout::{BLOCK, LOWEST, Row, block_bytes},
     tables,
     x::{Form, Place, XForm},
 };
@@ -50,7 +50,7 @@ pub(crate) fn linear(
     w: &PackedWeight<'_>,
     prepared: &PreparedWeight,
     bias: Option<Float<'_>>,
-    y: FloatMut<'_>,
+    mut y: FloatMut<'_>,
     par: &dyn Parallel,
 ) -> Result<(), Error> {
     let m = problem.check(&x, w, bias.as_ref(), &y)?;
@@ -69,21 +69,11 @@ pub(crate) fn linear(
     let Some(way) = way else {
         return plain::linear(kernels, problem, x, w, None, bias, y, par);
     };
-    let work = m.saturating_mul(problem.n).saturating_mul(problem.k);
-    let par = if work < SERIAL_WORK { &Serial } else { par };
-    let bias: Vec<f64> = match bias {
-        None => vec![0.0; problem.n],
-        Some(b) => (0..problem.n).map(|j| f64::from(problem.beta) * f64::from(b.get(j))).collect(),
-    };
-    let y = Output::of(y);
-    let blocks = prepared.layout.blocks;
-    let row_bytes = blocks * (way.form.block_bytes() + 2 * size_of::<i32>());
-    let most = (X_BYTES / row_bytes).clamp(1, MAX_ROWS);
-    let groups = m.div_ceil(most);
-    for group in 0..groups {
-        let (row0, end) = (m * group / groups, m * (group + 1) / groups);
-        let rows = end - row0;
-        scratch::for_call((rows * row_bytes).div_ceil(4), |buffer| {
+    let done = {
+        let (y, bias) = (Output::of(&mut y), plain::scaled_bias(problem, bias.as_ref()));
+        let work = m.saturating_mul(problem.n).saturating_mul(problem.k);
+        let par = if work < SERIAL_WORK { &Serial } else { par };
+        groups(m, &way, prepared.layout.blocks, |tiles, row0, buffer| {
             let call = Call {
                 kernels,
                 problem,
@@ -92,17 +82,40 @@ pub(crate) fn linear(
                 prepared,
                 x: &x,
                 row0,
-                tiles: Tiles { rows, most: way.most },
+                tiles,
                 data: buffer.as_mut_ptr().cast(),
-                exact: (0..rows).map(|_| OnceLock::new()).collect(),
+                exact: (0..tiles.rows).map(|_| OnceLock::new()).collect(),
                 states: Vec::new(),
                 bias: &bias,
                 y: &y,
             };
-            call.run(par);
-        });
+            call.run(par)
+        })
+    };
+    if done {
+        return Ok(());
     }
-    Ok(())
+    plain::linear(kernels, problem, x, w, Some(prepared), bias, y, par)
+}
+
+/// Calls `f` with stretches of `m` rows of x, each with its first row and a buffer for it, until it says
+/// no.
+fn groups(
+    m: usize,
+    way: &Way<'_>,
+    blocks: usize,
+    f: impl Fn(Tiles, usize, &mut [f32]) -> bool,
+) -> bool {
+    let row_bytes = blocks * (way.form.block_bytes() + 2 * size_of::<i32>());
+    let most = (X_BYTES / row_bytes).clamp(1, MAX_ROWS);
+    let groups = m.div_ceil(most);
+    (0..groups).all(|group| {
+        let (row0, end) = (m * group / groups, m * (group + 1) / groups);
+        let rows = end - row0;
+        scratch::for_call((rows * row_bytes).div_ceil(4), |buffer| {
+            f(Tiles { rows, most: way.most }, row0, buffer)
+        })
+    })
 }
 
 /// Rows of x in tiles, evenly high.
@@ -196,7 +209,7 @@ struct Call<'a> {
     tiles: Tiles,
     /// [tile][block][row] elements, then scales, then sums.
     data: *mut u8,
-    /// Rows of x in f64, made where they are needed.
+    /// Rows of x in f64, made where they are needed for rows of the weight.
     exact: Vec<OnceLock<Vec<f64>>>,
     states: Vec<Row>,
     /// beta * bias, or zeros.
@@ -212,8 +225,11 @@ impl Call<'_> {
         self.prepared.layout.blocks
     }
 
-    fn run(mut self, par: &dyn Parallel) {
-        self.pack_x(par);
+    /// False where x has exponents that these kernels do not take: y is then not complete.
+    fn run(mut self, par: &dyn Parallel) -> bool {
+        if !self.pack_x(par) {
+            return false;
+        }
         let single = self.tiles.count() == 1;
         match self.way.inner {
             Inner::Codes(dots) => self.run_codes(dots, par),
@@ -222,6 +238,7 @@ impl Call<'_> {
             }
             _ => self.run_panels(par),
         }
+        true
     }
 
     /// Where the scales start, and the sums.
@@ -234,10 +251,11 @@ impl Call<'_> {
         }
     }
 
-    fn pack_x(&mut self, par: &dyn Parallel) {
+    /// Whether the kernels take what comes of it.
+    fn pack_x(&mut self, par: &dyn Parallel) -> bool {
         let (k, rows) = (self.problem.k, self.tiles.rows);
         let form = XForm { quant: self.problem.activation.map(RowQuant::new), form: self.way.form };
-        let states: Vec<OnceLock<Row>> = (0..rows).map(|_| OnceLock::new()).collect();
+        let states: Vec<OnceLock<(Row, i32)>> = (0..rows).map(|_| OnceLock::new()).collect();
         let this = &*self;
         let one = |r: usize, raw: &mut [f32]| {
             let row = match this.x.slice((this.row0 + r) * k, k) {
@@ -266,7 +284,17 @@ impl Call<'_> {
         } else {
             par.run(tasks, &run)
         }
-        self.states = states.iter().map(|s| s.get().copied().unwrap_or(Row::Exact)).collect();
+        let states = states.iter().map(|s| s.get().copied().unwrap_or((Row::Exact, 0)));
+        let mut low = 0;
+        self.states = states
+            .map(|(row, exponent)| {
+                low = low.min(exponent);
+                row
+            })
+            .collect();
+        low >= LOWEST
+            && low + self.prepared.layout.low >= LOWEST
+            && !self.states.contains(&Row::Exact)
     }
 
     fn place(&self, r: usize) -> Place {

@@ -57,12 +57,13 @@ pub(crate) struct XForm {
     pub form: Form,
 }
 
-/// Writes one row of x, `k` floats, with zeros behind it to a whole block.
+/// Writes one row of x, `k` floats, with zeros behind it to a whole block. Also returns the smallest
+/// exponent in it: of the scales of blocks that are not zero, or of an unquantised x.
 ///
 /// # Safety
 /// `place` has room for ceil(k / 32) blocks, `place.rows` rows apart.
 #[inline(always)]
-pub(crate) unsafe fn pack_row(form: &XForm, x: &[f32], place: &Place) -> Row {
+pub(crate) unsafe fn pack_row(form: &XForm, x: &[f32], place: &Place) -> (Row, i32) {
     // SAFETY: the caller's promise is passed on.
     unsafe {
         match &form.quant {
@@ -75,8 +76,8 @@ pub(crate) unsafe fn pack_row(form: &XForm, x: &[f32], place: &Place) -> Row {
 /// # Safety
 /// As [`pack_row`].
 #[inline(always)]
-unsafe fn quantised<const R: u8>(q: &RowQuant, form: Form, x: &[f32], place: &Place) -> Row {
-    let mut row = Row::Plain;
+unsafe fn quantised<const R: u8>(q: &RowQuant, form: Form, x: &[f32], place: &Place) -> (Row, i32) {
+    let (mut row, mut low) = (Row::Plain, 0);
     let mut b = 0;
     for block in x.chunks(q.spec.block_size) {
         let amax = rows::amax_bits(block);
@@ -88,6 +89,7 @@ unsafe fn quantised<const R: u8>(q: &RowQuant, form: Form, x: &[f32], place: &Pl
                 if !WINDOW.contains(&exponent) {
                     (row, exponent) = (worse(row, Row::Exact), 0);
                 }
+                low = low.min(exponent);
             }
             // No finite largest magnitude, or an exponent outside the window.
             None if amax >= rows::INFINITY => row = Row::Nan,
@@ -107,7 +109,7 @@ unsafe fn quantised<const R: u8>(q: &RowQuant, form: Form, x: &[f32], place: &Pl
             b += 1;
         }
     }
-    row
+    (row, low)
 }
 
 fn worse(row: Row, other: Row) -> Row {
@@ -188,9 +190,7 @@ unsafe fn store_bf16(values: &[f32; BLOCK], to: *mut u8) {
     unsafe { to.cast::<[u16; BLOCK]>().write_unaligned(halves) }
 }
 
-/// Magnitudes of x that no sum of products with a weight's unscaled elements overflows, and whose
-/// parts are normal numbers.
-const TINY: u32 = (127 - 80) << 23;
+/// Magnitudes of x from which a sum of products with a weight's unscaled elements may overflow.
 const HUGE: u32 = (127 + 55) << 23;
 
 /// x as it is.
@@ -198,13 +198,18 @@ const HUGE: u32 = (127 + 55) << 23;
 /// # Safety
 /// As [`pack_row`].
 #[inline(always)]
-unsafe fn plain(form: Form, x: &[f32], place: &Place) -> Row {
-    let (mut largest, mut tiny) = (0_u32, false);
+unsafe fn plain(form: Form, x: &[f32], place: &Place) -> (Row, i32) {
+    let (mut largest, mut smallest) = (0_u32, u32::MAX);
     for v in x {
         let bits = v.to_bits() & 0x7fff_ffff;
         largest = largest.max(bits);
-        tiny |= bits.wrapping_sub(1) < TINY;
+        // Zeros wrap round.
+        smallest = smallest.min(bits.wrapping_sub(1));
     }
+    let low = match smallest {
+        u32::MAX => 0,
+        below => (((below + 1) >> 23) as i32 - 127).min(0),
+    };
     for (b, part) in x.chunks(BLOCK).enumerate() {
         let mut values = [0.0_f32; BLOCK];
         values[..part.len()].copy_from_slice(part);
@@ -226,11 +231,12 @@ unsafe fn plain(form: Form, x: &[f32], place: &Place) -> Row {
             *place.scales.add(b * place.rows) = 0;
         }
     }
-    match largest {
+    let row = match largest {
         bits if bits > rows::INFINITY => Row::Nan,
-        bits if bits >= HUGE || tiny => Row::Exact,
+        bits if bits >= HUGE => Row::Exact,
         _ => Row::Plain,
-    }
+    };
+    (row, low)
 }
 
 /// The nearest bfloat16 of a float below [`HUGE`].
