@@ -2,11 +2,13 @@
 //!
 //! `layout` has the order, `x` the other operand, `integer`, `x86_*` the kernels, `run` the driver.
 
+mod finish;
 pub(crate) mod integer;
 pub(crate) mod kernels;
 pub(crate) mod layout;
 mod run;
 pub(crate) mod tables;
+mod way;
 pub(crate) mod x;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_amx;

@@ -8,9 +8,9 @@ use std::sync::OnceLock;
 use super::{
     Path, PreparedWeight,
     integer::{Dot, DotArgs},
-    kernels::{Bf16Kernels, IntegerKernels, float_index, integer_index},
+    kernels::{Bf16Kernels, IntegerKernels},
     layout::{BLOCK, LOWEST, Row, block_bytes},
-    tables,
+    way::{Inner, Tiles, Way},
     x::{Form, Place, XForm},
 };
 use crate::{
@@ -24,7 +24,6 @@ use crate::{
     },
     error::Error,
     parallel::{Parallel, Serial},
-    reference,
     tensor::{Float, FloatMut, LinearProblem, PackedWeight},
 };
 
@@ -32,8 +31,11 @@ use crate::{
 const MAX_ROWS: usize = 512;
 /// Bytes of x at a time.
 const X_BYTES: usize = 16 << 20;
+/// Bytes between the elements of two tiles: tiles of 32 rows are a power of two long, and without a gap
+/// the same k of all of them would share a few sets of a cache.
+const GAP: usize = 129 * 64;
 /// Output features of a task.
-const COLUMNS: usize = 128;
+pub(super) const COLUMNS: usize = 128;
 /// Panels of a task that takes its weights straight from the codes, at most.
 const CODE_PANELS: usize = 32;
 /// Bytes of x that stay in a second-level cache beside a panel.
@@ -112,109 +114,32 @@ fn groups(
     (0..groups).all(|group| {
         let (row0, end) = (m * group / groups, m * (group + 1) / groups);
         let rows = end - row0;
-        scratch::for_call((rows * row_bytes).div_ceil(4), |buffer| {
-            f(Tiles { rows, most: way.most }, row0, buffer)
+        let tiles = Tiles { rows, most: way.most };
+        scratch::for_call((rows * row_bytes + tiles.count() * GAP).div_ceil(4), |buffer| {
+            f(tiles, row0, buffer)
         })
     })
 }
 
-/// Rows of x in tiles, evenly high.
-#[derive(Debug, Clone, Copy)]
-struct Tiles {
-    rows: usize,
-    most: usize,
-}
-
-impl Tiles {
-    fn count(&self) -> usize {
-        self.rows.div_ceil(self.most)
-    }
-
-    /// First row of tile `t`.
-    fn start(&self, t: usize) -> usize {
-        self.rows * t / self.count()
-    }
-
-    /// The tile that row `r` is in: the last that starts at or before it.
-    fn of(&self, r: usize) -> usize {
-        ((r + 1) * self.count() - 1) / self.rows
-    }
-}
-
-/// The kernels of a path, and what they want of x.
-enum Inner<'a> {
-    /// All rows in one tile, by rows.
-    Codes(&'a [Dot]),
-    Integer(&'a IntegerKernels, usize, usize),
-    Bf16(&'a Bf16Kernels, usize),
-}
-
-struct Way<'a> {
-    inner: Inner<'a>,
-    form: Form,
-    /// Rows of the highest tile.
-    most: usize,
-}
-
-impl<'a> Way<'a> {
-    fn new(kernels: &'a Kernels, problem: &LinearProblem, path: Path) -> Option<Self> {
-        let packed = &kernels.packed;
-        let (w, x) = (problem.weight.format, problem.activation.map(|spec| spec.format));
-        let quantised = x.is_some();
-        Some(match path {
-            Path::Integer => {
-                let (integer, x) = (packed.integer?, x?);
-                let index = integer_index(w)?;
-                let narrow = usize::from(super::sum_fits(w, x, BLOCK as i32 / 2));
-                let shift = tables::integer_shift(w)? + tables::integer_shift(x)?;
-                let form = Form::Integer {
-                    shift: tables::integer_shift(x)?,
-                    total: shift,
-                    offset: tables::offset(w),
-                };
-                let most = integer.panels[narrow].len();
-                Self { inner: Inner::Integer(integer, index, narrow), form, most }
-            }
-            Path::Bf16Codes(parts) => {
-                let bf16 = packed.bf16?;
-                let table = if parts == 1 { &bf16.one } else { &bf16.two };
-                let dots = table[float_index(w)?];
-                let form = if quantised { Form::Bf16 } else { Form::Parts(parts) };
-                Self { inner: Inner::Codes(dots), form, most: dots.len() }
-            }
-            Path::Bf16Panels(parts) => {
-                let bf16 = packed.bf16?;
-                let form = if quantised { Form::FoldedBf16 } else { Form::Parts(parts) };
-                Self { inner: Inner::Bf16(bf16, float_index(w)?), form, most: bf16.tiles.len() }
-            }
-            Path::FloatCodes => {
-                let dots = packed.float?.dots[float_index(w)?];
-                Self { inner: Inner::Codes(dots), form: Form::F32, most: dots.len() }
-            }
-            Path::FloatPanels => return None,
-        })
-    }
-}
-
 /// Some rows of x against the whole weight.
-struct Call<'a> {
-    kernels: &'a Kernels,
-    problem: &'a LinearProblem,
-    way: &'a Way<'a>,
-    w: &'a PackedWeight<'a>,
-    prepared: &'a PreparedWeight,
-    x: &'a Float<'a>,
+pub(super) struct Call<'a> {
+    pub kernels: &'a Kernels,
+    pub problem: &'a LinearProblem,
+    pub way: &'a Way<'a>,
+    pub w: &'a PackedWeight<'a>,
+    pub prepared: &'a PreparedWeight,
+    pub x: &'a Float<'a>,
     /// First row of x in y.
-    row0: usize,
-    tiles: Tiles,
-    /// [tile][block][row] elements, then scales, then sums.
-    data: *mut u8,
+    pub row0: usize,
+    pub tiles: Tiles,
+    /// [tile][block][row] elements with a [`GAP`] behind each tile, then scales, then sums.
+    pub data: *mut u8,
     /// Rows of x in f64, made where they are needed for rows of the weight.
-    exact: Vec<OnceLock<Vec<f64>>>,
-    states: Vec<Row>,
+    pub exact: Vec<OnceLock<Vec<f64>>>,
+    pub states: Vec<Row>,
     /// beta * bias, or zeros.
-    bias: &'a [f64],
-    y: &'a Output,
+    pub bias: &'a [f64],
+    pub y: &'a Output,
 }
 
 // SAFETY: tasks write disjoint parts of `data` while x is packed and only read it afterwards.
@@ -246,7 +171,8 @@ impl Call<'_> {
         let count = self.tiles.rows * self.blocks();
         // SAFETY: the buffer was made for both behind the elements, whose bytes are a multiple of 32.
         unsafe {
-            let scales = self.data.add(count * self.way.form.block_bytes()).cast::<i32>();
+            let bytes = count * self.way.form.block_bytes() + self.tiles.count() * GAP;
+            let scales = self.data.add(bytes).cast::<i32>();
             (scales, scales.add(count))
         }
     }
@@ -305,7 +231,7 @@ impl Call<'_> {
         // SAFETY: a tile's rows start behind those of the tiles before it.
         unsafe {
             let first = start * self.blocks();
-            let at = self.data.add(first * self.way.form.block_bytes());
+            let at = self.data.add(first * self.way.form.block_bytes() + tile * GAP);
             Place {
                 data: at.add((r - start) * self.way.form.block_bytes() / parts),
                 scales: scales.add(first + r - start),
@@ -335,7 +261,7 @@ impl Call<'_> {
                 tables: &*self.prepared.tables,
                 w: layout.codes(p, b),
                 scales: layout.scales(p, b),
-                x: self.data.add(first * self.way.form.block_bytes()),
+                x: self.data.add(first * self.way.form.block_bytes() + t * GAP),
                 x_scales: scales.add(first),
                 x_sums: sums.add(first),
                 blocks,
@@ -503,66 +429,6 @@ impl Call<'_> {
                 unsafe { kernels.tiles[end - start - 1](&args, stride) };
             }
         });
-    }
-
-    /// Puts rows that are not plain right, then scales, adds the bias and writes y.
-    fn finish(&self, m0: usize, m1: usize, n0: usize, c: &mut [f32], ldc: usize) {
-        let columns = ldc.min(self.w.n() - n0);
-        let special = self.prepared.layout.special;
-        if special || self.states[m0..m1].iter().any(|&row| row != Row::Plain) {
-            self.special(m0, m1, n0, columns, c, ldc);
-        }
-        let mut out = [0.0_f32; COLUMNS];
-        for m in m0..m1 {
-            for from in (0..columns).step_by(COLUMNS) {
-                let len = COLUMNS.min(columns - from);
-                let c = &c[(m - m0) * ldc + from..][..len];
-                let n = n0 + from;
-                let (bias, out) = (&self.bias[n..n + len], &mut out[..len]);
-                // SAFETY: the variant runs here; row and columns lie within y and are this task's.
-                unsafe {
-                    (self.kernels.scale_row)(c, f64::from(self.problem.alpha), bias, out);
-                    self.y.write((self.row0 + m) * self.w.n() + n, out);
-                }
-            }
-        }
-    }
-
-    /// NaN where a block of NaN takes part, f64 where a scale or a value is out of the kernels' range.
-    #[cold]
-    fn special(&self, m0: usize, m1: usize, n0: usize, columns: usize, c: &mut [f32], ldc: usize) {
-        let mut w = Vec::new();
-        for j in 0..columns {
-            let row = self.prepared.layout.rows[n0 + j];
-            let mut decoded = false;
-            for m in m0..m1 {
-                let out = &mut c[(m - m0) * ldc + j];
-                match (row, self.states[m]) {
-                    (Row::Plain, Row::Plain) => {}
-                    (Row::Nan, _) | (_, Row::Nan) => *out = f32::NAN,
-                    _ => {
-                        if !decoded {
-                            w.resize(self.problem.k, 0.0);
-                            reference::weight_row_f64(self.w, n0 + j, &mut w);
-                            decoded = true;
-                        }
-                        let x = self.exact[m].get_or_init(|| self.exact_row(m));
-                        *out = x.iter().zip(&w).map(|(x, w)| x * w).sum::<f64>() as f32;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Row `m` of x, quantised, in f64.
-    fn exact_row(&self, m: usize) -> Vec<f64> {
-        let k = self.problem.k;
-        let mut raw = vec![0.0_f32; k];
-        self.x.load((self.row0 + m) * k, &mut raw);
-        match &self.problem.activation {
-            Some(spec) => reference::fake_row_f64(spec, &raw),
-            None => raw.into_iter().map(f64::from).collect(),
-        }
     }
 }
 
