@@ -3,7 +3,11 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Codec, Simd};
+use super::{
+    columns_avx2,
+    quantize_columns::{COLUMNS, Line},
+    simd::{Codec, Simd},
+};
 use crate::formats::ElementFormat;
 
 /// Needs avx2, fma and f16c.
@@ -206,5 +210,26 @@ impl Simd for Avx2 {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for 32 bytes.
+        unsafe {
+            let widen = |from: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
+            (widen(from), widen(from.add(16)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns<C: Codec, const R: u8>(
+        values: *const Line,
+        block: usize,
+        inverses: &[f32; COLUMNS],
+        out: *mut u8,
+        pitch: usize,
+    ) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { columns_avx2::pack_columns::<C, R>(values, block, inverses, out, pitch) }
     }
 }
