@@ -222,6 +222,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        // SAFETY: register operations only.
+        unsafe {
+            let larger = |amax, v| {
+                let magnitude =
+                    _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff));
+                _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(amax), magnitude))
+            };
+            (larger(amax.0, v.0), larger(amax.1, v.1))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn pack_columns<C: Codec, const R: u8>(
         values: *const Line,
         block: usize,

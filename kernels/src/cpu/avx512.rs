@@ -115,6 +115,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        // SAFETY: register operations only.
+        unsafe {
+            let magnitude =
+                _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff_ffff));
+            _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(amax), magnitude))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn pack_columns<C: Codec, const R: u8>(
         values: *const Line,
         block: usize,

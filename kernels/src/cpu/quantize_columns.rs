@@ -47,6 +47,7 @@ pub(crate) struct Strip<'a> {
 /// What [`code_columns`] works in, and its results for a few blocks of a strip.
 pub(crate) struct Scratch {
     values: Vec<Line>,
+    amax: [[u32; COLUMNS]; GROUPS],
     column: Vec<f32>,
     unpacked: Vec<u8>,
     block_bytes: usize,
@@ -67,6 +68,7 @@ impl Scratch {
         let blocks = TOGETHER.div_ceil(block_bytes);
         Self {
             values: vec![Line([0.0; COLUMNS]); block_size * PITCH],
+            amax: [[0; COLUMNS]; GROUPS],
             column: vec![0.0; block_size],
             unpacked: vec![0; block_size],
             block_bytes,
@@ -109,22 +111,22 @@ pub(crate) fn load(float_type: FloatType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// [`load`] of sixteen: from the bytes alone the compiler makes sixteen moves, and what reads them as
-/// one waits for them.
+/// [`load`] of sixteen as a vector.
+///
+/// # Safety
+/// As for [`code_columns`].
 #[inline(always)]
-unsafe fn load_all<S: Simd, const T: u8>(bytes: &[u8], out: &mut Line) {
-    // SAFETY: the caller's promise is passed on; sixteen elements are read from bytes that are there
-    // and written to a line.
+unsafe fn load_all<S: Simd, const T: u8>(bytes: &[u8]) -> S::V {
+    // SAFETY: the caller's promise is passed on; sixteen elements are there.
     unsafe {
-        let v = match T {
+        match T {
             0 => {
                 let bits = bytemuck::pod_read_unaligned::<[u32; COLUMNS]>(&bytes[..4 * COLUMNS]);
                 S::load(bits.map(|bits| f32::from_bits(u32::from_le(bits))).as_ptr())
             }
             1 => S::load_f16(bytes[..2 * COLUMNS].as_ptr()),
             _ => S::load_bf16(bytes[..2 * COLUMNS].as_ptr()),
-        };
-        S::store(out.0.as_mut_ptr(), v);
+        }
     }
 }
 
@@ -149,12 +151,13 @@ pub(crate) unsafe fn code_columns<S: Simd>(
     slot: usize,
     scratch: &mut Scratch,
 ) {
+    let (values, amax) = (&mut scratch.values[..], &mut scratch.amax);
     // SAFETY: the caller's promise is passed on.
     unsafe {
         match strip.float_type {
-            FloatType::F32 => gather::<S, { FloatType::F32 as u8 }>(strip, &mut scratch.values),
-            FloatType::F16 => gather::<S, { FloatType::F16 as u8 }>(strip, &mut scratch.values),
-            FloatType::Bf16 => gather::<S, { FloatType::Bf16 as u8 }>(strip, &mut scratch.values),
+            FloatType::F32 => gather::<S, { FloatType::F32 as u8 }>(strip, values, amax),
+            FloatType::F16 => gather::<S, { FloatType::F16 as u8 }>(strip, values, amax),
+            FloatType::Bf16 => gather::<S, { FloatType::Bf16 as u8 }>(strip, values, amax),
         }
         by_format!(q, C => by_rounding!(q, codes<S, C>(q, strip, slot, scratch)));
     }
@@ -163,12 +166,16 @@ pub(crate) unsafe fn code_columns<S: Simd>(
 /// How many rows ahead the lines of a strip are asked for.
 const AHEAD: usize = 2;
 
-/// The strip as f32, with zeros where it ends early.
+/// The strip as f32, with zeros where it ends early, and each column's largest magnitude as bits.
 ///
 /// # Safety
 /// As for [`code_columns`].
 #[inline(always)]
-unsafe fn gather<S: Simd, const T: u8>(strip: &Strip<'_>, values: &mut [Line]) {
+unsafe fn gather<S: Simd, const T: u8>(
+    strip: &Strip<'_>,
+    values: &mut [Line],
+    amax: &mut [[u32; COLUMNS]; GROUPS],
+) {
     let float_type = match T {
         0 => FloatType::F32,
         1 => FloatType::F16,
@@ -177,23 +184,40 @@ unsafe fn gather<S: Simd, const T: u8>(strip: &Strip<'_>, values: &mut [Line]) {
     if !strip.columns.is_multiple_of(COLUMNS) || strip.len * PITCH < values.len() {
         values.fill(Line([0.0; COLUMNS]));
     }
+    *amax = [[0; COLUMNS]; GROUPS];
     let width = float_type.width();
     for (j, lines) in values.chunks_exact_mut(PITCH).take(strip.len).enumerate() {
         let row = &strip.bytes[j * strip.stride..][..strip.columns * width];
         let sixteens = row.chunks_exact(COLUMNS * width);
         let rest = sixteens.remainder();
-        for (bytes, line) in sixteens.zip(&mut *lines) {
-            // SAFETY: an address that is only asked for need not be valid; sixteen elements are there.
+        for ((bytes, line), amax) in sixteens.zip(&mut *lines).zip(&mut *amax) {
+            // SAFETY: the caller's promise is passed on; a line is sixteen floats, and so is `amax`.
             unsafe {
                 // Rows are pages apart, which no hardware follows.
                 S::prefetch(bytes.as_ptr().wrapping_add(AHEAD * strip.stride));
-                load_all::<S, T>(bytes, line);
+                let v = load_all::<S, T>(bytes);
+                S::store(line.0.as_mut_ptr(), v);
+                raise::<S>(amax, v);
             }
         }
         if !rest.is_empty() {
-            load(float_type, rest, &mut lines[strip.columns / COLUMNS].0);
+            let group = strip.columns / COLUMNS;
+            load(float_type, rest, &mut lines[group].0);
+            // SAFETY: as above.
+            unsafe { raise::<S>(&mut amax[group], S::load(lines[group].0.as_ptr())) };
         }
     }
+}
+
+/// Largest magnitudes with those of `v`, as bits.
+///
+/// # Safety
+/// As for [`code_columns`].
+#[inline(always)]
+unsafe fn raise<S: Simd>(amax: &mut [u32; COLUMNS], v: S::V) {
+    let amax = amax.as_mut_ptr().cast::<f32>();
+    // SAFETY: sixteen numbers of four bytes.
+    unsafe { S::store(amax, S::max_magnitude(S::load(amax), v)) };
 }
 
 #[inline(always)]
@@ -205,16 +229,11 @@ unsafe fn codes<S: Simd, C: Codec, const R: u8>(
 ) {
     let block = q.spec.block_size;
     let pitch = scratch.blocks * scratch.block_bytes;
-    for group in 0..strip.columns.div_ceil(COLUMNS) {
+    let groups = strip.columns.div_ceil(COLUMNS);
+    for group in 0..groups {
         let values = &scratch.values[group..];
-        let mut amax = [0_u32; COLUMNS];
-        for line in values.iter().step_by(PITCH) {
-            for c in 0..COLUMNS {
-                amax[c] = amax[c].max(line.0[c].to_bits() & 0x7fff_ffff);
-            }
-        }
         let scales = &mut scratch.scales[slot * GROUPS + group];
-        let (inverses, odd) = rows::inverses(q, &amax, scales);
+        let (inverses, odd) = rows::inverses(q, &scratch.amax[group], scales);
         let first = group * COLUMNS * pitch + slot * scratch.block_bytes;
         let out = &mut scratch.packed[first..];
         assert!(values.len() > (block - 1) * PITCH);

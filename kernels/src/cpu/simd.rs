@@ -80,6 +80,20 @@ pub(crate) trait Simd {
         // SAFETY: sixteen floats.
         unsafe { Self::load(wide.as_ptr()) }
     }
+    /// The larger of `amax`, which has no signs, and |v|, by their bits: infinity and NaN count.
+    #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        let (mut largest, mut other) = ([0.0_f32; COLUMNS], [0.0_f32; COLUMNS]);
+        // SAFETY: sixteen floats each.
+        unsafe {
+            Self::store(largest.as_mut_ptr(), amax);
+            Self::store(other.as_mut_ptr(), v);
+            for (a, v) in largest.iter_mut().zip(other) {
+                *a = f32::from_bits(a.to_bits().max(v.to_bits() & 0x7fff_ffff));
+            }
+            Self::load(largest.as_ptr())
+        }
+    }
     /// Sixteen columns' codes of a block, a multiple of sixteen lines [`quantize_columns::PITCH`]
     /// apart, packed to `out`, columns `pitch` bytes apart. Not for bf16.
     #[inline(always)]
