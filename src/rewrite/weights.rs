@@ -196,7 +196,8 @@ impl Rows {
         // stored transposed.
         let share = self.n.div_ceil(4 * threads.count());
         let tile = (TILE_BYTES / row).min(share).max(64);
-        let tile = if tile < STRIP { tile / 64 * 64 } else { tile.next_multiple_of(STRIP) };
+        let whole = if tile < STRIP { 64 } else { STRIP };
+        let tile = tile / whole * whole;
         let make = |index: usize| {
             let first = index * tile;
             let rows = tile.min(self.n - first);

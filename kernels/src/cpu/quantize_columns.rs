@@ -59,8 +59,8 @@ pub(crate) struct Scratch {
     scales: Vec<[u8; COLUMNS]>,
 }
 
-/// Bytes of a column's codes that are written together: two cache lines.
-const TOGETHER: usize = 128;
+/// Bytes of a column's codes that are written together: four cache lines.
+const TOGETHER: usize = 256;
 
 impl Scratch {
     pub(crate) fn new(q: &RowQuant) -> Self {
