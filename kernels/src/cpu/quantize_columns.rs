@@ -271,14 +271,16 @@ pub(super) unsafe fn pack_columns<C: Codec, const R: u8>(
 ) {
     for at in (0..block).step_by(COLUMNS) {
         let mut codes = [[0_u8; COLUMNS]; COLUMNS];
-        for j in 0..COLUMNS {
+        for (j, codes) in codes.iter_mut().enumerate() {
             // SAFETY: the caller vouches for `block` lines.
             let line = unsafe { &*values.add((at + j) * PITCH) };
             for c in 0..COLUMNS {
-                codes[c][j] = rows::code::<R>(&C::CONSTANTS, line.0[c], inverses[c]);
+                codes[c] = rows::code::<R>(&C::CONSTANTS, line.0[c], inverses[c]);
             }
         }
-        for (c, codes) in codes.iter().enumerate() {
+        let turned: [[u8; COLUMNS]; COLUMNS] =
+            std::array::from_fn(|c| std::array::from_fn(|j| codes[j][c]));
+        for (c, codes) in turned.iter().enumerate() {
             // SAFETY: the caller vouches for the packed bytes of a block in every column.
             let out = unsafe {
                 std::slice::from_raw_parts_mut(out.add(c * pitch + at * C::BITS / 8), C::UNIT)
