@@ -91,8 +91,8 @@ pub struct StoredWeight<'a> {
 }
 
 /// Quantises rows `first ..` of a weight, as many as `codes` and `scales` take, into the bytes that
-/// [`quantize_rows`] makes of them. Weights stored [k, n] are read in strips of columns; nothing but
-/// a few KiB is copied. Block scales (e8m0) only.
+/// [`quantize_rows`] makes of them. Weights stored [k, n] are read in strips of columns, of
+/// which one block at a time is copied (100 KiB with blocks of 32). Block scales (e8m0) only.
 ///
 /// # Errors
 /// An invalid specification, another kind of scale, rows that are not there or a buffer of another

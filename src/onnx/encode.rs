@@ -19,6 +19,17 @@ pub(crate) enum Chunk {
     Payload(String, Payload),
 }
 
+/// Where chunks go.
+pub(crate) trait Out: Write + Send {
+    /// Takes bytes that are not to be copied where it can be helped.
+    fn put(&mut self, bytes: Bytes) -> std::io::Result<()> {
+        self.write_all(&bytes)
+    }
+}
+
+impl Out for Vec<u8> {}
+impl<W: Write + Send> Out for std::io::BufWriter<W> {}
+
 /// Pieces of the output and their total length.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Chunks {
@@ -61,7 +72,7 @@ impl Chunks {
     /// Writes everything; payloads are made one at a time, large ones in pieces.
     pub(crate) fn write(
         &self,
-        out: &mut (dyn Write + Send),
+        out: &mut dyn Out,
         failed: &(dyn Fn(std::io::Error) -> Error + Sync),
     ) -> Result<()> {
         self.list.iter().try_for_each(|chunk| chunk.write(out, failed))
@@ -81,19 +92,20 @@ impl Chunk {
 
     pub(crate) fn write(
         &self,
-        out: &mut (dyn Write + Send),
+        out: &mut dyn Out,
         failed: &(dyn Fn(std::io::Error) -> Error + Sync),
     ) -> Result<()> {
-        let mut put = |bytes: &[u8]| {
-            for piece in bytes.chunks(PIECE) {
-                out.write_all(piece).map_err(failed)?;
-                super::release(piece);
-            }
-            Ok(())
-        };
         match self {
-            Self::Bytes(bytes) => put(bytes),
-            Self::Payload(name, payload) => payload.write(name, &mut put),
+            Self::Bytes(bytes) | Self::Payload(_, Payload::Bytes(bytes)) => {
+                for piece in bytes.chunks(PIECE) {
+                    out.write_all(piece).map_err(failed)?;
+                    super::release(piece);
+                }
+                Ok(())
+            }
+            Self::Payload(name, payload) => {
+                payload.write(name, &mut |bytes| out.put(bytes).map_err(failed))
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Output that is written and hashed by threads of their own, while the next bytes are made.
 
+use super::encode::Out;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
@@ -70,10 +71,29 @@ impl Pipe {
         })
     }
 
+    fn send(&self, piece: Bytes) -> io::Result<()> {
+        self.to_file.send(piece.clone()).map_err(|_| closed())?;
+        self.to_hash.send(Message::Bytes(piece)).map_err(|_| closed())
+    }
+
     /// Asks for a note of the place `at`, behind everything that went in so far.
     pub(crate) fn mark(&mut self, at: u64) -> io::Result<()> {
         self.flush()?;
         self.to_hash.send(Message::Mark(at)).map_err(|_| closed())
+    }
+}
+
+impl Out for Pipe {
+    fn put(&mut self, mut bytes: Bytes) -> io::Result<()> {
+        if bytes.len() < PIECE / 4 {
+            return self.write_all(&bytes);
+        }
+        self.flush()?;
+        while !bytes.is_empty() {
+            let piece = bytes.split_to(PIECE.min(bytes.len()));
+            self.send(piece)?;
+        }
+        Ok(())
     }
 }
 
@@ -95,8 +115,7 @@ impl Write for Pipe {
             return Ok(());
         }
         let piece = Bytes::from(std::mem::take(&mut self.piece));
-        self.to_file.send(piece.clone()).map_err(|_| closed())?;
-        self.to_hash.send(Message::Bytes(piece)).map_err(|_| closed())
+        self.send(piece)
     }
 }
 
@@ -135,7 +154,10 @@ mod tests {
         let hash = Pipe::run(&mut file, Sha256::new(), note, |pipe| {
             pipe.write_all(&content[..PIECE + 5])?;
             pipe.mark(PIECE as u64 + 5)?;
-            pipe.write_all(&content[PIECE + 5..])
+            pipe.write_all(&content[PIECE + 5..PIECE + 9])?;
+            // A few bytes that are copied, then some that go on as they are.
+            pipe.put(Bytes::copy_from_slice(&content[PIECE + 9..PIECE + 20]))?;
+            pipe.put(Bytes::copy_from_slice(&content[PIECE + 20..]))
         });
         assert_eq!(hash.unwrap().finalize(), Sha256::digest(&content));
         assert_eq!(notes, [(PIECE as u64 + 5, Sha256::digest(&content[..PIECE + 5]))]);

@@ -1,6 +1,6 @@
 //! Models to files: whole or not at all, never over their own input.
 
-use super::encode::{Chunks, MAX_MESSAGE, Placement};
+use super::encode::{Chunks, MAX_MESSAGE, Out, Placement};
 use super::error::{Error, Result};
 use super::graph::{NodeId, number};
 use super::model::{self, Model, TopField};
@@ -300,6 +300,8 @@ impl Model {
         }
     }
 }
+
+impl Out for Hashing {}
 
 /// Hashes what is written.
 struct Hashing(Sha256);

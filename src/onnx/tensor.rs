@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub type Producer = Arc<dyn Fn() -> Result<Bytes> + Send + Sync>;
 
 /// Where the bytes of a tensor go, piece by piece.
-pub type Sink<'a> = dyn FnMut(&[u8]) -> Result<()> + Send + 'a;
+pub type Sink<'a> = dyn FnMut(Bytes) -> Result<()> + Send + 'a;
 /// Makes the bytes of a tensor piece by piece when they are written.
 pub type Streamer = Arc<dyn Fn(&mut Sink<'_>) -> Result<()> + Send + Sync>;
 
@@ -70,7 +70,7 @@ impl Payload {
             Self::Stream { .. } => {
                 let mut out = Vec::new();
                 self.write(tensor, &mut |bytes| {
-                    out.extend_from_slice(bytes);
+                    out.extend_from_slice(&bytes);
                     Ok(())
                 })?;
                 Ok(out.into())
@@ -83,7 +83,7 @@ impl Payload {
     /// # Errors
     /// As [`Payload::get`], and the sink's.
     pub(crate) fn write(&self, tensor: &str, sink: &mut Sink<'_>) -> Result<()> {
-        let Self::Stream { len, write } = self else { return sink(&self.get(tensor)?) };
+        let Self::Stream { len, write } = self else { return sink(self.get(tensor)?) };
         let mut made = 0;
         write(&mut |bytes| {
             made += bytes.len() as u64;

@@ -7,6 +7,7 @@
 //! [`rewrite_file`] does it all from file to file, for the command and for mxeval's stages alike.
 
 pub mod base;
+mod buffers;
 pub mod checkpoint;
 mod error;
 pub mod execute;

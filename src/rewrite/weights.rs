@@ -1,11 +1,13 @@
 //! Constant weights as rows along k, whatever way they are stored, read in tiles.
 
 use crate::onnx::{self, DataType, TensorView};
+use bytes::Bytes;
 use mx_kernels::{FloatType, QuantSpec, ScaleKind, StoredWeight};
 use rayon::prelude::*;
 use std::sync::Arc;
 
 use super::{
+    buffers::Buffers,
     execute::ExecuteError,
     sites::{Layout, Region, Weight},
 };
@@ -15,19 +17,24 @@ const TILE_VALUES: usize = 1 << 20;
 
 /// Where rows are made: the threads of the rewrite.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Threads(Option<Arc<rayon::ThreadPool>>);
+pub(crate) struct Threads {
+    pool: Option<Arc<rayon::ThreadPool>>,
+    buffers: Buffers,
+}
 
 impl Threads {
     /// `None` = one a processor.
     pub(crate) fn new(threads: Option<usize>) -> Result<Self, ExecuteError> {
-        let Some(threads) = threads else { return Ok(Self(None)) };
+        let Some(threads) = threads else { return Ok(Self::default()) };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
         let pool = pool.map_err(|e| ExecuteError::Threads { threads, reason: e.to_string() })?;
-        Ok(Self(Some(Arc::new(pool))))
+        Ok(Self { pool: Some(Arc::new(pool)), buffers: Buffers::default() })
     }
 
     fn count(&self) -> usize {
-        self.0.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+        self.pool
+            .as_ref()
+            .map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
     /// Makes `count` things in parallel and takes them in order, a few of them in memory at a time.
@@ -54,7 +61,7 @@ impl Threads {
     }
 
     pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match &self.0 {
+        match &self.pool {
             Some(pool) => pool.install(work),
             None => work(),
         }
@@ -62,7 +69,7 @@ impl Threads {
 }
 
 /// Packed bytes of one tile of a weight that is written in order.
-const TILE_BYTES: usize = 8 << 20;
+const TILE_BYTES: usize = 4 << 20;
 /// Columns of a transposed weight that the kernels take together.
 const STRIP: usize = 256;
 /// Tiles a thread makes while those before are written: both are in memory.
@@ -182,22 +189,24 @@ impl Rows {
         threads: &Threads,
         spec: &QuantSpec,
         divisor: f32,
-        mut take: impl FnMut(&[u8], &[u8]) -> Result<(), onnx::Error> + Send,
+        mut take: impl FnMut(Bytes, &[u8]) -> Result<(), onnx::Error> + Send,
     ) -> Result<(), onnx::Error> {
         let (row, row_scales) = (spec.row_bytes(self.k), spec.scales_len(1, self.k));
         // Tiles for every thread, also of a small weight; whole strips of columns, for weights that are
         // stored transposed.
         let share = self.n.div_ceil(4 * threads.count());
         let tile = (TILE_BYTES / row).min(share).max(64);
-        let tile = if tile < STRIP { tile / 64 * 64 } else { tile.next_multiple_of(STRIP) };
+        let whole = if tile < STRIP { 64 } else { STRIP };
+        let tile = tile / whole * whole;
         let make = |index: usize| {
             let first = index * tile;
             let rows = tile.min(self.n - first);
-            let (mut codes, mut scales) = (vec![0; rows * row], vec![0; rows * row_scales]);
-            self.quantize_tile(spec, divisor, first, &mut codes, &mut scales)?;
-            Ok((codes, scales))
+            let (mut codes, mut scales) =
+                (threads.buffers.lend(rows * row), vec![0; rows * row_scales]);
+            self.quantize_tile(spec, divisor, first, codes.as_mut(), &mut scales)?;
+            Ok((Bytes::from_owner(codes), scales))
         };
-        threads.in_order(self.n.div_ceil(tile), make, |(codes, scales)| take(&codes, &scales))?;
+        threads.in_order(self.n.div_ceil(tile), make, |(codes, scales)| take(codes, &scales))?;
         // A weight that is stored transposed is read from end to end by every tile.
         onnx::release(&self.view.bytes);
         Ok(())

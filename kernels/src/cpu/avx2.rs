@@ -3,7 +3,11 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Codec, Simd};
+use super::{
+    columns_avx2,
+    quantize_columns::{COLUMNS, Line},
+    simd::{Codec, Simd},
+};
 use crate::formats::ElementFormat;
 
 /// Needs avx2, fma and f16c.
@@ -206,5 +210,39 @@ impl Simd for Avx2 {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for 32 bytes.
+        unsafe {
+            let widen = |from: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
+            (widen(from), widen(from.add(16)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        // SAFETY: register operations only.
+        unsafe {
+            let larger = |amax, v| {
+                let magnitude =
+                    _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff));
+                _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(amax), magnitude))
+            };
+            (larger(amax.0, v.0), larger(amax.1, v.1))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns<C: Codec, const R: u8>(
+        values: *const Line,
+        block: usize,
+        inverses: &[f32; COLUMNS],
+        out: *mut u8,
+        pitch: usize,
+    ) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { columns_avx2::pack_columns::<C, R>(values, block, inverses, out, pitch) }
     }
 }

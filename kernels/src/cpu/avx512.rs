@@ -4,7 +4,8 @@
 use std::arch::x86_64::*;
 
 use super::{
-    avx2,
+    avx2, columns_avx2,
+    quantize_columns::{COLUMNS, Line},
     simd::{Codec, Simd},
 };
 use crate::formats::ElementFormat;
@@ -105,5 +106,33 @@ impl Simd for Avx512 {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for 32 bytes.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        // SAFETY: register operations only.
+        unsafe {
+            let magnitude =
+                _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff_ffff));
+            _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(amax), magnitude))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns<C: Codec, const R: u8>(
+        values: *const Line,
+        block: usize,
+        inverses: &[f32; COLUMNS],
+        out: *mut u8,
+        pitch: usize,
+    ) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { columns_avx2::pack_columns::<C, R>(values, block, inverses, out, pitch) }
     }
 }

@@ -8,6 +8,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod buffers;
+#[cfg(target_arch = "x86_64")]
+mod columns_avx2;
 mod info;
 mod linear;
 pub(crate) mod packed;

@@ -3,7 +3,7 @@
 
 use super::{
     Kernels,
-    quantize_columns::{COLUMNS, Scratch, Strip},
+    quantize_columns::{STRIP, Scratch, Strip},
     rows::RowQuant,
 };
 use crate::{
@@ -12,9 +12,6 @@ use crate::{
     scale::ScaleKind,
     tensor::QuantSpec,
 };
-
-/// Columns whose blocks are done together: a kilobyte of f32 for each k, since every k is another page.
-const STRIP: usize = 256;
 
 /// See [`crate::quantize_weight`].
 pub(crate) fn quantize_weight(
@@ -92,32 +89,29 @@ fn columns(
     let (row_bytes, block_bytes, blocks) = (spec.row_bytes(k), spec.block_bytes(), spec.blocks(k));
     let rows = codes.len() / row_bytes;
     let stride = weight.n * width;
-    let mut unpacked = vec![0_u8; COLUMNS * spec.block_size];
-    let mut bytes = [0_u8; COLUMNS];
-    let mut scratch = Scratch::new(spec.block_size);
+    let mut scratch = Scratch::new(quant);
     for strip in (0..rows).step_by(STRIP) {
-        for block in 0..blocks {
-            let from = block * spec.block_size;
-            for row in (strip..rows.min(strip + STRIP)).step_by(COLUMNS) {
+        let columns = STRIP.min(rows - strip);
+        for start in (0..blocks).step_by(scratch.blocks) {
+            let count = scratch.blocks.min(blocks - start);
+            for slot in 0..count {
+                let from = (start + slot) * spec.block_size;
                 let part = Strip {
-                    bytes: &weight.bytes[from * stride + (first + row) * width..],
+                    bytes: &weight.bytes[from * stride + (first + strip) * width..],
                     float_type: weight.float_type,
                     stride,
-                    ahead: spec.block_size * stride,
                     len: spec.block_size.min(k - from),
-                    columns: COLUMNS.min(rows - row),
+                    columns,
                 };
                 // SAFETY: the table of a variant is only handed out where `detect` says yes.
-                unsafe {
-                    let scratch = &mut scratch;
-                    (kernels.code_columns)(quant, &part, scratch, &mut unpacked, &mut bytes);
-                }
-                for c in 0..part.columns {
-                    let out = &mut codes[(row + c) * row_bytes + block * block_bytes..];
-                    let unpacked = &unpacked[c * spec.block_size..][..spec.block_size];
-                    // SAFETY: as above.
-                    unsafe { (kernels.pack_row)(spec.format, unpacked, &mut out[..block_bytes]) };
-                    scales[(row + c) * blocks + block] = bytes[c];
+                unsafe { (kernels.code_columns)(quant, &part, slot, &mut scratch) };
+            }
+            for c in 0..columns {
+                let to = (strip + c) * row_bytes + start * block_bytes;
+                codes[to..][..count * block_bytes].copy_from_slice(scratch.packed(c, count));
+                let scales = &mut scales[(strip + c) * blocks + start..][..count];
+                for (slot, scale) in scales.iter_mut().enumerate() {
+                    *scale = scratch.scale(c, slot);
                 }
             }
         }

@@ -9,6 +9,10 @@
 //! the scale puts the shift back.
 #![allow(unsafe_code)]
 
+use super::{
+    quantize_columns::{self, COLUMNS, Line},
+    rows::Constants,
+};
 use crate::formats::ElementFormat;
 
 /// A format as a type, so that its constants are known when a kernel is compiled.
@@ -17,6 +21,7 @@ pub(crate) trait Codec {
     const BITS: usize = Self::FORMAT.bits() as usize;
     /// Bytes of sixteen packed codes.
     const UNIT: usize = Self::BITS * 2;
+    const CONSTANTS: Constants = Constants::new(Self::FORMAT);
 }
 
 /// log2 of what [`Simd::decode`] leaves out of a format's values.
@@ -66,6 +71,42 @@ pub(crate) trait Simd {
     unsafe fn decode<C: Codec>(codes: Self::Codes) -> Self::V;
     /// The sixteen bfloat16 in 32 bytes.
     unsafe fn load_bf16(from: *const u8) -> Self::V;
+    /// The sixteen f16 in 32 bytes.
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for 32 bytes.
+        let bytes = unsafe { from.cast::<[[u8; 2]; COLUMNS]>().read_unaligned() };
+        let wide = bytes.map(|half| quantize_columns::widen(u16::from_le_bytes(half)));
+        // SAFETY: sixteen floats.
+        unsafe { Self::load(wide.as_ptr()) }
+    }
+    /// The larger of `amax`, which has no signs, and |v|, by their bits: infinity and NaN count.
+    #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        let (mut largest, mut other) = ([0.0_f32; COLUMNS], [0.0_f32; COLUMNS]);
+        // SAFETY: sixteen floats each.
+        unsafe {
+            Self::store(largest.as_mut_ptr(), amax);
+            Self::store(other.as_mut_ptr(), v);
+            for (a, v) in largest.iter_mut().zip(other) {
+                *a = f32::from_bits(a.to_bits().max(v.to_bits() & 0x7fff_ffff));
+            }
+            Self::load(largest.as_ptr())
+        }
+    }
+    /// Sixteen columns' codes of a block, a multiple of sixteen lines [`quantize_columns::PITCH`]
+    /// apart, packed to `out`, columns `pitch` bytes apart. Not for bf16.
+    #[inline(always)]
+    unsafe fn pack_columns<C: Codec, const R: u8>(
+        values: *const Line,
+        block: usize,
+        inverses: &[f32; COLUMNS],
+        out: *mut u8,
+        pitch: usize,
+    ) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { quantize_columns::pack_columns::<C, R>(values, block, inverses, out, pitch) }
+    }
     /// Sixteen vectors of codes as the rows of a matrix, transposed.
     unsafe fn transpose(rows: [Self::Codes; 16]) -> [Self::Codes; 16];
     /// Asks for the cache line of an address, which need not be valid.

@@ -51,7 +51,7 @@ pub(crate) struct Kernels {
     pub pack_x: unsafe fn(&XForm, &[f32], &Place) -> (Row, i32),
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
-    pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, &mut Scratch, &mut [u8], &mut [u8; 16]),
+    pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, usize, &mut Scratch),
     pub load_row: unsafe fn(FloatType, &[u8], &mut [f32]),
     pub pack_row: unsafe fn(ElementFormat, &[u8], &mut [u8]),
     pub scale_row: unsafe fn(&[f32], f64, &[f64], &mut [f32]),
@@ -132,12 +132,11 @@ macro_rules! variant {
             unsafe fn code_columns(
                 q: &RowQuant,
                 strip: &Strip<'_>,
+                slot: usize,
                 scratch: &mut Scratch,
-                out: &mut [u8],
-                scales: &mut [u8; 16],
             ) {
                 // SAFETY: the caller's promise is passed on.
-                unsafe { quantize_columns::code_columns::<$simd>(q, strip, scratch, out, scales) }
+                unsafe { quantize_columns::code_columns::<$simd>(q, strip, slot, scratch) }
             }
 
             $(#[target_feature(enable = $feature)])*

@@ -270,7 +270,7 @@ fn streamed(broken: Option<usize>) -> Model {
     for index in 0..3usize {
         let write = move |sink: &mut Sink<'_>| {
             for piece in 0..5u8 {
-                sink(&[piece + index as u8 * 16; 1000])?;
+                sink(vec![piece + index as u8 * 16; 1000].into())?;
                 assert!(broken != Some(index) || piece < 3, "killed");
             }
             Ok(())

@@ -93,14 +93,14 @@ impl PackedWeight {
                 let count = rows.min(part.count - at);
                 let first = part.first + at * part.step;
                 if part.step == 1 {
-                    sink(&bytes[first * row..(first + count) * row])?;
+                    sink(bytes.slice(first * row..(first + count) * row))?;
                     continue;
                 }
                 let mut gathered = Vec::with_capacity(count * row);
                 for index in 0..count {
                     gathered.extend_from_slice(&bytes[(first + index * part.step) * row..][..row]);
                 }
-                sink(&gathered)?;
+                sink(gathered.into())?;
             }
             onnx::release(bytes);
         }

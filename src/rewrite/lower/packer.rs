@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use mx_kernels::{QuantSpec, ScaleKind};
 
 use crate::{
@@ -82,7 +83,7 @@ impl Packer {
                 all.extend_from_slice(scales);
             }
             match self.dense {
-                true => sink(&dense(&self.spec, k, codes)),
+                true => sink(dense(&self.spec, k, &codes).into()),
                 false => sink(codes),
             }
         })?;
@@ -93,11 +94,14 @@ impl Packer {
     fn write_scales(&self, sink: &mut Sink<'_>) -> onnx::Result<()> {
         let waiting = self.waiting().take();
         match (waiting, self.spec.scale) {
-            (Some(scales), _) => sink(&scales),
+            (Some(scales), _) => sink(scales.into()),
             (None, ScaleKind::Tensor) => {
-                sink(&mx_kernels::pack::tensor_scale_to_bytes(self.tensor_scale()?))
+                let scale = mx_kernels::pack::tensor_scale_to_bytes(self.tensor_scale()?);
+                sink(scale.to_vec().into())
             }
-            (None, _) => self.quantize(&self.spec, 1.0, |_, _, scales| sink(scales)),
+            (None, _) => {
+                self.quantize(&self.spec, 1.0, |_, _, scales| sink(Bytes::copy_from_slice(scales)))
+            }
         }
     }
 
@@ -106,10 +110,10 @@ impl Packer {
         &self,
         spec: &QuantSpec,
         divisor: f32,
-        mut take: impl FnMut(usize, &[u8], &[u8]) -> onnx::Result<()> + Send,
+        mut take: impl FnMut(usize, Bytes, &[u8]) -> onnx::Result<()> + Send,
     ) -> onnx::Result<()> {
         self.parts.iter().try_for_each(|rows| {
-            let take = |codes: &[u8], scales: &[u8]| take(rows.k, codes, scales);
+            let take = |codes: Bytes, scales: &[u8]| take(rows.k, codes, scales);
             rows.quantize(&self.threads, spec, divisor, take)
         })
     }

@@ -55,7 +55,7 @@ pub(super) fn converted(
         for first in (0..view.elements()).step_by(PIECE) {
             let (bytes, beyond) =
                 convert_part(&view, first, PIECE.min(view.elements() - first), to)?;
-            sink(&bytes)?;
+            sink(bytes)?;
             limited += beyond;
             release(part(&view, first, PIECE));
         }
