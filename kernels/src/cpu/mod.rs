@@ -10,6 +10,8 @@ mod avx512;
 mod buffers;
 mod info;
 mod linear;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub(crate) mod packed;
 mod panel;
 mod quantize;
@@ -41,7 +43,7 @@ fn runnable() -> &'static [&'static Kernels] {
 }
 
 /// Names of the variants that this machine can run, the best first: of `amx`, `avx512bf16`, `avx512vnni`,
-/// `avx512`, `avxvnni`, `avx2`, `scalar`.
+/// `avx512`, `avxvnni`, `avx2`; `neondotprod`, `neon`; `scalar`.
 pub fn available_variants() -> Vec<&'static str> {
     runnable().iter().map(|k| k.name).collect()
 }

@@ -3,12 +3,13 @@
 
 use mx_kernels::{ElementFormat, QuantSpec, Rounding, ScaleKind, ScaleRule, cpu};
 
-/// Variants to test on this machine. Prints which; `MX_REQUIRE=avx2,avx512` turns a missing one into
+/// Variants to test on this machine. Prints which; `MX_REQUIRE=avx2,neon` turns a missing one into
 /// a failure.
 pub fn variants() -> Vec<&'static str> {
     let available = cpu::available_variants();
     let required = std::env::var("MX_REQUIRE").unwrap_or_default();
-    for name in ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"] {
+    let all = ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon"];
+    for name in all {
         if available.contains(&name) {
             println!("variant {name}: tested");
         } else {
