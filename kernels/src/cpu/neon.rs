@@ -233,7 +233,7 @@ impl Simd for Neon {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch never faults. The intrinsic for it is not stable.
         unsafe {
-            asm!("prfm pldl1keep, [{0}]", in(reg) address,
+            asm!("prfm pldl1keep, [{0}]", in(reg) address.addr(),
                 options(nomem, nostack, preserves_flags));
         }
     }
