@@ -12,6 +12,8 @@ mod info;
 mod linear;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dot;
 pub(crate) mod packed;
 mod panel;
 mod quantize;
