@@ -91,13 +91,14 @@ standard_library() {
 }
 
 # Runs the tests once; prints what they exercised.
-run_tests() { # run_tests HEADING RUNNER TEST...
-    local log=$work/tests.log heading=$1 status=0
+run_tests() { # run_tests HEADING REQUIRED RUNNER TEST...
+    local log=$work/tests.log heading=$1 required=$2 status=0
+    shift
     export MX_TEST_RUNNER=$2 CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$2
     [ -n "$2" ] || unset CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER
     shift 2
     say "cargo test -p mx-kernels, $heading"
-    MX_REQUIRE=neon cargo test --release --locked -p mx-kernels --lib --test it --target "$target" \
+    MX_REQUIRE=$required cargo test --release --locked -p mx-kernels --lib --test it --target "$target" \
         -- --nocapture --test-threads="${MX_TEST_THREADS:-2}" "$@" > "$log" 2>&1 || status=$?
     if [ "$status" != 0 ]; then
         grep -v '^skipped: ' "$log" >&2
@@ -110,8 +111,14 @@ run_tests() { # run_tests HEADING RUNNER TEST...
     grep '^skipped: ' "$log" | cut -c -110 | sort | uniq -c | sed 's/^ *\([0-9]*\) \(.*\)/    \2 (\1 tests)/' || true
 }
 
+lint() {
+    say "cargo clippy for $target"
+    cargo clippy --quiet --release --locked -p mx-kernels --all-targets --target "$target" -- -D warnings
+}
+
 if [ "$(uname -m)" = aarch64 ]; then
-    run_tests "this machine" "" "$@"
+    lint
+    run_tests "this machine" neon "" "$@"
     exit 0
 fi
 need_tool qemu-aarch64 qemu-user || skip "qemu-aarch64 is missing"
@@ -123,10 +130,8 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 standard_library
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS=$flags
 
-say "cargo clippy for $target"
-cargo clippy --quiet --release --locked -p mx-kernels --all-targets --target "$target" -- -D warnings
+lint
+qemu="qemu-aarch64 $(qemu-aarch64 --version | sed -n 's/.*version \([0-9.]*\).*/\1/p')"
 # A core of Armv8.0, which faults on every later instruction, and one with all that qemu knows.
-for cpu in cortex-a53 max; do
-    run_tests "qemu-aarch64 $(qemu-aarch64 --version | sed -n 's/.*version \([0-9.]*\).*/\1/p'), -cpu $cpu" \
-        "qemu-aarch64 -L $arm -cpu $cpu" "$@"
-done
+run_tests "$qemu, -cpu cortex-a53" neon "qemu-aarch64 -L $arm -cpu cortex-a53" "$@"
+run_tests "$qemu, -cpu max" neon,dotprod,bf16 "qemu-aarch64 -L $arm -cpu max" "$@"

@@ -14,7 +14,7 @@ pub(crate) struct Neon;
 #[inline(always)]
 unsafe fn widen_f16(half: uint16x8_t) -> (float32x4_t, float32x4_t) {
     let (low, high): (float32x4_t, float32x4_t);
-    // SAFETY: register operations of the base instruction set. Flush-to-zero does not touch f16.
+    // SAFETY: register operations of the base instruction set. No flush-to-zero touches a widening.
     unsafe {
         asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) low, in(vreg) half,
             options(pure, nomem, nostack, preserves_flags));
