@@ -14,6 +14,8 @@ mod linear;
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dot;
+#[cfg(target_arch = "aarch64")]
+mod neon_integer;
 pub(crate) mod packed;
 mod panel;
 mod quantize;

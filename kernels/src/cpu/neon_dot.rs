@@ -6,10 +6,6 @@
 //!
 //! The caller is compiled for the instructions: the assembler asks for that too.
 #![allow(unsafe_code)]
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "for packed weights, which have no NEON kernels yet")
-)]
 
 use std::arch::{aarch64::*, asm};
 
@@ -19,6 +15,7 @@ pub(crate) fn has_dotprod() -> bool {
 }
 
 /// Whether this machine has [`bfdot`].
+#[cfg_attr(not(test), expect(dead_code, reason = "no packed kernels of bfloat16 yet"))]
 pub(crate) fn has_bf16() -> bool {
     std::arch::is_aarch64_feature_detected!("bf16")
 }
@@ -47,6 +44,7 @@ pub(crate) unsafe fn sdot(acc: int32x4_t, w: int8x16_t, x: [i8; 4]) -> int32x4_t
 ///
 /// # Safety
 /// Only on a machine with `bf16`, inside a function compiled for it.
+#[cfg_attr(not(test), expect(dead_code, reason = "no packed kernels of bfloat16 yet"))]
 #[inline(always)]
 pub(crate) unsafe fn bfdot(acc: float32x4_t, w: uint16x8_t, x: [u16; 2]) -> float32x4_t {
     let mut sum = acc;

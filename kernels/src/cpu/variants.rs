@@ -348,6 +348,14 @@ static AVX512: Kernels = avx512_kernels::TABLE;
 static AVX2: Kernels = avx2_kernels::TABLE;
 #[cfg(target_arch = "aarch64")]
 static NEON: Kernels = neon_kernels::TABLE;
+/// NEON with the dot products of Armv8.2.
+#[cfg(target_arch = "aarch64")]
+static NEON_DOTPROD: Kernels = Kernels {
+    name: "neondotprod",
+    packed: PackedKernels { integer: Some(&super::neon_integer::KERNELS), ..NO_PACKED },
+    detect: || super::neon_dot::has_dotprod() && (neon_kernels::TABLE.detect)(),
+    ..neon_kernels::TABLE
+};
 static SCALAR: Kernels = scalar_kernels::TABLE;
 
 /// All variants of this build, the best first.
@@ -356,7 +364,7 @@ pub(crate) static ALL: &[&Kernels] =
     &[&AMX, &AVX512_BF16, &AVX512_BF16_INTEL, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
 /// All variants of this build, the best first.
 #[cfg(target_arch = "aarch64")]
-pub(crate) static ALL: &[&Kernels] = &[&NEON, &SCALAR];
+pub(crate) static ALL: &[&Kernels] = &[&NEON_DOTPROD, &NEON, &SCALAR];
 /// All variants of this build, the best first.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) static ALL: &[&Kernels] = &[&SCALAR];
