@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# mx-kernels for 64-bit Arm: lints, then the tests of the crate with the variants neon and scalar, under
-# qemu-user where the machine is another one. On a fresh Debian or Ubuntu machine with Rust it installs
+# mx-kernels for 64-bit Arm: lints, then the tests of the crate with the variants neondotprod, neon and scalar,
+# under qemu-user where the machine is another one. On a fresh Debian or Ubuntu machine with Rust it installs
 # qemu and a cross compiler by apt when it may; what it downloads and builds goes to target/neon.
 #
 #   scripts/test_neon.sh [TEST]...      names of tests as for cargo test; default: all
