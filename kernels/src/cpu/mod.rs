@@ -12,6 +12,12 @@ mod buffers;
 mod columns_avx2;
 mod info;
 mod linear;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dot;
+#[cfg(target_arch = "aarch64")]
+mod neon_integer;
 pub(crate) mod packed;
 mod panel;
 mod quantize;
@@ -43,7 +49,7 @@ fn runnable() -> &'static [&'static Kernels] {
 }
 
 /// Names of the variants that this machine can run, the best first: of `amx`, `avx512bf16`, `avx512vnni`,
-/// `avx512`, `avxvnni`, `avx2`, `scalar`.
+/// `avx512`, `avxvnni`, `avx2`; `neondotprod`, `neon`; `scalar`.
 pub fn available_variants() -> Vec<&'static str> {
     runnable().iter().map(|k| k.name).collect()
 }

@@ -258,6 +258,18 @@ variant!(
     }
 );
 
+#[cfg(target_arch = "aarch64")]
+variant!(
+    neon_kernels,
+    "neon",
+    super::super::neon::Neon,
+    1,
+    [1, 2, 3, 4, 5, 6],
+    ["neon"],
+    NO_PACKED,
+    || std::arch::is_aarch64_feature_detected!("neon")
+);
+
 /// AVX2 with the dot products of AVX-VNNI.
 #[cfg(target_arch = "x86_64")]
 static AVX_VNNI: Kernels = Kernels {
@@ -333,6 +345,16 @@ static AMX: Kernels = Kernels {
 static AVX512: Kernels = avx512_kernels::TABLE;
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = avx2_kernels::TABLE;
+#[cfg(target_arch = "aarch64")]
+static NEON: Kernels = neon_kernels::TABLE;
+/// NEON with the dot products of Armv8.2.
+#[cfg(target_arch = "aarch64")]
+static NEON_DOTPROD: Kernels = Kernels {
+    name: "neondotprod",
+    packed: PackedKernels { integer: Some(&super::neon_integer::KERNELS), ..NO_PACKED },
+    detect: || super::neon_dot::has_dotprod() && (neon_kernels::TABLE.detect)(),
+    ..neon_kernels::TABLE
+};
 static SCALAR: Kernels = scalar_kernels::TABLE;
 
 /// All variants of this build, the best first.
@@ -340,5 +362,8 @@ static SCALAR: Kernels = scalar_kernels::TABLE;
 pub(crate) static ALL: &[&Kernels] =
     &[&AMX, &AVX512_BF16, &AVX512_BF16_INTEL, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
 /// All variants of this build, the best first.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+pub(crate) static ALL: &[&Kernels] = &[&NEON_DOTPROD, &NEON, &SCALAR];
+/// All variants of this build, the best first.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) static ALL: &[&Kernels] = &[&SCALAR];

@@ -56,7 +56,8 @@ fn describe(ordinal: u32) -> Result<DeviceInfo, CudaError> {
     Ok(DeviceInfo {
         ordinal,
         name,
-        uuid: hyphenated(uuid.bytes.map(|byte| byte as u8)),
+        // A c_char is signed on x86 and unsigned on Arm.
+        uuid: hyphenated(uuid.bytes.map(|byte| byte.to_ne_bytes()[0])),
         compute_capability: (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,

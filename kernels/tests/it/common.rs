@@ -3,12 +3,13 @@
 
 use mx_kernels::{ElementFormat, QuantSpec, Rounding, ScaleKind, ScaleRule, cpu};
 
-/// Variants to test on this machine. Prints which; `MX_REQUIRE=avx2,avx512` turns a missing one into
+/// Variants to test on this machine. Prints which; `MX_REQUIRE=avx2,neon` turns a missing one into
 /// a failure.
 pub fn variants() -> Vec<&'static str> {
     let available = cpu::available_variants();
     let required = std::env::var("MX_REQUIRE").unwrap_or_default();
-    for name in ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"] {
+    let x86 = ["avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"];
+    for name in ["scalar"].into_iter().chain(x86).chain(["neon", "neondotprod"]) {
         if available.contains(&name) {
             println!("variant {name}: tested");
         } else {
@@ -22,6 +23,11 @@ pub fn variants() -> Vec<&'static str> {
 /// Whether MX_REQUIRE names something, so that a test that cannot run without it fails.
 pub fn required(what: &str) -> bool {
     std::env::var("MX_REQUIRE").unwrap_or_default().split(',').any(|r| r == what)
+}
+
+/// Whether an emulator runs this; see `scripts/test_neon.sh`.
+pub fn emulated() -> bool {
+    std::env::var("MX_TEST_RUNNER").is_ok_and(|runner| !runner.is_empty())
 }
 
 /// Every pair of format and scale that exists.
