@@ -116,8 +116,8 @@ fn values<const R: u8>(q: &Constants, x: &[f32], e: i32, out: &mut [f32]) {
 /// v * inv rounded to an element, inside the window.
 #[inline(always)]
 pub(super) fn element<const R: u8>(q: &RowQuant, v: f32, inv: f32) -> f32 {
-    let (units, exponent) = round::<R>(q, v, inv);
-    let quantum = f32::from_bits(exponent - (q.m << 23));
+    let (units, exponent) = round::<R>(&q.constants, v, inv);
+    let quantum = f32::from_bits(exponent - (q.constants.m << 23));
     let magnitude = units as i32 as f32 * quantum;
     f32::from_bits(magnitude.to_bits() | v.to_bits() & 0x8000_0000)
 }
@@ -140,6 +140,21 @@ fn codes<C: Codec, const R: u8>(x: &[f32], e: i32, out: &mut [u8]) {
     for (o, &v) in out.iter_mut().zip(x) {
         *o = code::<R>(&C::CONSTANTS, v, inv);
     }
+}
+
+/// What a block whose largest magnitude has these bits is multiplied by, and its scale byte; `None`
+/// where the block is not one for [`element`].
+#[inline(always)]
+pub(super) fn inverse(q: &RowQuant, amax: u32) -> Option<(f32, u8)> {
+    if amax == 0 {
+        // Zeros keep their signs whatever they are multiplied by.
+        return Some((1.0, 0));
+    }
+    if amax >= INFINITY {
+        return None;
+    }
+    let e = scale::shared_exponent(q.spec.scale_rule, q.spec.format, f32::from_bits(amax));
+    (q.window.0..=q.window.1).contains(&e).then(|| (exp2(-e), (e + 127) as u8))
 }
 
 /// What each of sixteen blocks is multiplied by, from the bits of its largest magnitude, and its

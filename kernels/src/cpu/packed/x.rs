@@ -67,7 +67,7 @@ pub(crate) unsafe fn pack_row(form: &XForm, x: &[f32], place: &Place) -> (Row, i
     // SAFETY: the caller's promise is passed on.
     unsafe {
         match &form.quant {
-            Some(quant) => by_rounding!(quant, quantised(quant, form.form, x, place)),
+            Some(quant) => by_rounding!(quant, quantised<>(quant, form.form, x, place)),
             None => plain(form.form, x, place),
         }
     }
