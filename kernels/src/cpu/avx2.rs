@@ -3,8 +3,17 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Codec, Simd};
-use crate::formats::ElementFormat;
+use super::{
+    divergence,
+    lanes::Ymm,
+    simd::{Codec, Simd},
+    softmax,
+};
+use crate::{
+    formats::ElementFormat,
+    scores::{Distribution, Divergence},
+    tensor::Float,
+};
 
 /// Needs avx2, fma and f16c.
 pub(crate) struct Avx2;
@@ -206,5 +215,17 @@ impl Simd for Avx2 {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn softmax(row: &Float<'_>) -> Option<Distribution> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { softmax::softmax::<Ymm>(row) }
+    }
+
+    #[inline(always)]
+    unsafe fn divergence(base: &Float<'_>, this: &Float<'_>) -> Option<Divergence> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { divergence::divergence::<Ymm>(base, this) }
     }
 }

@@ -4,10 +4,16 @@
 use std::arch::x86_64::*;
 
 use super::{
-    avx2,
+    avx2, divergence,
+    lanes::Zmm,
     simd::{Codec, Simd},
+    softmax,
 };
-use crate::formats::ElementFormat;
+use crate::{
+    formats::ElementFormat,
+    scores::{Distribution, Divergence},
+    tensor::Float,
+};
 
 /// Needs avx512f, avx512bw, avx512vl, avx512dq and what AVX2's variant needs.
 pub(crate) struct Avx512;
@@ -105,5 +111,17 @@ impl Simd for Avx512 {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn softmax(row: &Float<'_>) -> Option<Distribution> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { softmax::softmax::<Zmm>(row) }
+    }
+
+    #[inline(always)]
+    unsafe fn divergence(base: &Float<'_>, this: &Float<'_>) -> Option<Divergence> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { divergence::divergence::<Zmm>(base, this) }
     }
 }

@@ -8,6 +8,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod buffers;
+mod divergence;
+mod lanes;
 mod linear;
 mod panel;
 mod quantize;
@@ -17,6 +19,7 @@ mod rows;
 mod scalar;
 mod scratch;
 mod simd;
+mod softmax;
 mod tile;
 mod variants;
 

@@ -81,7 +81,7 @@ fn load_all(float_type: FloatType, bytes: &[u8]) -> [f32; COLUMNS] {
 
 /// An f16 as f32, subnormals included, in operations that every vector unit has.
 #[inline(always)]
-fn widen(half: u16) -> f32 {
+pub(super) fn widen(half: u16) -> f32 {
     let magnitude = u32::from(half & 0x7fff) << 13;
     // Infinity and NaN keep a full exponent; everything else moves by the difference of the biases.
     let top = if magnitude >= 0x0f80_0000 { 0x7f80_0000 } else { 0 };

@@ -2,10 +2,11 @@
 
 use half::{bf16, f16};
 use mx_kernels::{
-    BaselineScores, Error, Float, Parallel, Serial, StdThreads, TokenScores, token_scores,
+    BaselineScores, Error, Float, Parallel, Serial, StdThreads, TokenScores,
+    scores::token_scores_by, token_scores,
 };
 
-use crate::common::{Guarded, Random};
+use crate::common::{Guarded, Random, variants};
 
 #[derive(Debug, Clone, PartialEq)]
 struct Scores {
@@ -17,6 +18,18 @@ struct Scores {
 }
 
 fn run(
+    logits: Float<'_>,
+    labels: &[i64],
+    vocab: usize,
+    baseline: Option<Float<'_>>,
+    par: &dyn Parallel,
+) -> Result<Scores, Error> {
+    run_by(None, logits, labels, vocab, baseline, par)
+}
+
+/// By a variant, by f64 (`exact`), or by what the machine takes.
+fn run_by(
+    variant: Option<&str>,
     logits: Float<'_>,
     labels: &[i64],
     vocab: usize,
@@ -35,7 +48,10 @@ fn run(
         baseline.is_some().then_some(BaselineScores { kl: &mut s.kl, nll: &mut s.baseline_nll });
     let out =
         TokenScores { nll: &mut s.nll, entropy: &mut s.entropy, top1: &mut s.top1, baseline: with };
-    token_scores(logits, labels, vocab, baseline, out, par)?;
+    match variant {
+        Some(variant) => token_scores_by(variant, logits, labels, vocab, baseline, out, par)?,
+        None => token_scores(logits, labels, vocab, baseline, out, par)?,
+    }
     Ok(s)
 }
 
@@ -164,4 +180,78 @@ fn bad_labels_and_shapes_are_errors() {
     let none = run(Float::F32(&[]), &[], 4, None, &Serial).unwrap();
     assert!(none.nll.is_empty());
     assert!(run(Float::F32(&[]), &[], 0, None, &Serial).is_err());
+}
+
+/// Where f32 has no more digits.
+const TINY: f64 = f32::MIN_POSITIVE as f64;
+
+fn assert_all_near(got: &[f32], want: &[f32], floor: f64, what: &str) {
+    for (row, (&got, &want)) in got.iter().zip(want).enumerate() {
+        if want.is_finite() {
+            assert_near_by(got, f64::from(want), floor, &format!("{what} of row {row}"));
+        } else {
+            assert!(got == want || (got.is_nan() && want.is_nan()), "{what} {row}: {got} {want}");
+        }
+    }
+}
+
+/// Both sides are rounded to f32.
+fn assert_near_by(got: f32, want: f64, floor: f64, what: &str) {
+    let error = (f64::from(got) - want).abs();
+    let bound = 1.06e-6 * want.abs() + floor;
+    assert!(error <= bound, "{what}: {got:e}, not {want:e}, off by {:e}", error / want.abs());
+}
+
+/// Every variant against f64, one shape of data.
+fn assert_variants(logits: &[f32], base: &[f32], labels: &[i64], vocab: usize, what: &str) {
+    for variant in variants() {
+        let (logits, base) = (Float::F32(logits), Some(Float::F32(base)));
+        let by = |v, base| run_by(Some(v), logits, labels, vocab, base, &Serial).unwrap();
+        let (got, want) = (by(variant, base), by("exact", base));
+        let what = format!("{variant}, {what}");
+        assert_all_near(&got.nll, &want.nll, TINY, &format!("{what}: nll"));
+        assert_all_near(&got.entropy, &want.entropy, TINY, &format!("{what}: entropy"));
+        assert_eq!(got.top1, want.top1, "{what}");
+        // The definition cancels in f64.
+        assert_all_near(&got.kl, &want.kl, 1e-13, &format!("{what}: kl"));
+        assert_all_near(
+            &got.baseline_nll,
+            &want.baseline_nll,
+            TINY,
+            &format!("{what}: baseline nll"),
+        );
+        // Without a baseline another kernel runs: the same scores within rounding.
+        let alone = by(variant, None);
+        assert_all_near(&alone.nll, &want.nll, TINY, &format!("{what}: nll alone"));
+        assert_all_near(&alone.entropy, &want.entropy, TINY, &format!("{what}: entropy alone"));
+        assert_eq!(alone.top1, want.top1, "{what}");
+    }
+}
+
+#[test]
+fn variants_agree_with_f64() {
+    let mut random = Random(13);
+    for vocab in [1, 2, 15, 16, 17, 255, 256, 257, 1000, 32_000, 50_257, 151_936] {
+        for (spread, offset) in [(0.0, 3.0), (1.0, 0.0), (3.0, -20.0), (8.0, 15.0), (40.0, 1000.0)]
+        {
+            let rows = if vocab > 10_000 { 2 } else { 5 };
+            let len = rows * vocab;
+            let mut logits: Vec<f32> =
+                (0..len).map(|_| random.normal() * spread + offset).collect();
+            // Some tokens are ruled out by this row, by both, or (below) by the baseline.
+            let mut ruled_out: Vec<usize> = (0..len / 7).map(|_| random.below(len)).collect();
+            let only_base = ruled_out.split_off(len / 12);
+            if vocab % 2 == 0 {
+                ruled_out.iter().for_each(|&i| logits[i] = f32::NEG_INFINITY);
+            }
+            for noise in [0.001, 0.03, 1.0, 30.0] {
+                let mut base: Vec<f32> =
+                    logits.iter().map(|v| v + random.normal() * noise).collect();
+                only_base.iter().for_each(|&i| base[i] = f32::NEG_INFINITY);
+                let labels: Vec<i64> = (0..rows).map(|_| random.below(vocab) as i64).collect();
+                let what = format!("vocabulary {vocab}, spread {spread}, noise {noise}");
+                assert_variants(&logits, &base, &labels, vocab, &what);
+            }
+        }
+    }
 }
