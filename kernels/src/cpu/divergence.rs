@@ -11,7 +11,7 @@ use std::f64::consts::LN_2;
 use half::{bf16, f16};
 
 use super::{
-    lanes::{Lanes, array},
+    lanes::Lanes,
     softmax::{CHUNK, Softmax, chunk_sums, drift, widen},
 };
 use crate::{
@@ -148,7 +148,7 @@ impl Cross {
         p_this: *const f32,
     ) {
         // SAFETY: offsets stay below CHUNK, which the caller vouches for.
-        let (a, b) = unsafe {
+        unsafe {
             let (mut a, mut b) = (L::splat(0.0), L::splat(0.0));
             let (c, ratio, minus_one) = (L::splat(self.c), L::splat(self.ratio), L::splat(-1.0));
             for i in (0..CHUNK).step_by(L::N) {
@@ -166,11 +166,8 @@ impl Cross {
                 a = L::add(a, L::by_size(d, near, far));
                 b = L::add(b, qd);
             }
-            (array::<L>(a), array::<L>(b))
-        };
-        for i in 0..L::N {
-            self.open_a[i] += f64::from(a[i]);
-            self.open_b[i] += f64::from(b[i]);
+            L::add_to(&mut self.open_a, a);
+            L::add_to(&mut self.open_b, b);
         }
     }
 }

@@ -24,6 +24,8 @@ pub(crate) trait Lanes {
     /// From bfloat16.
     unsafe fn load_bf16(from: *const u16) -> Self::V;
     unsafe fn store(to: *mut f32, v: Self::V);
+    /// Adds the lanes to N sums.
+    unsafe fn add_to(sums: &mut [f64; 16], v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -39,18 +41,6 @@ pub(crate) trait Lanes {
     unsafe fn where_positive(p: Self::V, v: Self::V) -> Self::V;
     /// near where |d| <= 1, far elsewhere, NaN included.
     unsafe fn by_size(d: Self::V, near: Self::V, far: Self::V) -> Self::V;
-}
-
-/// The lanes of a register; 0 behind them.
-///
-/// # Safety
-/// As the methods of [`Lanes`].
-#[inline(always)]
-pub(super) unsafe fn array<L: Lanes>(v: L::V) -> [f32; 16] {
-    let mut out = [0.0; 16];
-    // SAFETY: N is at most 16.
-    unsafe { L::store(out.as_mut_ptr(), v) };
-    out
 }
 
 /// Arrays that the compiler makes vectors of, where the target has any.
@@ -97,6 +87,13 @@ impl Lanes for Portable {
     unsafe fn store(to: *mut f32, v: P) {
         // SAFETY: the caller vouches for N floats.
         unsafe { to.cast::<P>().write_unaligned(v) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_to(sums: &mut [f64; 16], v: P) {
+        for (s, v) in sums.iter_mut().zip(v) {
+            *s += f64::from(v);
+        }
     }
 
     #[inline(always)]
@@ -188,6 +185,13 @@ mod x86 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
             }}
             fn store(to: *mut f32, v: __m256) -> () { _mm256_storeu_ps(to, v) }
+            fn add_to(sums: &mut [f64; 16], v: __m256) -> () {{
+                let parts = [_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)];
+                for (sums, part) in sums.as_chunks_mut::<4>().0.iter_mut().zip(parts) {
+                    let sum = _mm256_add_pd(_mm256_loadu_pd(sums.as_ptr()), _mm256_cvtps_pd(part));
+                    _mm256_storeu_pd(sums.as_mut_ptr(), sum);
+                }
+            }}
             fn add(a: __m256, b: __m256) -> __m256 { _mm256_add_ps(a, b) }
             fn sub(a: __m256, b: __m256) -> __m256 { _mm256_sub_ps(a, b) }
             fn mul(a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
@@ -226,6 +230,13 @@ mod x86 {
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
             }}
             fn store(to: *mut f32, v: __m512) -> () { _mm512_storeu_ps(to, v) }
+            fn add_to(sums: &mut [f64; 16], v: __m512) -> () {{
+                let parts = [_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)];
+                for (sums, part) in sums.as_chunks_mut::<8>().0.iter_mut().zip(parts) {
+                    let sum = _mm512_add_pd(_mm512_loadu_pd(sums.as_ptr()), _mm512_cvtps_pd(part));
+                    _mm512_storeu_pd(sums.as_mut_ptr(), sum);
+                }
+            }}
             fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
             fn sub(a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
             fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }

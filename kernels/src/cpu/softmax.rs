@@ -9,14 +9,14 @@ use std::f64::consts::{LN_2, LOG2_E};
 
 use half::{bf16, f16};
 
-use super::lanes::{Lanes, array};
+use super::lanes::Lanes;
 use crate::{scores::Distribution, tensor::Float};
 
 /// Logits of a chunk.
-pub(super) const CHUNK: usize = 256;
+pub(super) const CHUNK: usize = 512;
 
-/// Larger logits are left to f64: their multiples of log2(e) need more than an f32.
-const LARGEST: f32 = 1e6;
+/// Larger logits are left to f64: n times [`LN2_HIGH`] is exact for 15 bits of n.
+const LARGEST: f32 = 2e4;
 
 /// A type of logits.
 ///
@@ -123,6 +123,22 @@ impl Reference {
     }
 }
 
+/// Coefficients as whole registers in memory, from where an instruction takes them; the compiler
+/// makes a broadcast of its own of every constant that it knows.
+#[repr(align(64))]
+struct Wide([[f32; 16]; 6]);
+
+/// 2^f within 1.1e-7 on |f| <= 0.5, exact at 0; the highest power first.
+#[allow(clippy::approx_constant)] // the fit's, a few units from ln 2
+static POWER: Wide = Wide([
+    [0.001_326_472_7; 16],
+    [0.009_671_513; 16],
+    [0.055_507_336; 16],
+    [0.240_222_42; 16],
+    [0.693_147; 16],
+    [1.0; 16],
+]);
+
 /// The sums of a chunk, one a lane.
 pub(super) struct ChunkSums<L: Lanes> {
     /// Of p, relative to the reference's unit.
@@ -163,24 +179,26 @@ impl<L: Lanes> Exp<L> {
         }
     }
 
-    /// The upper half of 2^f within 1.1e-7 on |f| <= 0.5, exact at 0.
+    /// The upper half of 2^f.
     #[inline(always)]
-    unsafe fn begin(mut self) -> Self {
-        // SAFETY: register operations only.
+    unsafe fn begin(mut self, power: &Wide) -> Self {
+        // SAFETY: the coefficients are whole registers.
         unsafe {
-            let p = L::fma(self.f, L::splat(0.001_326_472_7), L::splat(0.009_671_513));
-            let p = L::fma(p, self.f, L::splat(0.055_507_336));
-            self.p = L::fma(p, self.f, L::splat(0.240_222_42));
+            let c = |i: usize| power.0[i].as_ptr();
+            let p = L::fma(self.f, L::load(c(0)), L::load(c(1)));
+            let p = L::fma(p, self.f, L::load(c(2)));
+            self.p = L::fma(p, self.f, L::load(c(3)));
         }
         self
     }
 
     #[inline(always)]
-    unsafe fn finish(&self) -> L::V {
-        // SAFETY: register operations only.
+    unsafe fn finish(&self, power: &Wide) -> L::V {
+        // SAFETY: the coefficients are whole registers.
         unsafe {
-            let p = L::fma(self.p, self.f, L::splat(0.693_147));
-            L::mul(L::fma(p, self.f, L::splat(1.0)), L::low_bits_to_exponent(self.shifted))
+            let p = L::fma(self.p, self.f, L::load(power.0[4].as_ptr()));
+            let p = L::fma(p, self.f, L::load(power.0[5].as_ptr()));
+            L::mul(p, L::low_bits_to_exponent(self.shifted))
         }
     }
 }
@@ -199,15 +217,15 @@ pub(super) unsafe fn chunk_sums<L: Lanes, T: Logit, const KEEP: bool>(
     // SAFETY: offsets stay below CHUNK, which the caller vouches for; CHUNK is a multiple of 2 N.
     unsafe {
         let mut pass = Pass::<L>::new(r);
-        let mut second = pass.load(from).begin();
+        let mut second = pass.load(from).begin(pass.power);
         let mut first = pass.load(from.add(L::N));
         for i in (2 * L::N..CHUNK).step_by(L::N) {
             pass.add::<KEEP>(&second, out.wrapping_add(i - 2 * L::N));
-            second = first.begin();
+            second = first.begin(pass.power);
             first = pass.load(from.add(i));
         }
         pass.add::<KEEP>(&second, out.wrapping_add(CHUNK - 2 * L::N));
-        pass.add::<KEEP>(&first.begin(), out.wrapping_add(CHUNK - L::N));
+        pass.add::<KEEP>(&first.begin(pass.power), out.wrapping_add(CHUNK - L::N));
         let Pass { sums, weights, max, .. } = pass;
         let (p, weighted) = (L::add(sums.0, sums.1), L::add(weights.0, weights.1));
         ChunkSums { p, weighted, max }
@@ -217,6 +235,7 @@ pub(super) unsafe fn chunk_sums<L: Lanes, T: Logit, const KEEP: bool>(
 /// The registers of a pass over a chunk.
 struct Pass<'a, L: Lanes> {
     r: &'a Reference,
+    power: &'static Wide,
     max: L::V,
     // Two sums in turns: in long chains of equal terms f32 can err the same way every time.
     sums: (L::V, L::V),
@@ -228,7 +247,13 @@ impl<'a, L: Lanes> Pass<'a, L> {
     unsafe fn new(r: &'a Reference) -> Self {
         // SAFETY: register operations only.
         let (zero, max) = unsafe { (L::splat(0.0), L::splat(f32::NEG_INFINITY)) };
-        Self { r, max, sums: (zero, zero), weights: (zero, zero) }
+        Self {
+            r,
+            power: std::hint::black_box(&POWER),
+            max,
+            sums: (zero, zero),
+            weights: (zero, zero),
+        }
     }
 
     #[inline(always)]
@@ -246,7 +271,7 @@ impl<'a, L: Lanes> Pass<'a, L> {
     unsafe fn add<const KEEP: bool>(&mut self, e: &Exp<L>, out: *mut f32) {
         // SAFETY: with KEEP the caller vouches for room for N floats.
         unsafe {
-            let p = e.finish();
+            let p = e.finish(self.power);
             let d = L::sub(e.v, L::splat(self.r.max));
             self.sums = (self.sums.1, L::add(self.sums.0, p));
             self.weights = (self.weights.1, L::fma(p, d, self.weights.0));
@@ -288,10 +313,9 @@ impl Softmax {
     #[inline(always)]
     pub(super) unsafe fn add<L: Lanes>(&mut self, sums: &ChunkSums<L>) {
         // SAFETY: the caller has the instructions of `L`.
-        let (p, weighted) = unsafe { (array::<L>(sums.p), array::<L>(sums.weighted)) };
-        for i in 0..L::N {
-            self.open[i] += f64::from(p[i]);
-            self.open_weighted[i] += f64::from(weighted[i]);
+        unsafe {
+            L::add_to(&mut self.open, sums.p);
+            L::add_to(&mut self.open_weighted, sums.weighted);
         }
     }
 

@@ -1,5 +1,5 @@
 //! Scores of a row in f64, as the definitions write them: what the fast kernels are held against, and
-//! what takes over where they give up (logits past a million, +inf).
+//! what takes over where they give up (logits past 20,000, +inf).
 
 use super::{Distribution, Divergence};
 use crate::tensor::Float;

@@ -182,8 +182,8 @@ fn bad_labels_and_shapes_are_errors() {
     assert!(run(Float::F32(&[]), &[], 0, None, &Serial).is_err());
 }
 
-/// Where f32 has no more digits.
-const TINY: f64 = f32::MIN_POSITIVE as f64;
+/// Less than 2^-126 of the largest probability counts as 0, and there are up to 151,936 of those.
+const TINY: f64 = 1e-31;
 
 fn assert_all_near(got: &[f32], want: &[f32], floor: f64, what: &str) {
     for (row, (&got, &want)) in got.iter().zip(want).enumerate() {
@@ -253,5 +253,65 @@ fn variants_agree_with_f64() {
                 assert_variants(&logits, &base, &labels, vocab, &what);
             }
         }
+    }
+}
+
+#[test]
+fn near_certain_labels_of_large_vocabularies() {
+    let vocab = 151_936;
+    for gap in [9.0_f32, 17.0, 25.0, 40.0, 70.0] {
+        // A tail of equal terms rounds the same way in every lane; then one that is not equal.
+        for noise in [0.0, 0.7] {
+            let mut random = Random(14);
+            let mut logits: Vec<f32> = (0..vocab).map(|_| noise * random.normal()).collect();
+            let best = 100_003;
+            logits[best] = gap;
+            let base: Vec<f32> = logits.iter().map(|v| v + 0.02 * random.normal()).collect();
+            let what = format!("gap {gap}, noise {noise}");
+            assert_variants(&logits, &base, &[best as i64], vocab, &what);
+            let half: Vec<f16> = logits.iter().map(|&v| f16::from_f32(v)).collect();
+            for variant in variants() {
+                let by = |v, l| run_by(Some(v), l, &[best as i64], vocab, None, &Serial).unwrap();
+                let (got, want) = (by(variant, Float::F16(&half)), by("exact", Float::F16(&half)));
+                assert_all_near(&got.nll, &want.nll, TINY, &format!("{variant}, f16, {what}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn extremes_are_those_of_f64() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    let vocab = 1300;
+    // What is put where in a row of zeros; chunk borders and the tail among the places.
+    let cases: [&[(usize, f32)]; 12] = [
+        &[(5, 3e38), (700, -3e38)],
+        &[(1299, 2e4), (0, 1.9999e4)],
+        &[(511, 2.1e4), (512, 2.1e4)],
+        &[(512, inf), (600, inf)],
+        &[(512, inf), (1299, nan)],
+        &[(0, nan)],
+        &[(1298, nan), (0, 50.0)],
+        &[(3, -inf), (1024, -3e38), (9, -1e5)],
+        &[(1024, 80.0), (1025, 12.0), (1026, 12.4)],
+        &[(1024, 87.0), (3, 86.0)],
+        &[(1, 1e-40), (2, -1e-40)],
+        &[(7, -1e30), (1299, 4.0)],
+    ];
+    for (i, case) in cases.iter().enumerate() {
+        for (j, other) in cases.iter().enumerate() {
+            let row = |places: &[(usize, f32)]| {
+                let mut row = vec![0.0; vocab];
+                places.iter().for_each(|&(at, v)| row[at] = v);
+                row
+            };
+            let what = format!("cases {i} and {j}");
+            assert_variants(&row(case), &row(other), &[600], vocab, &what);
+        }
+        let nothing = vec![-inf; vocab];
+        let mut row = nothing.clone();
+        case.iter().for_each(|&(at, v)| row[at] = v);
+        assert_variants(&row, &nothing, &[600], vocab, &format!("case {i}, nothing else"));
+        assert_variants(&nothing, &row, &[600], vocab, &format!("case {i} against nothing"));
     }
 }
