@@ -10,7 +10,7 @@ mod common;
 
 use std::{cell::OnceCell, hint::black_box};
 
-use criterion::{Criterion, Throughput};
+use criterion::{Criterion, SamplingMode, Throughput};
 use mx_kernels::{
     ElementFormat, Float, FloatMut, LinearProblem, PackedWeight, Parallel, QuantSpec, linear,
 };
@@ -69,6 +69,7 @@ fn bench(criterion: &mut Criterion<Clock>, problem: LinearProblem, pools: &[Pool
     let bytes = weight.codes_len(n, k) + weight.scales_len(n, k);
     let operands = if activation.is_some() { "both" } else { "weight" };
     let mut group = criterion.benchmark_group("linear");
+    group.sampling_mode(SamplingMode::Flat);
     for m in list("MX_BENCH_ROWS", ROWS, ',') {
         let m: usize = m;
         let x = OnceCell::new();

@@ -8,7 +8,7 @@ mod common;
 
 use std::{cell::Cell, hint::black_box};
 
-use criterion::{Criterion, Throughput, measurement::Measurement};
+use criterion::{Criterion, SamplingMode, Throughput, measurement::Measurement};
 use half::{bf16, f16};
 use mx_kernels::{BaselineScores, Float, Parallel, TokenScores, token_scores};
 
@@ -82,6 +82,7 @@ fn main() {
                     let id = format!("{kind}/{vocab}/{what}/threads={}", pool.threads());
                     let best = Cell::new(f64::MAX);
                     let mut group = criterion.benchmark_group("scores");
+                    group.sampling_mode(SamplingMode::Flat);
                     group.throughput(Throughput::Bytes(bytes as u64));
                     group.bench_function(&id, |b| {
                         b.iter_custom(|count| {

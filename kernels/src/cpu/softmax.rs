@@ -203,13 +203,14 @@ impl<L: Lanes> Exp<L> {
     }
 }
 
-/// The sums of a chunk of [`CHUNK`] logits; with `KEEP`, its exponentials go to `out`.
+/// The sums of a chunk of [`CHUNK`] logits; with `KEEP`, its exponentials go to `out`;
+/// without `WEIGH`, the sum of p * (v - max) stays 0.
 ///
 /// # Safety
 /// A chunk of logits is at `from`, with `KEEP` room for as many floats at `out`, on a machine with
 /// the instructions of `L`.
 #[inline(always)]
-pub(super) unsafe fn chunk_sums<L: Lanes, T: Logit, const KEEP: bool>(
+pub(super) unsafe fn chunk_sums<L: Lanes, T: Logit, const KEEP: bool, const WEIGH: bool>(
     from: *const T,
     r: &Reference,
     out: *mut f32,
@@ -220,12 +221,12 @@ pub(super) unsafe fn chunk_sums<L: Lanes, T: Logit, const KEEP: bool>(
         let mut second = pass.load(from).begin(pass.power);
         let mut first = pass.load(from.add(L::N));
         for i in (2 * L::N..CHUNK).step_by(L::N) {
-            pass.add::<KEEP>(&second, out.wrapping_add(i - 2 * L::N));
+            pass.add::<KEEP, WEIGH>(&second, out.wrapping_add(i - 2 * L::N));
             second = first.begin(pass.power);
             first = pass.load(from.add(i));
         }
-        pass.add::<KEEP>(&second, out.wrapping_add(CHUNK - 2 * L::N));
-        pass.add::<KEEP>(&first.begin(pass.power), out.wrapping_add(CHUNK - L::N));
+        pass.add::<KEEP, WEIGH>(&second, out.wrapping_add(CHUNK - 2 * L::N));
+        pass.add::<KEEP, WEIGH>(&first.begin(pass.power), out.wrapping_add(CHUNK - L::N));
         let Pass { sums, weights, max, .. } = pass;
         let (p, weighted) = (L::add(sums.0, sums.1), L::add(weights.0, weights.1));
         ChunkSums { p, weighted, max }
@@ -268,13 +269,15 @@ impl<'a, L: Lanes> Pass<'a, L> {
     }
 
     #[inline(always)]
-    unsafe fn add<const KEEP: bool>(&mut self, e: &Exp<L>, out: *mut f32) {
+    unsafe fn add<const KEEP: bool, const WEIGH: bool>(&mut self, e: &Exp<L>, out: *mut f32) {
         // SAFETY: with KEEP the caller vouches for room for N floats.
         unsafe {
             let p = e.finish(self.power);
             let d = L::sub(e.v, L::splat(self.r.max));
             self.sums = (self.sums.1, L::add(self.sums.0, p));
-            self.weights = (self.weights.1, L::fma(p, d, self.weights.0));
+            if WEIGH {
+                self.weights = (self.weights.1, L::fma(p, d, self.weights.0));
+            }
             if KEEP {
                 L::store(out, p);
             }
@@ -398,17 +401,17 @@ unsafe fn softmax_of<L: Lanes, T: Logit>(row: &[T]) -> Option<Distribution> {
         unsafe {
             let nowhere = std::ptr::null_mut();
             let mut sums = if chunk.len() == CHUNK {
-                chunk_sums::<L, T, false>(chunk.as_ptr(), &all.reference, nowhere)
+                chunk_sums::<L, T, false, true>(chunk.as_ptr(), &all.reference, nowhere)
             } else {
                 widen::<L, T>(chunk, &mut buffer);
-                chunk_sums::<L, f32, false>(buffer.as_ptr(), &all.reference, nowhere)
+                chunk_sums::<L, f32, false, true>(buffer.as_ptr(), &all.reference, nowhere)
             };
             if L::any_above(sums.max, L::splat(all.max)) {
                 widen::<L, T>(chunk, &mut buffer);
                 if !all.rise::<L>(&mut buffer, start) {
                     return None;
                 }
-                sums = chunk_sums::<L, f32, false>(buffer.as_ptr(), &all.reference, nowhere);
+                sums = chunk_sums::<L, f32, false, true>(buffer.as_ptr(), &all.reference, nowhere);
             }
             all.add(&sums);
         }
