@@ -149,8 +149,8 @@ def copies_of(contender: Contender, args, count: int) -> int:
     return max(1, min(-(-4 * args.cache // size), int(room / size)))
 
 
-def bench_shape(args, k: int, n: int, rng) -> list[dict]:
-    """Records of a shape. Sessions that rotate and those that do not live one after the other."""
+def bench_shape(args, k: int, n: int, rng, bandwidth: dict[int, float]) -> list[dict]:
+    """Records of a shape, shown as they come. Sessions that rotate and those that do not live one after the other."""
     records = []
     rotated = [m for m in args.m if args.rotate and m <= args.rotate_to]
     for ms in (rotated, [m for m in args.m if m not in rotated]):
@@ -174,7 +174,9 @@ def bench_shape(args, k: int, n: int, rng) -> list[dict]:
                 for _ in range(args.rounds):
                     for r in group:
                         r.run()
-                records += [record(r, m, e) for r, e in zip(group, errors)]
+                found = [record(r, m, e) for r, e in zip(group, errors)]
+                table(found, bandwidth, args.cache)
+                records += found
     return records
 
 
@@ -190,20 +192,18 @@ def record(r: Running, m: int, error: float) -> dict:
 # ---------------------------------------------------------------------------------------------- showing
 
 
-def table(records: list[dict], bandwidth: dict[int, float], cache: int) -> None:
-    peers = list(dict.fromkeys(r["name"] for r in records if r["peer"]))
-    for m, threads in dict.fromkeys((r["m"], r["threads"]) for r in records):
-        group = [r for r in records if (r["m"], r["threads"]) == (m, threads)]
-        k, n = group[0]["k"], group[0]["n"]
-        print(f"\nk = {k}, n = {n}, m = {m}, {threads} thread{'s' * (threads > 1)}\n")
-        print("| operator | operands | X | copies | ms | GF/s | GB/s of weight | of memory |" + "".join(f" / {p} |" for p in peers))
-        print("|---|---|---|--:|--:|--:|--:|--:|" + "--:|" * len(peers))
-        times = {r["name"]: r["seconds"] for r in group if r["peer"]}
-        for r in group:
-            streamed = m == 1 and r["copies"] * r["weight_bytes"] >= 4 * cache
-            share = f"{100e9 * r['gbytes_per_second'] / bandwidth[threads]:.0f} %" if streamed else ""
-            cells = [r["name"], r["operands"], r["x"], r["copies"], f"{r['seconds'] * 1e3:.3f}", f"{r['gflops']:.1f}", f"{r['gbytes_per_second']:.1f}", share]
-            print("| " + " | ".join(map(str, cells)) + " |" + "".join(f" {times[p] / r['seconds']:.2f} |" for p in peers), flush=True)
+def table(group: list[dict], bandwidth: dict[int, float], cache: int) -> None:
+    """Records of one shape, m and number of threads."""
+    peers = {r["name"]: r["seconds"] for r in group if r["peer"]}
+    k, n, m, threads = (group[0][key] for key in ("k", "n", "m", "threads"))
+    print(f"\nk = {k}, n = {n}, m = {m}, {threads} thread{'s' * (threads > 1)}\n")
+    print("| operator | operands | X | copies | ms | GF/s | GB/s of weight | of memory |" + "".join(f" / {p} |" for p in peers))
+    print("|---|---|---|--:|--:|--:|--:|--:|" + "--:|" * len(peers))
+    for r in group:
+        streamed = m == 1 and r["copies"] * r["weight_bytes"] >= 4 * cache
+        share = f"{100e9 * r['gbytes_per_second'] / bandwidth[threads]:.0f} %" if streamed else ""
+        cells = [r["name"], r["operands"], r["x"], r["copies"], f"{r['seconds'] * 1e3:.3f}", f"{r['gflops']:.1f}", f"{r['gbytes_per_second']:.1f}", share]
+        print("| " + " | ".join(map(str, cells)) + " |" + "".join(f" {s / r['seconds']:.2f} |" for s in peers.values()), flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -248,9 +248,7 @@ def main() -> int:
     print("memory read by memchr: " + ", ".join(f"{t} thread{'s' * (t > 1)} {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
     records = []
     for k, n in args.shapes:
-        found = bench_shape(args, k, n, rng)
-        table(found, bandwidth, args.cache)
-        records += found
+        records += bench_shape(args, k, n, rng, bandwidth)
     # Against a machine that was busy at the start.
     after = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20)) for t in args.threads}
     print("\nmemory read after: " + ", ".join(f"{t} thread{'s' * (t > 1)} {b / 1e9:.1f} GB/s" for t, b in after.items()))

@@ -2,6 +2,8 @@
 //! registers (the scores of tokens); [`super::simd::Simd`]'s unit of sixteen takes two of AVX2's.
 #![allow(unsafe_code)]
 
+use half::{bf16, f16};
+
 use super::quantize_columns::widen;
 
 /// The operations on a register.
@@ -41,6 +43,51 @@ pub(crate) trait Lanes {
     unsafe fn where_positive(p: Self::V, v: Self::V) -> Self::V;
     /// near where |d| <= 1, far elsewhere, NaN included.
     unsafe fn by_size(d: Self::V, near: Self::V, far: Self::V) -> Self::V;
+}
+
+/// A type of logits.
+///
+/// # Safety
+/// `load` is called for N values that are there, on a machine with the instructions of `L`.
+pub(crate) trait Logit: Copy {
+    fn widen(self) -> f32;
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V;
+}
+
+impl Logit for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { L::load(from) }
+    }
+}
+
+impl Logit for f16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { L::load_f16(from.cast()) }
+    }
+}
+
+impl Logit for bf16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { L::load_bf16(from.cast()) }
+    }
 }
 
 /// Arrays that the compiler makes vectors of, where the target has any.

@@ -9,7 +9,7 @@ use std::f64::consts::{LN_2, LOG2_E};
 
 use half::{bf16, f16};
 
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Logit};
 use crate::{scores::Distribution, tensor::Float};
 
 /// Logits of a chunk.
@@ -17,51 +17,6 @@ pub(super) const CHUNK: usize = 512;
 
 /// Larger logits are left to f64: n times [`LN2_HIGH`] is exact for 15 bits of n.
 const LARGEST: f32 = 2e4;
-
-/// A type of logits.
-///
-/// # Safety
-/// `load` is called for N values that are there, on a machine with the instructions of `L`.
-pub(super) trait Logit: Copy {
-    fn widen(self) -> f32;
-    unsafe fn load<L: Lanes>(from: *const Self) -> L::V;
-}
-
-impl Logit for f32 {
-    fn widen(self) -> f32 {
-        self
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { L::load(from) }
-    }
-}
-
-impl Logit for f16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { L::load_f16(from.cast()) }
-    }
-}
-
-impl Logit for bf16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { L::load_bf16(from.cast()) }
-    }
-}
 
 /// The logits of a chunk widened; -inf behind the end of a row.
 ///
