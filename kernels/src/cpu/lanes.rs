@@ -19,6 +19,8 @@ pub(crate) trait Lanes {
     /// Whether [`Lanes::fma`] rounds once.
     const FUSED: bool;
 
+    /// Asks for the cache line of an address, which need not be valid.
+    unsafe fn prefetch(_address: *const u8) {}
     unsafe fn splat(value: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
     /// From float16.
@@ -224,6 +226,7 @@ mod x86 {
         const FUSED: bool = true;
 
         methods! {
+            fn prefetch(address: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
             fn splat(value: f32) -> __m256 { _mm256_set1_ps(value) }
             fn load(from: *const f32) -> __m256 { _mm256_loadu_ps(from) }
             fn load_f16(from: *const u16) -> __m256 { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
@@ -267,6 +270,7 @@ mod x86 {
         const FUSED: bool = true;
 
         methods! {
+            fn prefetch(address: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
             fn splat(value: f32) -> __m512 { _mm512_set1_ps(value) }
             fn load(from: *const f32) -> __m512 { _mm512_loadu_ps(from) }
             fn load_f16(from: *const u16) -> __m512 {

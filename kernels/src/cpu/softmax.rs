@@ -15,6 +15,9 @@ use crate::{scores::Distribution, tensor::Float};
 /// Logits of a chunk.
 pub(super) const CHUNK: usize = 512;
 
+/// Bytes from a logit to what is asked for while it is summed.
+const AHEAD: usize = 2048;
+
 /// Larger logits are left to f64: n times [`LN2_HIGH`] is exact for 15 bits of n.
 const LARGEST: f32 = 2e4;
 
@@ -216,6 +219,8 @@ impl<'a, L: Lanes> Pass<'a, L> {
     unsafe fn load<T: Logit>(&mut self, from: *const T) -> Exp<L> {
         // SAFETY: the caller vouches for N logits.
         unsafe {
+            // The hardware's own prefetching ends at every page.
+            L::prefetch(from.wrapping_byte_add(AHEAD).cast());
             let v = T::load::<L>(from);
             self.max = L::max(v, self.max);
             // NaN stays, as the second of the two.
