@@ -1,179 +1,264 @@
 #!/usr/bin/env python3
-"""MxMatMul against ONNX Runtime's own fp32 MatMul: one operator a model, all in one process, in turns.
+"""MxMatMul against ONNX Runtime's own MatMul, MatMulNBits and DynamicQuantizeMatMul, all in one process, in turns.
 
     python3 scripts/bench_ops.py --library target/release/libmx_custom_ops.so
-        [--m 1,64,512] [--k 4096] [--n 14336] [--threads 1,2] [--formats fp8_e4m3,fp4_e2m1]
-        [--weight-only] [--dtype float32] [--rounds 15] [--max-ratio 2.0]
+        [--m 1,8,64,512] [--shapes 4096x14336,14336x4096] [--threads 1,2] [--formats fp8_e4m3,fp4_e2m1,...|all]
+        [--operands both,weight] [--x float32,float16,bfloat16] [--rounds 9] [--no-rotate] [--rotate-to 16]
+        [--clock wall|cpu] [--cache BYTES] [--memory BYTES] [--no-peers] [--json FILE] [--check]
 
-X is quantised to the weight's format on the fly unless --weight-only. Each round runs every contender once,
-so that a slow moment of the machine hits all of them; the table shows medians. With m = 1 the weights stream
-from memory: each contender then owns several copies and takes them in turn, so that none stays in a cache.
-With --max-ratio the exit code is 1 when a median at m >= 64 is more than that many times the fp32 one.
+Shapes are KxN. A session has as many nodes as it takes for their weights to be four times the last cache level
+(m up to --rotate-to, as far as --memory goes), one run calls them all and its time is divided by their number: so a
+weight comes from memory, as a model's layers do. --no-rotate: one node, whatever the caches hold. Each round runs
+every contender once, so that a slow moment of the machine hits all of them; the table shows medians.
+
+Every session has the same options: its own threads, which stop spinning when a run is over. Peers take X in float32.
+--clock cpu takes the CPU time of all threads over their number: the figure for a machine that others use too.
+Ratios are the peer's time over ours: more than 1 is faster than the peer. Each contender's output is compared with
+the product of its dequantised operands in float64 first, at 32 output features of every copy.
+
+The memory's read bandwidth is what memchr reads of an array eight times the last cache level without a hit, one call
+a thread, best of 8. --check: small shapes, a few seconds, for tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import json
 import os
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from bench_models import FLOATS, FORMATS, Contender, DynamicQuantizeMatMul, MatMul, MatMulNBits, MxMatMul, narrow, widen
 
-BITS = {"fp8_e4m3": 8, "fp8_e5m2": 8, "fp6_e3m2": 6, "fp6_e2m3": 6, "fp4_e2m1": 4, "mxint8": 8}
-BLOCK = 32
-# Weight copies for m = 1: together larger than any cache that one process gets.
-COPIES = 3
+# What protobuf lets a model have, with some room.
+MODEL_BYTES = 1_900_000_000
 
 
-def tensor(name: str, array: np.ndarray, onnx_type: int) -> onnx.TensorProto:
-    t = onnx.TensorProto(name=name, data_type=onnx_type)
-    t.dims.extend(array.shape)
-    t.raw_data = array.tobytes()
-    return t
+# ---------------------------------------------------------------------------------------------- machine
 
 
-def model(node, initializers, dtype: int, k: int, n: int) -> bytes:
-    graph = helper.make_graph(
-        [node],
-        "bench",
-        [helper.make_tensor_value_info("X", dtype, ["m", k])],
-        [helper.make_tensor_value_info("Y", dtype, ["m", n])],
-        initializers,
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("mx", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+def cache_bytes() -> int:
+    """Of the last cache level of CPU 0; 32 MiB where the system does not say."""
+    found = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        found.append(int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1], 0))
+    return found[-1] if len(found) == 1 else max(found[1:])
 
 
-def fp32_model(k: int, n: int, rng: np.random.Generator) -> bytes:
-    w = rng.standard_normal((k, n), dtype=np.float32) / np.float32(np.sqrt(k))
-    node = helper.make_node("MatMul", ["X", "W"], ["Y"], name="fp32")
-    return model(node, [tensor("W", w, TensorProto.FLOAT)], TensorProto.FLOAT, k, n)
-
-
-def mx_model(fmt: str, activation: str, dtype: int, k: int, n: int, rng: np.random.Generator) -> bytes:
-    """Random codes stand for a weight: speed does not depend on them as long as none is NaN or Inf."""
-    blocks = -(-k // BLOCK)
-    codes = rng.integers(0, 256, (n, blocks * BLOCK * BITS[fmt] // 8), dtype=np.uint8)
-    if BITS[fmt] == 8:
-        codes &= 0xBF  # the largest exponents, with E4M3's NaN and E5M2's Inf among them, stay away
-    scales = rng.integers(118, 124, (n, blocks), dtype=np.uint8)
-    attributes = dict(k=k, n=n, weight_format=fmt, activation_format=activation, block_size=BLOCK, scale="e8m0")
-    attributes |= dict(rounding="even", scale_rule="floor", alpha=1.0, beta=1.0, layout=1)
-    node = helper.make_node("MxMatMul", ["X", "codes", "scales"], ["Y"], name=fmt, domain="mx", **attributes)
-    inits = [tensor("codes", codes, TensorProto.UINT8), tensor("scales", scales, TensorProto.UINT8)]
-    return model(node, inits, dtype, k, n)
-
-
-class Contender:
-    """Sessions of one model and X; several sessions, each with its own weights, for streaming."""
-
-    def __init__(self, data: bytes, copies: int, threads: int, library: Path, x):
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.register_custom_ops_library(str(library))
-        self.sessions = [ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]) for _ in range(copies)]
-        self.bindings = []
-        for s in self.sessions:
-            binding = s.io_binding()
-            binding.bind_ortvalue_input("X", x)
-            binding.bind_output("Y", "cpu")
-            self.bindings.append(binding)
-        self.turn = 0
-        self.seconds: list[float] = []
-
-    def run(self, keep: bool = True) -> None:
-        i = self.turn % len(self.sessions)
-        self.turn += 1
-        start = time.perf_counter()
-        self.sessions[i].run_with_iobinding(self.bindings[i])
-        if keep:
-            self.seconds.append(time.perf_counter() - start)
-
-
-def bench(args, models: dict[str, bytes], m: int, threads: int, rng) -> dict[str, float]:
-    copies = COPIES if m == 1 else 1
-    contenders = {}
-    for name, data in models.items():
-        dtype = TensorProto.FLOAT if name == "fp32" else args.onnx_type
-        x = rng.standard_normal((m, args.k), dtype=np.float32)
-        if dtype == TensorProto.BFLOAT16:
-            bits = (x.view(np.uint32) >> 16).astype(np.uint16)
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype)
-        else:
-            value = ort.OrtValue.ortvalue_from_numpy(x.astype(np.float16) if dtype == TensorProto.FLOAT16 else x)
-        contenders[name] = Contender(data, copies, threads, args.library, value)
-    for _ in range(2 * copies):
-        for c in contenders.values():
-            c.run(keep=False)
-    for _ in range(args.rounds * (4 if m == 1 else 1)):
-        for c in contenders.values():
-            c.run()
-    return {name: statistics.median(c.seconds) for name, c in contenders.items()}
+def available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 8 << 30
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     find = lambda key: next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+    names = "avx2 fma avx512f avx512bw avx512vbmi avx512_vnni avx512_bf16 avx_vnni amx_bf16 amx_int8".split()
     flags = find("flags").split()
-    shown = [f for f in ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8") if f in flags]
-    return f"{find('model name')}, {os.cpu_count()} logical CPUs, {' '.join(shown)}"
+    return f"{find('model name') or platform.processor()}, {os.cpu_count()} logical CPUs, {' '.join(f for f in names if f in flags)}"
+
+
+def read_bandwidth(threads: int, size: int) -> float:
+    """Bytes a second that so many calls of memchr read at the same time."""
+    data = np.ones(size, np.uint8)
+    memchr = ctypes.CDLL(None).memchr
+    memchr.restype, memchr.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    share = size // threads
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(8):
+            start = time.perf_counter()
+            calls = [pool.submit(memchr, data.ctypes.data + i * share, 7, share) for i in range(threads)]
+            assert not any(c.result() for c in calls)
+            best = min(best, time.perf_counter() - start)
+    return share * threads / best
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+class Running:
+    """A session of a contender with so many threads, and times by m."""
+
+    def __init__(self, contender: Contender, data: bytes, copies: int, threads: int, library: Path):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Otherwise the threads of the contender before are still spinning.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.register_custom_ops_library(str(library))
+        self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self.contender, self.copies, self.threads = contender, copies, threads
+
+    def bind(self, x: np.ndarray) -> None:
+        kind = FLOATS[self.contender.x_type]
+        self.x = narrow(x, self.contender.x_type)
+        # Touched before, and kept from run to run.
+        self.y = [np.zeros((len(x), self.contender.n), self.x.dtype) for _ in range(self.copies)]
+        value = lambda a: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(a, kind)
+        self.binding = self.session.io_binding()
+        self.binding.bind_ortvalue_input("X", value(self.x))
+        for i, y in enumerate(self.y):
+            self.binding.bind_ortvalue_output(f"Y{i}", value(y))
+        self.seconds: list[float] = []
+
+    def run(self, clock: str, keep: bool = True) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.session.run_with_iobinding(self.binding)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        if keep:
+            self.seconds.append((wall if clock == "wall" else cpu / self.threads) / self.copies)
+
+    def check(self, rng) -> float:
+        """Error of the bound outputs over their size, root mean square; raises where it is too large."""
+        c, worst = self.contender, 0.0
+        for copy, y in enumerate(self.y):
+            features = rng.choice(c.n, 32, replace=False)
+            want = c.expected(self.x, copy, features)
+            got = widen(y[:, features])
+            worst = max(worst, float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))))
+        if not worst <= c.tolerance:
+            raise SystemExit(f"error: {c.name} ({c.operands}, {c.x_type}) is off by {worst:.2g}, more than {c.tolerance:g}")
+        return worst
+
+
+def contenders(args, k: int, n: int, rng) -> list[Contender]:
+    out: list[Contender] = []
+    if args.peers:
+        out = [MatMul.make(k, n, rng), MatMulNBits.make(k, n, 4, rng), MatMulNBits.make(k, n, 8, rng), DynamicQuantizeMatMul.make(k, n, rng)]
+    for fmt in args.formats:
+        for operands in args.operands:
+            out += [MxMatMul.make(fmt, k, n, operands == "both", x, rng) for x in args.x]
+    return out
+
+
+def copies_of(contender: Contender, args, count: int) -> int:
+    """Copies whose weights make up four times the last cache level, as far as memory goes: a session may hold part
+    of its weights a second time, packed its own way."""
+    size = contender.bytes()
+    room = min(args.memory / (1.6 * count * len(args.threads)), MODEL_BYTES)
+    return max(1, min(-(-4 * args.cache // size), int(room / size)))
+
+
+def bench_shape(args, k: int, n: int, rng, bandwidth: dict[int, float]) -> list[dict]:
+    """Records of a shape, shown as they come. Sessions that rotate and those that do not live one after the other."""
+    records = []
+    rotated = [m for m in args.m if args.rotate and m <= args.rotate_to]
+    for ms in (rotated, [m for m in args.m if m not in rotated]):
+        if not ms:
+            continue
+        all_, running = contenders(args, k, n, rng), []
+        for c in all_:
+            copies = copies_of(c, args, len(all_)) if ms is rotated else 1
+            data = c.model(copies)
+            running += [Running(c, data, copies, t, args.library) for t in args.threads]
+            del data
+        for m in ms:
+            x = rng.standard_normal((m, k), dtype=np.float32)
+            for threads in args.threads:
+                group = [r for r in running if r.threads == threads]
+                errors = []
+                for r in group:
+                    r.bind(x)
+                    r.run(args.clock, keep=False)
+                    errors.append(r.check(rng))
+                for _ in range(args.rounds):
+                    for r in group:
+                        r.run(args.clock)
+                found = [record(r, m, e) for r, e in zip(group, errors)]
+                table(found, bandwidth, args.cache)
+                records += found
+    return records
+
+
+def record(r: Running, m: int, error: float) -> dict:
+    c, s = r.contender, statistics.median(r.seconds)
+    return dict(
+        name=c.name, peer=c.peer, operands=c.operands, x=c.x_type, m=m, k=c.k, n=c.n, threads=r.threads, copies=r.copies,
+        weight_bytes=c.bytes(), seconds=s, best_seconds=min(r.seconds), gflops=2 * m * c.k * c.n / s / 1e9,
+        gbytes_per_second=c.bytes() / s / 1e9, error=error,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- showing
+
+
+def table(group: list[dict], bandwidth: dict[int, float], cache: int) -> None:
+    """Records of one shape, m and number of threads."""
+    peers = {r["name"]: r["seconds"] for r in group if r["peer"]}
+    k, n, m, threads = (group[0][key] for key in ("k", "n", "m", "threads"))
+    print(f"\nk = {k}, n = {n}, m = {m}, {threads} thread{'s' * (threads > 1)}\n")
+    print("| operator | operands | X | copies | ms | GF/s | GB/s of weight | of memory |" + "".join(f" / {p} |" for p in peers))
+    print("|---|---|---|--:|--:|--:|--:|--:|" + "--:|" * len(peers))
+    for r in group:
+        streamed = m == 1 and r["copies"] * r["weight_bytes"] >= 4 * cache
+        share = f"{100e9 * r['gbytes_per_second'] / bandwidth[threads]:.0f} %" if streamed else ""
+        cells = [r["name"], r["operands"], r["x"], r["copies"], f"{r['seconds'] * 1e3:.3f}", f"{r['gflops']:.1f}", f"{r['gbytes_per_second']:.1f}", share]
+        print("| " + " | ".join(map(str, cells)) + " |" + "".join(f" {s / r['seconds']:.2f} |" for s in peers.values()), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    numbers = lambda text: [int(v) for v in text.split(",")]
+    words = lambda allowed: lambda text: [w for w in (allowed if text == "all" else text.split(",")) if allowed.index(w) >= 0]
+    shapes = lambda text: [tuple(int(v) for v in s.split("x")) for s in text.split(",")]
+    p.add_argument("--library", type=Path, default=os.environ.get("MX_CUSTOM_OPS", "target/release/libmx_custom_ops.so"))
+    p.add_argument("--m", type=numbers, default=[1, 8, 64, 512])
+    p.add_argument("--shapes", type=shapes, default=[(4096, 14336)], metavar="KxN,...")
+    p.add_argument("--threads", type=numbers, default=[1, 2])
+    p.add_argument("--formats", type=words(FORMATS), default=list(FORMATS))
+    p.add_argument("--operands", type=words(("both", "weight")), default=["both", "weight"])
+    p.add_argument("--weight-only", action="store_const", dest="operands", const=["weight"])
+    p.add_argument("--x", type=words(tuple(FLOATS)), default=["float32"])
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    p.add_argument("--no-rotate", action="store_false", dest="rotate")
+    p.add_argument("--rotate-to", type=int, default=16, help="the largest m whose weights rotate")
+    p.add_argument("--cache", type=int, default=cache_bytes(), help="bytes of the last cache level")
+    p.add_argument("--memory", type=int, default=available_bytes() * 7 // 10, help="bytes that all sessions together may take")
+    p.add_argument("--no-peers", action="store_false", dest="peers")
+    p.add_argument("--json", type=Path)
+    p.add_argument("--check", action="store_true", help="small and quick, for tests")
+    args = p.parse_args()
+    if args.check:
+        args.m, args.shapes, args.rounds, args.cache, args.x = [1, 20], [(128, 96)], 2, 1 << 16, list(FLOATS)
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    numbers = lambda text: [int(v) for v in text.split(",")]
-    parser.add_argument("--library", type=Path, default=os.environ.get("MX_CUSTOM_OPS", "target/release/libmx_custom_ops.so"))
-    parser.add_argument("--m", type=numbers, default=[1, 64, 512])
-    parser.add_argument("--k", type=int, default=4096)
-    parser.add_argument("--n", type=int, default=14336)
-    parser.add_argument("--threads", type=numbers, default=[1, 2])
-    parser.add_argument("--formats", type=lambda text: text.split(","), default=["fp8_e4m3", "fp4_e2m1"])
-    parser.add_argument("--weight-only", action="store_true")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="X of MxMatMul")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--max-ratio", type=float)
-    args = parser.parse_args()
-    args.onnx_type = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[args.dtype]
-
+    args = arguments()
     rng = np.random.default_rng(0)
-    models = {"fp32": fp32_model(args.k, args.n, rng)}
-    for fmt in args.formats:
-        activation = "none" if args.weight_only else fmt
-        models[fmt] = mx_model(fmt, activation, args.onnx_type, args.k, args.n, rng)
-
-    operands = "weight only" if args.weight_only else "both operands"
-    print(f"k = {args.k}, n = {args.n}, X {args.dtype}, {operands}; median of {args.rounds} rounds (m = 1: {4 * args.rounds})")
-    print(f"{processor()}; {platform.platform()}")
-    forced = os.environ.get("MX_CPU_VARIANT")
-    print(f"onnxruntime {ort.__version__}, {args.library}{f', MX_CPU_VARIANT={forced}' if forced else ''}, {datetime.date.today()}")
-    print()
-    print("| m | threads | fp32 MatMul, ms |" + "".join(f" {f}, ms | ratio |" for f in args.formats))
-    print("|--:|--:|--:|" + "--:|--:|" * len(args.formats))
-    worst = 0.0
-    for m in args.m:
-        for threads in args.threads:
-            got = bench(args, models, m, threads, rng)
-            row = f"| {m} | {threads} | {got['fp32'] * 1e3:.2f} |"
-            for fmt in args.formats:
-                ratio = got[fmt] / got["fp32"]
-                worst = max(worst, ratio if m >= 64 else 0.0)
-                row += f" {got[fmt] * 1e3:.2f} | {ratio:.2f} |"
-            print(row, flush=True)
-    if args.max_ratio and worst > args.max_ratio:
-        print(f"\nworst ratio at m >= 64 is {worst:.2f}, more than {args.max_ratio}")
-        return 1
+    bandwidth = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20)) for t in args.threads}
+    head = dict(
+        machine=processor(), platform=platform.platform(), onnxruntime=ort.__version__, numpy=np.__version__, library=str(args.library),
+        date=str(datetime.date.today()), MX_CPU_VARIANT=os.environ.get("MX_CPU_VARIANT"), rounds=args.rounds, clock=args.clock, cache_bytes=args.cache,
+        memory_read_bytes_per_second=bandwidth, load=os.getloadavg()[0],
+    )  # fmt: skip
+    forced = f", MX_CPU_VARIANT={head['MX_CPU_VARIANT']}" if head["MX_CPU_VARIANT"] else ""
+    print(f"{head['machine']}; {head['platform']}; last cache {args.cache >> 20} MiB")
+    print(f"onnxruntime {ort.__version__}, {args.library}{forced}, {head['date']}; median of {args.rounds} rounds, {'wall clock' if args.clock == 'wall' else 'CPU time'}; load before {head['load']:.1f}")
+    print("memory read by memchr: " + ", ".join(f"{t} thread{'s' * (t > 1)} {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
+    records = []
+    for k, n in args.shapes:
+        records += bench_shape(args, k, n, rng, bandwidth)
+    # Against a machine that was busy at the start.
+    after = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20)) for t in args.threads}
+    print("\nmemory read after: " + ", ".join(f"{t} thread{'s' * (t > 1)} {b / 1e9:.1f} GB/s" for t, b in after.items()))
+    print(f"largest error against the dequantised product: ours {max((r['error'] for r in records if not r['peer']), default=0):.2g}", end="")
+    print(f", peers {max((r['error'] for r in records if r['peer']), default=0):.2g} (they round X to 8 bits)")
+    if args.json:
+        args.json.write_text(json.dumps(head | dict(memory_read_after=after, results=records), indent=1) + "\n")
     return 0
 
 

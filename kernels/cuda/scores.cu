@@ -22,8 +22,8 @@
 #define INF_F64 (__longlong_as_double(0x7ff0000000000000LL))
 #define NAN_F64 (__longlong_as_double(0x7ff8000000000000LL))
 
-// exp(d) for d <= 0 within 1e-13, relatively; 0 below -700 and NaN for NaN. The same polynomial as
-// on the CPU (kernels/src/scores.rs), cheaper than the library's.
+// exp(d) for d <= 0 within 1e-13, relatively; 0 below -700 and NaN for NaN: a
+// polynomial, cheaper than the library's.
 static __device__ __forceinline__ double exp_negative(double d) {
     const double magic = 6755399441055744.0; // 1.5 * 2^52: adding it rounds to an integer
     double clamped = d < -700.0 ? -700.0 : d;

@@ -81,3 +81,9 @@ fn the_library_links_neither_graph_nor_tokenizer_nor_parquet() {
         assert_eq!(found, None, "the operator library depends on {unwanted}");
     }
 }
+
+/// The bench of the operators holds every contender against the product of its dequantised operands.
+#[test]
+fn what_is_benched_computes_what_it_should() {
+    python("../../scripts/bench_ops.py", &["--check", "--threads", "1"]);
+}

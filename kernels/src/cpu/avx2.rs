@@ -4,11 +4,17 @@
 use std::arch::x86_64::*;
 
 use super::{
-    columns_avx2,
+    columns_avx2, divergence,
+    lanes::Ymm,
     quantize_columns::{COLUMNS, Line},
     simd::{Codec, Simd},
+    softmax,
 };
-use crate::formats::ElementFormat;
+use crate::{
+    formats::ElementFormat,
+    scores::{Distribution, Divergence},
+    tensor::Float,
+};
 
 /// Needs avx2, fma and f16c.
 pub(crate) struct Avx2;
@@ -244,5 +250,17 @@ impl Simd for Avx2 {
     ) {
         // SAFETY: the caller's promise is passed on.
         unsafe { columns_avx2::pack_columns::<C, R>(values, block, inverses, out, pitch) }
+    }
+
+    #[inline(always)]
+    unsafe fn softmax(row: &Float<'_>) -> Option<Distribution> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { softmax::softmax::<Ymm>(row) }
+    }
+
+    #[inline(always)]
+    unsafe fn divergence(base: &Float<'_>, this: &Float<'_>) -> Option<Divergence> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { divergence::divergence::<Ymm>(base, this) }
     }
 }

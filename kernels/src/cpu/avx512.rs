@@ -4,11 +4,17 @@
 use std::arch::x86_64::*;
 
 use super::{
-    avx2, columns_avx2,
+    avx2, columns_avx2, divergence,
+    lanes::Zmm,
     quantize_columns::{COLUMNS, Line},
     simd::{Codec, Simd},
+    softmax,
 };
-use crate::formats::ElementFormat;
+use crate::{
+    formats::ElementFormat,
+    scores::{Distribution, Divergence},
+    tensor::Float,
+};
 
 /// Needs avx512f, avx512bw, avx512vl, avx512dq and what AVX2's variant needs.
 pub(crate) struct Avx512;
@@ -134,5 +140,17 @@ impl Simd for Avx512 {
     ) {
         // SAFETY: the caller's promise is passed on.
         unsafe { columns_avx2::pack_columns::<C, R>(values, block, inverses, out, pitch) }
+    }
+
+    #[inline(always)]
+    unsafe fn softmax(row: &Float<'_>) -> Option<Distribution> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { softmax::softmax::<Zmm>(row) }
+    }
+
+    #[inline(always)]
+    unsafe fn divergence(base: &Float<'_>, this: &Float<'_>) -> Option<Divergence> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { divergence::divergence::<Zmm>(base, this) }
     }
 }

@@ -10,7 +10,9 @@ mod avx512;
 mod buffers;
 #[cfg(target_arch = "x86_64")]
 mod columns_avx2;
+mod divergence;
 mod info;
+mod lanes;
 mod linear;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -27,6 +29,7 @@ mod rows;
 mod scalar;
 mod scratch;
 mod simd;
+mod softmax;
 mod tile;
 mod variants;
 

@@ -10,10 +10,17 @@
 #![allow(unsafe_code)]
 
 use super::{
+    divergence,
+    lanes::Portable,
     quantize_columns::{self, COLUMNS, Line},
     rows::Constants,
+    softmax,
 };
-use crate::formats::ElementFormat;
+use crate::{
+    formats::ElementFormat,
+    scores::{Distribution, Divergence},
+    tensor::Float,
+};
 
 /// A format as a type, so that its constants are known when a kernel is compiled.
 pub(crate) trait Codec {
@@ -111,4 +118,18 @@ pub(crate) trait Simd {
     unsafe fn transpose(rows: [Self::Codes; 16]) -> [Self::Codes; 16];
     /// Asks for the cache line of an address, which need not be valid.
     unsafe fn prefetch(address: *const u8);
+
+    /// See `softmax::softmax`.
+    #[inline(always)]
+    unsafe fn softmax(row: &Float<'_>) -> Option<Distribution> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { softmax::softmax::<Portable>(row) }
+    }
+
+    /// See `divergence::divergence`.
+    #[inline(always)]
+    unsafe fn divergence(base: &Float<'_>, this: &Float<'_>) -> Option<Divergence> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { divergence::divergence::<Portable>(base, this) }
+    }
 }

@@ -13,10 +13,16 @@ use super::{
     quantize_columns::{self, Scratch, Strip},
     rows::{self, RowQuant},
     scalar::Scalar,
-    simd::{self, Codec},
+    simd::{self, Codec, Simd},
     tile::{self, XPanel},
 };
-use crate::{formats::ElementFormat, pack, quantize::FloatType, scores};
+use crate::{
+    formats::ElementFormat,
+    pack,
+    quantize::FloatType,
+    scores::{Distribution, Divergence},
+    tensor::Float,
+};
 
 type Decode = unsafe fn(&Weight<'_>, usize, usize, usize, *mut f32, &mut [bool; PANEL]);
 type Tile = unsafe fn(*const f32, *const f32, usize, usize, *mut f32, usize, bool);
@@ -32,7 +38,7 @@ pub(crate) const BUNCH: [usize; 4] = [4, 2, 1, 1];
 /// Everything that is compiled once for each set of instructions.
 ///
 /// The functions may only be called on a machine for which `detect` says yes; see the functions of
-/// the same names in `panel`, `tile`, `rows`, `quantize_columns`, `pack` and `scores`.
+/// the same names in `panel`, `tile`, `rows`, `quantize_columns`, `pack`, `softmax` and `divergence`.
 pub(crate) struct Kernels {
     pub name: &'static str,
     /// Instructions beyond the architecture's baseline.
@@ -55,8 +61,8 @@ pub(crate) struct Kernels {
     pub load_row: unsafe fn(FloatType, &[u8], &mut [f32]),
     pub pack_row: unsafe fn(ElementFormat, &[u8], &mut [u8]),
     pub scale_row: unsafe fn(&[f32], f64, &[f64], &mut [f32]),
-    pub softmax_sums: unsafe fn(&[f32], f64) -> (f64, f64),
-    pub divergence_sum: unsafe fn(&[f32], &[f32], f64, f64) -> f64,
+    pub softmax: unsafe fn(&Float<'_>) -> Option<Distribution>,
+    pub divergence: unsafe fn(&Float<'_>, &Float<'_>) -> Option<Divergence>,
 }
 
 /// out = factor * c + bias, rounded once.
@@ -155,13 +161,15 @@ macro_rules! variant {
             }
 
             $(#[target_feature(enable = $feature)])*
-            unsafe fn softmax_sums(values: &[f32], max: f64) -> (f64, f64) {
-                scores::softmax_sums(values, max)
+            unsafe fn softmax(row: &Float<'_>) -> Option<Distribution> {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$simd as Simd>::softmax(row) }
             }
 
             $(#[target_feature(enable = $feature)])*
-            unsafe fn divergence_sum(a: &[f32], b: &[f32], max_a: f64, max_b: f64) -> f64 {
-                scores::divergence_sum(a, b, max_a, max_b)
+            unsafe fn divergence(base: &Float<'_>, this: &Float<'_>) -> Option<Divergence> {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$simd as Simd>::divergence(base, this) }
             }
 
             const fn dots_of<C: Codec>() -> DotsOfFormat {
@@ -211,8 +219,8 @@ macro_rules! variant {
                 load_row,
                 pack_row,
                 scale_row,
-                softmax_sums,
-                divergence_sum,
+                softmax,
+                divergence,
             };
         }
     };

@@ -2,10 +2,11 @@
 
 use half::{bf16, f16};
 use mx_kernels::{
-    BaselineScores, Error, Float, Parallel, Serial, StdThreads, TokenScores, token_scores,
+    BaselineScores, Error, Float, Parallel, Serial, StdThreads, TokenScores,
+    scores::token_scores_by, token_scores,
 };
 
-use crate::common::{Guarded, Random};
+use crate::common::{Guarded, Random, variants};
 
 #[derive(Debug, Clone, PartialEq)]
 struct Scores {
@@ -17,6 +18,18 @@ struct Scores {
 }
 
 fn run(
+    logits: Float<'_>,
+    labels: &[i64],
+    vocab: usize,
+    baseline: Option<Float<'_>>,
+    par: &dyn Parallel,
+) -> Result<Scores, Error> {
+    run_by(None, logits, labels, vocab, baseline, par)
+}
+
+/// By a variant, by f64 (`exact`), or by what the machine takes.
+fn run_by(
+    variant: Option<&str>,
     logits: Float<'_>,
     labels: &[i64],
     vocab: usize,
@@ -35,7 +48,10 @@ fn run(
         baseline.is_some().then_some(BaselineScores { kl: &mut s.kl, nll: &mut s.baseline_nll });
     let out =
         TokenScores { nll: &mut s.nll, entropy: &mut s.entropy, top1: &mut s.top1, baseline: with };
-    token_scores(logits, labels, vocab, baseline, out, par)?;
+    match variant {
+        Some(variant) => token_scores_by(variant, logits, labels, vocab, baseline, out, par)?,
+        None => token_scores(logits, labels, vocab, baseline, out, par)?,
+    }
     Ok(s)
 }
 
@@ -164,4 +180,138 @@ fn bad_labels_and_shapes_are_errors() {
     let none = run(Float::F32(&[]), &[], 4, None, &Serial).unwrap();
     assert!(none.nll.is_empty());
     assert!(run(Float::F32(&[]), &[], 0, None, &Serial).is_err());
+}
+
+/// Less than 2^-126 of the largest probability counts as 0, and there are up to 151,936 of those.
+const TINY: f64 = 1e-31;
+
+fn assert_all_near(got: &[f32], want: &[f32], floor: f64, what: &str) {
+    for (row, (&got, &want)) in got.iter().zip(want).enumerate() {
+        if want.is_finite() {
+            assert_near_by(got, f64::from(want), floor, &format!("{what} of row {row}"));
+        } else {
+            assert!(got == want || (got.is_nan() && want.is_nan()), "{what} {row}: {got} {want}");
+        }
+    }
+}
+
+/// Both sides are rounded to f32.
+fn assert_near_by(got: f32, want: f64, floor: f64, what: &str) {
+    let error = (f64::from(got) - want).abs();
+    let bound = 1.06e-6 * want.abs() + floor;
+    assert!(error <= bound, "{what}: {got:e}, not {want:e}, off by {:e}", error / want.abs());
+}
+
+/// Every variant against f64, one shape of data.
+fn assert_variants(logits: &[f32], base: &[f32], labels: &[i64], vocab: usize, what: &str) {
+    for variant in variants() {
+        let (logits, base) = (Float::F32(logits), Some(Float::F32(base)));
+        let by = |v, base| run_by(Some(v), logits, labels, vocab, base, &Serial).unwrap();
+        let (got, want) = (by(variant, base), by("exact", base));
+        let what = format!("{variant}, {what}");
+        assert_all_near(&got.nll, &want.nll, TINY, &format!("{what}: nll"));
+        assert_all_near(&got.entropy, &want.entropy, TINY, &format!("{what}: entropy"));
+        assert_eq!(got.top1, want.top1, "{what}");
+        // The definition cancels in f64.
+        assert_all_near(&got.kl, &want.kl, 1e-13, &format!("{what}: kl"));
+        assert_all_near(
+            &got.baseline_nll,
+            &want.baseline_nll,
+            TINY,
+            &format!("{what}: baseline nll"),
+        );
+        // Without a baseline another kernel runs: the same scores within rounding.
+        let alone = by(variant, None);
+        assert_all_near(&alone.nll, &want.nll, TINY, &format!("{what}: nll alone"));
+        assert_all_near(&alone.entropy, &want.entropy, TINY, &format!("{what}: entropy alone"));
+        assert_eq!(alone.top1, want.top1, "{what}");
+    }
+}
+
+#[test]
+fn variants_agree_with_f64() {
+    let mut random = Random(13);
+    for vocab in [1, 2, 15, 16, 17, 255, 256, 257, 1000, 32_000, 50_257, 151_936] {
+        for (spread, offset) in [(0.0, 3.0), (1.0, 0.0), (3.0, -20.0), (8.0, 15.0), (40.0, 1000.0)]
+        {
+            let rows = if vocab > 10_000 { 2 } else { 5 };
+            let len = rows * vocab;
+            let mut logits: Vec<f32> =
+                (0..len).map(|_| random.normal() * spread + offset).collect();
+            // Some tokens are ruled out by this row, by both, or (below) by the baseline.
+            let mut ruled_out: Vec<usize> = (0..len / 7).map(|_| random.below(len)).collect();
+            let only_base = ruled_out.split_off(len / 12);
+            if vocab % 2 == 0 {
+                ruled_out.iter().for_each(|&i| logits[i] = f32::NEG_INFINITY);
+            }
+            for noise in [0.001, 0.03, 1.0, 30.0] {
+                let mut base: Vec<f32> =
+                    logits.iter().map(|v| v + random.normal() * noise).collect();
+                only_base.iter().for_each(|&i| base[i] = f32::NEG_INFINITY);
+                let labels: Vec<i64> = (0..rows).map(|_| random.below(vocab) as i64).collect();
+                let what = format!("vocabulary {vocab}, spread {spread}, noise {noise}");
+                assert_variants(&logits, &base, &labels, vocab, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn near_certain_labels_of_large_vocabularies() {
+    let vocab = 151_936;
+    for gap in [9.0_f32, 17.0, 25.0, 40.0, 70.0] {
+        // A tail of equal terms rounds the same way in every lane; then one that is not equal.
+        for noise in [0.0, 0.7] {
+            let mut random = Random(14);
+            let mut logits: Vec<f32> = (0..vocab).map(|_| noise * random.normal()).collect();
+            let best = 100_003;
+            logits[best] = gap;
+            let base: Vec<f32> = logits.iter().map(|v| v + 0.02 * random.normal()).collect();
+            let what = format!("gap {gap}, noise {noise}");
+            assert_variants(&logits, &base, &[best as i64], vocab, &what);
+            let half: Vec<f16> = logits.iter().map(|&v| f16::from_f32(v)).collect();
+            for variant in variants() {
+                let by = |v, l| run_by(Some(v), l, &[best as i64], vocab, None, &Serial).unwrap();
+                let (got, want) = (by(variant, Float::F16(&half)), by("exact", Float::F16(&half)));
+                assert_all_near(&got.nll, &want.nll, TINY, &format!("{variant}, f16, {what}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn extremes_are_those_of_f64() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    let vocab = 1300;
+    // What is put where in a row of zeros; chunk borders and the tail among the places.
+    let cases: [&[(usize, f32)]; 12] = [
+        &[(5, 3e38), (700, -3e38)],
+        &[(1299, 2e4), (0, 1.9999e4)],
+        &[(511, 2.1e4), (512, 2.1e4)],
+        &[(512, inf), (600, inf)],
+        &[(512, inf), (1299, nan)],
+        &[(0, nan)],
+        &[(1298, nan), (0, 50.0)],
+        &[(3, -inf), (1024, -3e38), (9, -1e5)],
+        &[(1024, 80.0), (1025, 12.0), (1026, 12.4)],
+        &[(1024, 87.0), (3, 86.0)],
+        &[(1, 1e-40), (2, -1e-40)],
+        &[(7, -1e30), (1299, 4.0)],
+    ];
+    for (i, case) in cases.iter().enumerate() {
+        for (j, other) in cases.iter().enumerate() {
+            let row = |places: &[(usize, f32)]| {
+                let mut row = vec![0.0; vocab];
+                places.iter().for_each(|&(at, v)| row[at] = v);
+                row
+            };
+            let what = format!("cases {i} and {j}");
+            assert_variants(&row(case), &row(other), &[600], vocab, &what);
+        }
+        let nothing = vec![-inf; vocab];
+        let mut row = nothing.clone();
+        case.iter().for_each(|&(at, v)| row[at] = v);
+        assert_variants(&row, &nothing, &[600], vocab, &format!("case {i}, nothing else"));
+        assert_variants(&nothing, &row, &[600], vocab, &format!("case {i} against nothing"));
+    }
 }
