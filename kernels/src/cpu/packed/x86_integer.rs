@@ -24,7 +24,7 @@ pub(super) unsafe fn six_512(block: *const u8, c: usize) -> [__m512i; 2] {
         let high = _mm512_load_si512(block.add(256 + 64 * (c / 2)).cast());
         let odd = _mm512_srli_epi16::<4>(low);
         // The two high bits move to bits 4 and 5.
-        if c % 2 == 0 {
+        if c.is_multiple_of(2) {
             let (first, second) = (_mm512_slli_epi16::<4>(high), _mm512_slli_epi16::<2>(high));
             [join_512(low, first), join_512(odd, second)]
         } else {
@@ -210,7 +210,7 @@ mod pairs {
                     let [p, q] = load(block.add(256 + 64 * (c / 2)));
                     let odd = [_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b)];
                     // The two high bits move to bits 4 and 5.
-                    let (first, second) = if c % 2 == 0 {
+                    let (first, second) = if c.is_multiple_of(2) {
                         (
                             [_mm256_slli_epi16::<4>(p), _mm256_slli_epi16::<4>(q)],
                             [_mm256_slli_epi16::<2>(p), _mm256_slli_epi16::<2>(q)],
