@@ -31,10 +31,10 @@ pub(super) fn prepare(
     repack::constants(node, (expert::CODES, expert::SCALES), |codes, scales| {
         let weights = (0..attrs.experts()).map(|index| weight(attrs, codes, scales, index));
         // One that cannot be repacked stands for all.
-        Ok(weights
+        let prepared: Option<Vec<_>> = weights
             .map(|w| Ok(repack::weight(problem, &w?)))
-            .collect::<Result<Option<Vec<_>>, _>>()?)
-        .map(Option::unwrap_or_default)
+            .collect::<Result<_, mx_kernels::Error>>()?;
+        Ok(prepared.unwrap_or_default())
     })
 }
 
