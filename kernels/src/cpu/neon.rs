@@ -212,6 +212,24 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for 32 bytes.
+        unsafe {
+            let low = vreinterpretq_u16_u8(vld1q_u8(from));
+            join(widen_f16(low), widen_f16(vreinterpretq_u16_u8(vld1q_u8(from.add(16)))))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(amax: Self::V, v: Self::V) -> Self::V {
+        // SAFETY: register operations only.
+        std::array::from_fn(|i| unsafe {
+            let magnitude = vandq_u32(vreinterpretq_u32_f32(v[i]), vdupq_n_u32(0x7fff_ffff));
+            vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(amax[i]), magnitude))
+        })
+    }
+
+    #[inline(always)]
     unsafe fn transpose(rows: [uint8x16_t; 16]) -> [uint8x16_t; 16] {
         // Each round interleaves row i with row i + 8; after four rounds byte (i, j) is at (j, i).
         let mut rows = rows;
