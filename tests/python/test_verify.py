@@ -22,6 +22,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+KERNELS = tuple([name] for name in ("amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neondotprod", "neon", "scalar"))
+
 REWRITE = os.environ["MX_REWRITE"]
 
 
@@ -108,7 +110,7 @@ def layers(path: Path, folder: Path) -> None:
         assert 8 < layer["local"]["sqnr_db"] < 30, layer
     for node in report["placement"]["mx_nodes"]:
         assert node["provider"] == "CPUExecutionProvider" and node["runs"] == 1, node
-        assert node["kernels"] in (["avx512"], ["avx2"], ["neondotprod"], ["neon"], ["scalar"]), node
+        assert node["kernels"] in KERNELS, node
 
 
 def close(found: float, wanted: float) -> None:
