@@ -121,8 +121,8 @@ pub(crate) struct ExpertKernel {
     problem: LinearProblem,
     x: XType,
     device: Device,
-    /// The experts as the CPU's kernels read them; empty where they are not repacked.
-    prepared: Vec<PreparedWeight>,
+    /// The experts as the CPU's kernels read them, where they are repacked; may be empty.
+    prepared: Vec<Option<PreparedWeight>>,
 }
 
 /// Reads the attributes and holds everything that the model declares against them.

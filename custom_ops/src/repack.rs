@@ -1,5 +1,7 @@
 //! Constant weights repacked for this machine's kernels when a session is made.
 
+use std::sync::LazyLock;
+
 use mx_kernels::{
     Error, LinearProblem, PackedWeight, Parallel, PreparedWeight, Serial, StdThreads,
 };
@@ -33,8 +35,12 @@ pub(crate) fn constants<R: Default>(
 
 /// `w` for products like `problem`; `None` where no kernel of this machine has a use for that.
 pub(crate) fn weight(problem: &LinearProblem, w: &PackedWeight<'_>) -> Option<PreparedWeight> {
-    let threads = StdThreads(std::thread::available_parallelism().map_or(1, usize::from));
-    let small = w.n().saturating_mul(w.k()) < SMALL;
-    let par: &dyn Parallel = if small { &Serial } else { &threads };
-    PreparedWeight::new(problem, w, par)
+    PreparedWeight::new(problem, w, threads(w.n().saturating_mul(w.k())))
+}
+
+/// The machine's threads for so many elements: session creation has none of ONNX Runtime's.
+pub(crate) fn threads(elements: usize) -> &'static dyn Parallel {
+    static THREADS: LazyLock<StdThreads> =
+        LazyLock::new(|| StdThreads(std::thread::available_parallelism().map_or(1, usize::from)));
+    if elements < SMALL { &Serial } else { &*THREADS }
 }

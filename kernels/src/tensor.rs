@@ -197,6 +197,15 @@ impl FloatMut<'_> {
         self.len() == 0
     }
 
+    /// The `len` elements from `start` on.
+    pub(crate) fn slice_mut(&mut self, start: usize, len: usize) -> FloatMut<'_> {
+        match self {
+            Self::F32(v) => FloatMut::F32(&mut v[start..start + len]),
+            Self::F16(v) => FloatMut::F16(&mut v[start..start + len]),
+            Self::Bf16(v) => FloatMut::Bf16(&mut v[start..start + len]),
+        }
+    }
+
     /// Stores `value` at `i`, rounded half to even to the type.
     #[inline(always)]
     pub fn set(&mut self, i: usize, value: f32) {

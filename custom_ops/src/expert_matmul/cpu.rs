@@ -1,9 +1,9 @@
 //! `MxExpertMatMul` on the CPU provider.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::OnceLock};
 
 use half::{bf16, f16};
-use mx_kernels::{LinearProblem, PackedWeight, PreparedWeight};
+use mx_kernels::{LinearProblem, PackedWeight, PreparedWeight, Serial};
 use ort::operator::ComputeContext;
 
 use super::{Call, ExpertKernel, call};
@@ -19,22 +19,26 @@ use crate::{
 /// Rows of X that go to one expert at a time: enough to decode its weight once for many.
 const ROWS: usize = 512;
 
-/// Repacks the experts of a constant stack for this machine; none where it has no use for that.
+/// Repacks the experts of a constant stack for this machine, those that it has a use for.
 pub(super) fn prepare(
     node: &Node<'_, '_>,
     attrs: &MxExpertMatMulAttrs,
     problem: &LinearProblem,
-) -> Result<Vec<PreparedWeight>, OpError> {
+) -> Result<Vec<Option<PreparedWeight>>, OpError> {
     if attrs.scales_shape().is_none() {
         return Ok(Vec::new());
     }
     repack::constants(node, (expert::CODES, expert::SCALES), |codes, scales| {
-        let weights = (0..attrs.experts()).map(|index| weight(attrs, codes, scales, index));
-        // One that cannot be repacked stands for all.
-        let prepared: Option<Vec<_>> = weights
-            .map(|w| Ok(repack::weight(problem, &w?)))
-            .collect::<Result<_, mx_kernels::Error>>()?;
-        Ok(prepared.unwrap_or_default())
+        let (linear, count) = (attrs.linear(), attrs.experts());
+        let elements = linear.n().saturating_mul(linear.k()).saturating_mul(count);
+        // An expert a task: threads are started once for all of them.
+        let results: Vec<OnceLock<_>> = (0..count).map(|_| OnceLock::new()).collect();
+        repack::threads(elements).run(count, &|index| {
+            let prepared = weight(attrs, codes, scales, index)
+                .map(|w| PreparedWeight::new(problem, &w, &Serial));
+            let _ = results[index].set(prepared);
+        });
+        results.into_iter().map(|result| result.into_inner().unwrap_or(Ok(None))).collect()
     })
 }
 
@@ -79,7 +83,7 @@ fn run_as<T: XElement>(kernel: &ExpertKernel, ctx: &ComputeContext) -> Result<()
     let stack = Stack::new(kernel, &call)?;
     for places in places.chunk_by(|&a, &b| expert(a) == expert(b)) {
         let index = expert(places[0]);
-        let weight = (stack.weight(index)?, kernel.prepared.get(index));
+        let weight = (stack.weight(index)?, kernel.prepared.get(index).and_then(Option::as_ref));
         for places in places.chunks(most) {
             products(kernel, &product, places, &x, weight, y, &pool)?;
         }

@@ -29,6 +29,11 @@ pub fn linear(
     super::linear(table(variant), problem, x, w, None, bias, y, par)
 }
 
+/// Whether the variant repacks such a weight for such a problem.
+pub fn repacks(variant: &str, problem: &LinearProblem, w: &PackedWeight<'_>) -> bool {
+    super::PreparedWeight::with(table(variant), problem, w, &crate::Serial).is_some()
+}
+
 /// [`crate::linear_prepared`] with a weight prepared for it; [`crate::linear`] where the variant has no use
 /// for one.
 ///

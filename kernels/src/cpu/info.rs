@@ -1,6 +1,6 @@
 //! What this machine can run, and which kernels a product takes: for people and run records.
 
-use super::{Kernels, kernels, packed::Path, runnable, variants};
+use super::{Kernels, kernels, linear::DOT_ROWS, packed::Path, runnable, variants};
 use crate::{
     formats::ElementFormat,
     tensor::{LinearProblem, QuantSpec},
@@ -39,12 +39,12 @@ pub struct ProductInfo {
     pub weight: ElementFormat,
     /// Format of x; `None` for a float32 x that is not quantised.
     pub activation: Option<ElementFormat>,
-    /// Rows of x, and what multiplies them.
+    /// Rows of x from which on, and what multiplies them.
     pub ways: Vec<(usize, &'static str)>,
 }
 
-/// Rows of x that stand for a decoder's step, small batches and long inputs.
-const ROWS: [usize; 4] = [1, 4, 16, 512];
+/// Most rows of x for which the way is looked up; more take what these take.
+const ROWS: usize = 64;
 
 /// What this machine can run and what is in use.
 pub fn info() -> CpuInfo {
@@ -79,22 +79,19 @@ fn product(kernels: &Kernels, weight: QuantSpec, activation: Option<QuantSpec>) 
         Some(Path::Bf16Panels(1)) => "panels of bfloat16",
         Some(Path::Bf16Panels(_)) => "panels of bfloat16, twice",
         Some(Path::FloatCodes) => "fp32 from the codes",
+        Some(Path::FloatPanels) if m <= DOT_ROWS => "fp32 from the file's layout",
         Some(Path::FloatPanels) => "panels of fp32",
         None => "fp32, not repacked",
     };
-    ProductInfo {
-        weight: weight.format,
-        activation: activation.map(|spec| spec.format),
-        ways: ROWS.map(|m| (m, way(m))).to_vec(),
-    }
+    let mut ways: Vec<(usize, &'static str)> = (1..=ROWS).map(|m| (m, way(m))).collect();
+    ways.dedup_by_key(|(_, way)| *way);
+    ProductInfo { weight: weight.format, activation: activation.map(|spec| spec.format), ways }
 }
 
 #[cfg(target_arch = "x86_64")]
 fn processor() -> String {
-    use std::arch::x86_64::__cpuid;
     let bytes: Vec<u8> = (0x8000_0002..=0x8000_0004_u32)
-        .map(__cpuid)
-        .flat_map(|r| [r.eax, r.ebx, r.ecx, r.edx])
+        .flat_map(cpuid)
         .flat_map(u32::to_le_bytes)
         .take_while(|&b| b != 0)
         .collect();
@@ -106,10 +103,19 @@ fn processor() -> String {
     std::env::consts::ARCH.to_owned()
 }
 
-/// Whether the processor is Intel's, whose vector instruction for bfloat16 is slower than its
-/// multiply-add of fp32 (Sapphire Rapids: 80 against 120 GF/s a core, docs/performance.md).
+/// Whether the processor is Intel's, whose vector instruction for bfloat16 is slower than its multiply-add
+/// of fp32 (docs/performance.md has Sapphire Rapids).
 #[cfg(target_arch = "x86_64")]
 pub(super) fn is_intel() -> bool {
-    let leaf = std::arch::x86_64::__cpuid(0);
-    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    let [_, b, c, d] = cpuid(0);
+    [b, d, c].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+}
+
+/// eax, ebx, ecx and edx of a leaf's first subleaf.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, unused_unsafe)]
+pub(super) fn cpuid(leaf: u32) -> [u32; 4] {
+    // SAFETY: every x86-64 processor has the instruction; older compilers want to be told so.
+    let r = unsafe { std::arch::x86_64::__cpuid_count(leaf, 0) };
+    [r.eax, r.ebx, r.ecx, r.edx]
 }

@@ -38,7 +38,7 @@ const BLOCK_ROWS: usize = 128;
 /// once, so fewer would cost traffic.
 const COLUMNS: usize = 128;
 /// Up to so many rows of x are multiplied straight from the codes.
-const DOT_ROWS: usize = 4;
+pub(super) const DOT_ROWS: usize = 4;
 /// Multiply-adds under which threads cost more than they bring.
 pub(crate) const SERIAL_WORK: usize = 1 << 16;
 
@@ -146,7 +146,9 @@ pub(crate) fn linear(
             let x = XPanel { data: buffer.as_ptr(), rows };
             let (bias, y, weight) = (&bias[..], &y, &weight);
             let exact = &exact[..];
-            let panels = prepared.and_then(|prepared| Panels::new(kernels, prepared, w));
+            // Few rows are multiplied with the file's codes.
+            let panels = prepared.filter(|_| m > DOT_ROWS);
+            let panels = panels.and_then(|prepared| Panels::new(kernels, prepared, w));
             let job =
                 Job { kernels, weight, panels, x, exact, any_exact, row0, rows, factor, bias, y };
             if m <= DOT_ROWS { job.run_dots(par) } else { job.run_tiles(par) }
@@ -323,6 +325,11 @@ impl Job<'_> {
         c: &mut [f32],
         ldc: usize,
     ) {
+        if let Some(panels) = &self.panels {
+            for row in c.chunks_exact_mut(ldc).take(m1 - m0) {
+                panels.prepared.layout.unshift(n0, &mut row[..columns]);
+            }
+        }
         if self.any_exact || bad.contains(&true) {
             self.exact_rows(m0, m1, n0, &bad[..columns], c, ldc);
         }

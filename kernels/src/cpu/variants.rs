@@ -289,11 +289,30 @@ static AVX_VNNI: Kernels = Kernels {
 };
 
 #[cfg(target_arch = "x86_64")]
-const AVX512_VNNI_NEEDS: &[&str] =
-    &["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni"];
+const AVX512_VNNI_NEEDS: &[&str] = &[
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512vbmi",
+    "avx512vnni",
+    "avx2",
+    "fma",
+    "f16c",
+];
 #[cfg(target_arch = "x86_64")]
-const AVX512_BF16_NEEDS: &[&str] =
-    &["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx512bf16"];
+const AVX512_BF16_NEEDS: &[&str] = &[
+    "avx512bf16",
+    "avx512vnni",
+    "avx512vbmi",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx2",
+    "fma",
+    "f16c",
+];
 
 /// AVX-512 with VNNI's integer dot products and VBMI's tables.
 #[cfg(target_arch = "x86_64")]
@@ -339,7 +358,20 @@ static AVX512_BF16_INTEL: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 static AMX: Kernels = Kernels {
     name: "amx",
-    needs: &["avx512bf16", "avx512vnni", "avx512vbmi", "amx-tile", "amx-bf16"],
+    needs: &[
+        "amx-tile",
+        "amx-bf16",
+        "avx512bf16",
+        "avx512vnni",
+        "avx512vbmi",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512dq",
+        "avx2",
+        "fma",
+        "f16c",
+    ],
     packed: PackedKernels {
         integer: Some(&x86::vnni512::KERNELS),
         bf16: Some(&x86::bf16::AMX),
@@ -359,6 +391,7 @@ static NEON: Kernels = neon_kernels::TABLE;
 #[cfg(target_arch = "aarch64")]
 static NEON_DOTPROD: Kernels = Kernels {
     name: "neondotprod",
+    needs: &["neon", "dotprod"],
     packed: PackedKernels { integer: Some(&super::neon_integer::KERNELS), ..NO_PACKED },
     detect: || super::neon_dot::has_dotprod() && (neon_kernels::TABLE.detect)(),
     ..neon_kernels::TABLE

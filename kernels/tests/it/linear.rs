@@ -285,6 +285,134 @@ fn tiny_values_and_dead_rows() {
     }
 }
 
+/// Rows that the kernels compute shifted, in f64 or not at all, beside ordinary ones in one repacked weight;
+/// every code that is a number, garbage behind the rows' ends, NaN in x.
+#[test]
+fn special_rows_of_repacked_weights() {
+    let (n, k) = (1040, 250);
+    for way in ways().into_iter().filter(|way| way.prepared) {
+        let mut random = Random(12);
+        for spec in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
+            let mut codes: Vec<u8> =
+                (0..spec.codes_len(n, k)).map(|_| random.bits() as u8).collect();
+            let eight = spec.format.bits() == 8 && spec.format != ElementFormat::MxInt8;
+            if eight {
+                codes.iter_mut().for_each(|code| *code &= 0xbf);
+            }
+            let blocks = spec.blocks(k);
+            let mut scales: Vec<u8> =
+                (0..n * blocks).map(|_| 107 + random.below(41) as u8).collect();
+            let mut set = |row: usize, f: &dyn Fn(usize) -> u8| {
+                (0..blocks).for_each(|b| scales[row * blocks + b] = f(b));
+            };
+            set(3, &|b| if b == 2 { 0xff } else { 127 });
+            set(20, &|b| 20 + b as u8);
+            set(21, &|_| 0);
+            set(22, &|b| 230 + b as u8);
+            set(23, &|_| 254);
+            set(40, &|b| if b % 2 == 0 { 30 } else { 150 });
+            if eight {
+                codes[41 * spec.row_bytes(k) + 5] = 0x7f;
+            }
+            let w =
+                Weight { spec, n, k, codes: Guarded::new(&codes), scales: Guarded::new(&scales) };
+            let sizes = sizes_of_rows(&w.view());
+            for m in [1, 3, 20, 40] {
+                for activation in [Some(spec), None] {
+                    let mut x = random.normals(m * k);
+                    if m > 1 {
+                        x[k + 17] = f32::NAN;
+                    }
+                    let problem = w.problem(activation);
+                    let plain = w.problem(Some(QuantSpec::mx(ElementFormat::Fp8E4M3).unwrap()));
+                    assert_eq!(
+                        forced::repacks(way.variant, &problem, &w.view()),
+                        forced::repacks(way.variant, &problem, &ordinary(&plain, spec).view()),
+                        "{way} {spec:?}: special rows keep the weight from being repacked"
+                    );
+                    let (mut got, mut want) = (vec![0.5_f32; m * n], vec![0.0_f32; m * n]);
+                    let (x, view) = (Float::F32(&x), w.view());
+                    way.linear(&problem, x, &view, None, FloatMut::F32(&mut got), &StdThreads(2))
+                        .unwrap();
+                    reference::linear(&problem, x, &view, None, FloatMut::F32(&mut want)).unwrap();
+                    let Float::F32(x) = x else { unreachable!() };
+                    let largest = x.iter().fold(0.0, |a: f32, v| v.abs().max(a));
+                    let bounds: Vec<f64> = sizes.iter().map(|s| s * f64::from(largest)).collect();
+                    compare_rows(
+                        &got,
+                        &want,
+                        &bounds,
+                        &format!("{way} {spec:?} m={m} {activation:?}"),
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A weight of the same shape and format with nothing special about it.
+fn ordinary(problem: &LinearProblem, spec: QuantSpec) -> Weight {
+    let values = Random(13).normals(problem.n * problem.k);
+    Weight::quantise(spec, problem.n, problem.k, &values)
+}
+
+/// Sums of the magnitudes of a weight's rows; not finite for rows beyond f32.
+fn sizes_of_rows(w: &PackedWeight<'_>) -> Vec<f64> {
+    let mut values = vec![0.0; w.n() * w.k()];
+    dequantize_rows(w.spec(), w.codes(), w.scales(), w.n(), w.k(), &mut values).unwrap();
+    values.chunks(w.k()).map(|row| row.iter().map(|v| f64::from(v.abs())).sum()).collect()
+}
+
+/// Features differ by many powers of two: each is held to the size of its own row of the weight.
+fn compare_rows(got: &[f32], want: &[f32], sizes: &[f64], what: &str) {
+    for (i, (&a, &b)) in got.iter().zip(want).enumerate() {
+        let size = sizes[i % sizes.len()];
+        let (a, b) = (f64::from(a), f64::from(b));
+        let bound = if size.is_finite() { size * 1e-5 } else { b.abs() * 1e-3 };
+        let close = (a - b).abs() <= bound + 2f64.powi(-126);
+        assert!(close || a == b || a.is_nan() && b.is_nan(), "{what} [{i}]: {a:e}, not {b:e}");
+    }
+}
+
+/// More k than a chain or a panel holds, more x than stays near, more rows than one pass takes: within the
+/// bound, and the same bits whatever the threads.
+#[test]
+fn many_steps_and_groups() {
+    for way in ways() {
+        let mut random = Random(14);
+        for format in [ElementFormat::Fp8E4M3, ElementFormat::Fp6E2M3, ElementFormat::Fp4E2M1] {
+            let spec = QuantSpec::mx(format).unwrap();
+            for (m, n, k) in [(40, 48, 4128), (600, 40, 1100)] {
+                let w = Weight::quantise(spec, n, k, &random.normals(n * k));
+                let x = random.normals(m * k);
+                let brain: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
+                for (activation, half) in [(Some(spec), false), (None, false), (None, true)] {
+                    let problem = w.problem(activation);
+                    let run = |threads: usize| -> Vec<f32> {
+                        let mut y = vec![f32::NAN; m * n];
+                        let x = if half { Float::Bf16(&brain) } else { Float::F32(&x) };
+                        let (out, par) = (FloatMut::F32(&mut y), StdThreads(threads));
+                        way.linear(&problem, x, &w.view(), None, out, &par).unwrap();
+                        y
+                    };
+                    let what = format!("{way} {format} {m}x{n}x{k} {}", activation.is_some());
+                    let once = run(1);
+                    for threads in [3, 8] {
+                        let bits = |y: &[f32]| y.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                        assert_eq!(bits(&once), bits(&run(threads)), "{what} {threads} threads");
+                    }
+                    let values: Vec<f32> = match half {
+                        true => brain.iter().map(|v| v.to_f32()).collect(),
+                        false => x.clone(),
+                    };
+                    let (want, magnitude) = exact(&problem, &values, &w.view());
+                    assert_close(&once, &want, &magnitude, 32.0, &what);
+                }
+            }
+        }
+    }
+}
+
 /// Every pair of formats with block scales, several block sizes, every number of rows up to a few tiles:
 /// what W4A8 and the like take, and the edges of tiles and panels.
 #[test]

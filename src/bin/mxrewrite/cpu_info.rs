@@ -14,7 +14,7 @@ pub(crate) fn value() -> Value {
         .iter()
         .map(|p| {
             let ways: Vec<Value> =
-                p.ways.iter().map(|(m, way)| json!({"m": m, "kernels": way})).collect();
+                p.ways.iter().map(|(m, way)| json!({"from_m": m, "kernels": way})).collect();
             json!({
                 "weight_format": p.weight.name(),
                 "activation_format": p.activation.map_or("none", |format| format.name()),
@@ -46,19 +46,8 @@ pub(crate) fn text() -> String {
     text.push_str("\nMxMatMul with repacked weights, by rows of X (m)\n");
     for p in &info.products {
         let x = p.activation.map_or("none", |format| format.name());
-        let ways: Vec<String> = ranges(&p.ways);
+        let ways: Vec<String> = p.ways.iter().map(|(m, way)| format!("m>={m} {way}")).collect();
         text.push_str(&format!("  {:<9} x {:<9} {}\n", p.weight.name(), x, ways.join("; ")));
     }
     text
-}
-
-/// Neighbouring numbers of rows that go the same way, together.
-fn ranges(ways: &[(usize, &'static str)]) -> Vec<String> {
-    ways.chunk_by(|a, b| a.1 == b.1)
-        .map(|group| match group {
-            [(m, way)] => format!("m={m} {way}"),
-            [(first, way), .., (last, _)] => format!("m={first}..{last} {way}"),
-            [] => String::new(),
-        })
-        .collect()
 }

@@ -11,7 +11,11 @@ impl Call<'_> {
     /// Puts rows that are not plain right, then scales, adds the bias and writes y.
     pub(super) fn finish(&self, m0: usize, m1: usize, n0: usize, c: &mut [f32], ldc: usize) {
         let columns = ldc.min(self.w.n() - n0);
-        let special = self.prepared.layout.special;
+        let layout = &self.prepared.layout;
+        for row in c.chunks_exact_mut(ldc).take(m1 - m0) {
+            layout.unshift(n0, &mut row[..columns]);
+        }
+        let special = layout.special;
         if special || self.states[m0..m1].iter().any(|&row| row != Row::Plain) {
             self.special(m0, m1, n0, columns, c, ldc);
         }

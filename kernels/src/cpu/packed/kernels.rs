@@ -284,9 +284,9 @@ pub(crate) mod x86 {
             ..KERNELS
         };
 
-        /// Only to panels: rows straight from the codes go through bfloat16.
         pub(crate) static FLOATS: FloatKernels = FloatKernels {
-            dots: [&[]; 5],
+            // For rows that do not go through bfloat16; whoever has this has AVX2.
+            dots: avx2::DOTS,
             decode: [
                 decode_f32::<E4M3>,
                 decode_f32::<E5M2>,
@@ -320,14 +320,11 @@ pub(crate) mod x86 {
             &[dot::<C, 1>, dot::<C, 2>]
         }
 
+        pub(crate) const DOTS: [&[Dot]; 5] =
+            [dots::<E4M3>(), dots::<E5M2>(), dots::<E3M2>(), dots::<FE2M3>(), dots::<FE2M1>()];
+
         pub(crate) static FLOATS: FloatKernels = FloatKernels {
-            dots: [
-                dots::<E4M3>(),
-                dots::<E5M2>(),
-                dots::<E3M2>(),
-                dots::<FE2M3>(),
-                dots::<FE2M1>(),
-            ],
+            dots: DOTS,
             decode: [
                 decode::<E4M3>,
                 decode::<E5M2>,

@@ -17,7 +17,7 @@ use super::super::panel::PANEL;
 use crate::{
     formats::ElementFormat,
     parallel::Parallel,
-    scale::{SCALE_NAN, ScaleKind},
+    scale::{self, SCALE_NAN, ScaleKind},
     tensor::PackedWeight,
 };
 
@@ -25,10 +25,14 @@ use crate::{
 pub(crate) const BLOCK: usize = 32;
 /// k behind the four bytes of a lane, relative to the first.
 pub(crate) const ORDER: [usize; 4] = [0, 2, 1, 3];
-/// Exponents of scales that the packed kernels take: elements with their scale are normal bfloat16, and
-/// no sum of products overflows that ends within f32. A row of a weight with other blocks is computed in
-/// f64.
-pub(crate) const WINDOW: std::ops::RangeInclusive<i32> = -100..=40;
+/// Exponents of the scales of x that the packed kernels take: elements with their scale are normal
+/// bfloat16, and no sum of products overflows that ends within f32.
+pub(crate) const X_WINDOW: std::ops::RangeInclusive<i32> = -100..=40;
+/// The same for a weight, whose rows may first be shifted, see [`Layout::shifts`]. A row with other blocks
+/// is computed in f64.
+const WINDOW: std::ops::RangeInclusive<i32> = -40..=40;
+/// Exponents with which a row is taken as it is.
+const UNSHIFTED: std::ops::RangeInclusive<i32> = -40..=20;
 /// Least sum of the smallest exponents of both operands: with it no product of two elements is flushed,
 /// nor is the product of two scales. Below, [`crate::linear`] has its own ways.
 pub(crate) const LOWEST: i32 = -80;
@@ -40,7 +44,7 @@ const LINE: usize = 64;
 pub(crate) enum Row {
     /// The kernels compute it.
     Plain,
-    /// A scale outside [`WINDOW`], or a code that is infinite or no number: computed in f64.
+    /// Scales too far apart, or a code that is infinite or no number: computed in f64.
     Exact,
     /// A block of NaN: so is every product.
     Nan,
@@ -59,6 +63,9 @@ pub(crate) struct Layout {
     start: usize,
     /// [panel][block][16]; neutral where a block is zero or its row is not [`Row::Plain`].
     pub scales: Vec<u8>,
+    /// Powers of two that rows are multiplied by, so that rows of very small or very large numbers, which
+    /// training leaves behind, are ordinary ones; empty where there are none.
+    pub shifts: Vec<i16>,
     /// One for each row.
     pub rows: Vec<Row>,
     /// Whether any row is not plain.
@@ -86,7 +93,7 @@ impl Layout {
         let mut bytes = vec![0_u8; len + LINE];
         let start = bytes.as_ptr().align_offset(LINE).min(LINE);
         let mut scales = vec![127_u8; panels * blocks * PANEL];
-        let mut rows = vec![Row::Plain; panels * PANEL];
+        let mut rows = vec![(Row::Plain, 0_i16); panels * PANEL];
         let tasks: Vec<_> = bytes[start..start + len]
             .chunks_exact_mut(blocks * block_bytes)
             .zip(scales.chunks_exact_mut(blocks * PANEL))
@@ -97,14 +104,19 @@ impl Layout {
             // Every task is run once, so the lock is never contended; a poisoned one is never read.
             let Ok(mut task) = tasks[panel].lock() else { return };
             let ((codes, scales), rows) = &mut *task;
-            pack_panel(w, panel * PANEL, codes, scales, rows);
+            for (r, row) in rows.iter_mut().enumerate().take(n - (panel * PANEL).min(n)) {
+                *row = pack_row(w, panel * PANEL + r, codes, scales);
+            }
         });
         drop(tasks);
         rows.truncate(n);
+        let shifted = rows.iter().any(|&(_, shift)| shift != 0);
+        let shifts = if shifted { rows.iter().map(|&(_, s)| s).collect() } else { Vec::new() };
+        let rows: Vec<Row> = rows.into_iter().map(|(row, _)| row).collect();
         let special = rows.iter().any(|&row| row != Row::Plain);
         // Blocks of zeros have the scale 2^0.
         let low = scales.iter().min().map_or(0, |&byte| i32::from(byte) - 127).min(0);
-        Self { bytes, start, scales, rows, special, low, blocks, block_bytes }
+        Self { bytes, start, scales, shifts, rows, special, low, blocks, block_bytes }
     }
 
     /// Codes of panel `p` from block `b` on, aligned to 64 bytes.
@@ -117,69 +129,104 @@ impl Layout {
         self.scales[(p * self.blocks + b) * PANEL..].as_ptr()
     }
 
+    /// Takes the shifts of the rows from `n0` on out of their sums.
+    #[inline]
+    pub(crate) fn unshift(&self, n0: usize, sums: &mut [f32]) {
+        if self.shifts.is_empty() {
+            return;
+        }
+        for (sum, &shift) in sums.iter_mut().zip(&self.shifts[n0..]) {
+            if shift != 0 {
+                *sum = (f64::from(*sum) * scale::exp2_f64(-i32::from(shift))) as f32;
+            }
+        }
+    }
+
     /// Bytes in memory.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes.len() + self.scales.len() + self.rows.len()
     }
 }
 
-fn pack_panel(
-    w: &PackedWeight<'_>,
-    n0: usize,
-    codes: &mut [u8],
-    scales: &mut [u8],
-    rows: &mut [Row],
-) {
-    let (spec, k) = (w.spec(), w.k());
+/// Packs row `n` of `w` into its panel; returns what becomes of it and its shift.
+fn pack_row(w: &PackedWeight<'_>, n: usize, codes: &mut [u8], scales: &mut [u8]) -> (Row, i16) {
+    let (spec, k, r) = (w.spec(), w.k(), n % PANEL);
     let (row_bytes, file_blocks) = (spec.row_bytes(k), spec.blocks(k));
     let bits = spec.format.bits() as usize;
     let file = BLOCK * bits / 8;
     let bytes = block_bytes(spec.format);
-    for r in 0..PANEL.min(w.n() - n0) {
-        let row = &w.codes()[(n0 + r) * row_bytes..][..row_bytes];
-        let row_scales = &w.scales()[(n0 + r) * file_blocks..][..file_blocks];
-        for (b, out) in codes.chunks_exact_mut(bytes).enumerate() {
-            let mut unpacked = [0_u8; BLOCK];
-            unpack(bits, &row[b * file..][..file], &mut unpacked);
-            // Imported weights may hold anything behind the row's end.
-            let left = k - b * BLOCK;
-            if left < BLOCK {
-                unpacked[left..].fill(0);
-            }
-            let byte = row_scales[b * BLOCK / spec.block_size];
-            let kind = kind(spec.format, &unpacked, byte);
-            let scale = &mut scales[b * PANEL + r];
-            *scale = 127;
-            match kind {
-                None => {}
-                Some(Row::Plain) => *scale = byte,
-                // A NaN block wins over an exact one.
-                Some(row) if rows[r] != Row::Nan => rows[r] = row,
-                Some(_) => {}
-            }
-            place(bits, &unpacked, r, out);
+    let row = &w.codes()[n * row_bytes..][..row_bytes];
+    let row_scales = &w.scales()[n * file_blocks..][..file_blocks];
+    let (mut kind, mut least, mut most) = (Row::Plain, i32::MAX, i32::MIN);
+    for (b, out) in codes.chunks_exact_mut(bytes).enumerate() {
+        let mut unpacked = [0_u8; BLOCK];
+        unpack(bits, &row[b * file..][..file], &mut unpacked);
+        // Imported weights may hold anything behind the row's end.
+        let left = k - b * BLOCK;
+        if left < BLOCK {
+            unpacked[left..].fill(0);
         }
+        let byte = row_scales[b * BLOCK / spec.block_size];
+        let largest = largest(spec.format, &unpacked);
+        let scale = &mut scales[b * PANEL + r];
+        *scale = 127;
+        if byte == SCALE_NAN {
+            kind = Row::Nan;
+        } else if largest > 0 {
+            let e = i32::from(byte) - 127;
+            (least, most) = (least.min(e), most.max(e));
+            *scale = byte;
+            if is_special(spec.format, largest) && kind != Row::Nan {
+                kind = Row::Exact;
+            }
+        }
+        place(bits, &unpacked, r, out);
     }
+    settle(kind, least, most, scales.iter_mut().skip(r).step_by(PANEL))
 }
 
-/// What a block makes of its row; `None` where all of it is zero, with whatever scale.
-fn kind(format: ElementFormat, codes: &[u8; BLOCK], scale: u8) -> Option<Row> {
-    if scale == SCALE_NAN {
-        return Some(Row::Nan);
+/// Shifts the scales of a row whose blocks' exponents are `least` to `most`, or makes them neutral where
+/// the kernels do not compute the row.
+fn settle<'a>(
+    mut kind: Row,
+    least: i32,
+    most: i32,
+    scales: impl Iterator<Item = &'a mut u8>,
+) -> (Row, i16) {
+    if least > most && kind == Row::Plain {
+        // Nothing but zeros.
+        return (kind, 0);
     }
+    let ordinary = UNSHIFTED.contains(&least) && UNSHIFTED.contains(&most);
+    let shift = if ordinary { 0 } else { -most };
+    if kind == Row::Plain && !WINDOW.contains(&(least + shift)) {
+        kind = Row::Exact;
+    }
+    if kind != Row::Plain {
+        scales.for_each(|scale| *scale = 127);
+        return (kind, 0);
+    }
+    if shift != 0 {
+        // A scale of 127 that stands for a block of zeros may be shifted with the others.
+        scales.for_each(|scale| *scale = (i32::from(*scale) + shift).clamp(87, 167) as u8);
+    }
+    (kind, shift as i16)
+}
+
+/// Largest magnitude among the codes of a block, as a code.
+fn largest(format: ElementFormat, codes: &[u8; BLOCK]) -> u8 {
     let sign = 1_u8 << (format.bits() - 1);
-    let magnitude = |code: u8| if format == ElementFormat::MxInt8 { code } else { code & !sign };
-    let largest = codes.iter().map(|&code| magnitude(code)).max().unwrap_or(0);
-    if largest == 0 {
-        return None;
-    }
-    let special = match format {
+    let mask = if format == ElementFormat::MxInt8 { 0xff } else { sign - 1 };
+    codes.iter().map(|&code| code & mask).max().unwrap_or(0)
+}
+
+/// Whether a magnitude's code is infinite or no number.
+fn is_special(format: ElementFormat, largest: u8) -> bool {
+    match format {
         ElementFormat::Fp8E4M3 => largest == 0x7f,
         ElementFormat::Fp8E5M2 => largest >= 0x7c,
         _ => false,
-    };
-    let inside = WINDOW.contains(&(i32::from(scale) - 127));
-    Some(if special || !inside { Row::Exact } else { Row::Plain })
+    }
 }
 
 /// The 32 codes in `bytes`, one a byte.

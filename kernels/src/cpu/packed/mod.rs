@@ -36,8 +36,8 @@ use crate::{
 /// A weight [n, k] in the order in which this machine's kernels read it.
 ///
 /// It is as large as the packed bytes (rows rounded up to sixteen, k to 32) and independent of them, but
-/// [`crate::linear_prepared`] still needs them: rows with scales at the ends of E8M0's range or with
-/// codes of infinities are computed from the original.
+/// [`crate::linear_prepared`] still needs them: what the kernels do not take (infinities, x with exponents
+/// at the ends of f32's range, few rows of x on some machines) is computed from the original.
 #[derive(Debug)]
 pub struct PreparedWeight {
     pub(crate) layout: Layout,
@@ -50,7 +50,8 @@ pub struct PreparedWeight {
 impl PreparedWeight {
     /// Repacks `w` for problems like `problem` on the threads of `par`; `None` where this machine has
     /// no kernel that would use it: `mxint8` without integer products, blocks of 16, scales other than
-    /// `e8m0`, and weights with many scales at the ends of E8M0's range.
+    /// `e8m0`, fewer than eight features, and more than one row in 512 whose scales span over 2^80 or that
+    /// has infinities.
     pub fn new(problem: &LinearProblem, w: &PackedWeight<'_>, par: &dyn Parallel) -> Option<Self> {
         Self::with(super::kernels(), problem, w, par)
     }
@@ -61,12 +62,12 @@ impl PreparedWeight {
         w: &PackedWeight<'_>,
         par: &dyn Parallel,
     ) -> Option<Self> {
-        if kernels.packed.choose(problem, 1).is_none() || !Layout::fits(w) {
+        if kernels.packed.choose(problem, 1).is_none() || !Layout::fits(w) || w.n() < FEW_FEATURES {
             return None;
         }
         let layout = Layout::new(w, par);
         let exact = layout.rows.iter().filter(|&&row| row == Row::Exact).count();
-        (exact <= w.n() / 64).then(|| Self {
+        (exact <= w.n() / 512).then(|| Self {
             layout,
             tables: Box::new(Tables::new(w.spec().format)),
             n: w.n(),
@@ -85,6 +86,9 @@ impl PreparedWeight {
         (self.n, self.k, &self.spec) == (w.n(), w.k(), w.spec())
     }
 }
+
+/// Output features below which a panel of sixteen would be mostly empty.
+const FEW_FEATURES: usize = 8;
 
 /// Which kernels multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,11 +141,12 @@ impl PackedKernels {
         }
         let index = float_index(format)?;
         if let Some(bf16) = self.bf16 {
+            // Where nothing is known x is taken in two parts, which float32 is not exactly.
+            let exact = quantised.is_some() || parts.is_some() || problem.k >= TWO_PARTS;
             let (parts, kernels) = match (quantised, parts) {
                 (Some(_), _) | (None, Some(1)) => (1, &bf16.one),
                 _ => (2, &bf16.two),
             };
-            let exact = parts == 1 || problem.k >= TWO_PARTS;
             if exact && m <= kernels[index].len().min(bf16.code_rows) {
                 return Some(Path::Bf16Codes(parts));
             }

@@ -56,7 +56,12 @@ pub(crate) fn linear(
     par: &dyn Parallel,
 ) -> Result<(), Error> {
     let m = problem.check(&x, w, bias.as_ref(), &y)?;
-    let parts = matches!(x, Float::Bf16(_)).then_some(1);
+    // In how many bfloat16 an x that is not quantised is exact.
+    let parts = match x {
+        Float::F32(_) => None,
+        Float::F16(_) => Some(2),
+        Float::Bf16(_) => Some(1),
+    };
     let path = match prepared.is_of(w) {
         true => kernels.packed.choose_for(problem, m, parts),
         false => None,
@@ -71,11 +76,19 @@ pub(crate) fn linear(
     let Some(way) = way else {
         return plain::linear(kernels, problem, x, w, None, bias, y, par);
     };
-    let done = {
-        let (y, bias) = (Output::of(&mut y), plain::scaled_bias(problem, bias.as_ref()));
-        let work = m.saturating_mul(problem.n).saturating_mul(problem.k);
-        let par = if work < SERIAL_WORK { &Serial } else { par };
-        groups(m, &way, prepared.layout.blocks, |tiles, row0, buffer| {
+    let scaled_bias = plain::scaled_bias(problem, bias.as_ref());
+    let work = m.saturating_mul(problem.n).saturating_mul(problem.k);
+    let threads = if work < SERIAL_WORK { &Serial } else { par };
+    let blocks = prepared.layout.blocks;
+    let row_bytes = blocks * (way.form.block_bytes() + 2 * size_of::<i32>());
+    let groups = m.div_ceil((X_BYTES / row_bytes).clamp(1, MAX_ROWS));
+    for group in 0..groups {
+        let (row0, end) = (m * group / groups, m * (group + 1) / groups);
+        let rows = end - row0;
+        let tiles = Tiles { rows, most: way.most };
+        let bytes = rows * row_bytes + tiles.count() * GAP;
+        let out = Output::of(&mut y);
+        let done = scratch::for_call(bytes.div_ceil(4), |buffer| {
             let call = Call {
                 kernels,
                 problem,
@@ -86,39 +99,20 @@ pub(crate) fn linear(
                 row0,
                 tiles,
                 data: buffer.as_mut_ptr().cast(),
-                exact: (0..tiles.rows).map(|_| OnceLock::new()).collect(),
+                exact: (0..rows).map(|_| OnceLock::new()).collect(),
                 states: Vec::new(),
-                bias: &bias,
-                y: &y,
+                bias: &scaled_bias,
+                y: &out,
             };
-            call.run(par)
-        })
-    };
-    if done {
-        return Ok(());
+            call.run(threads)
+        });
+        if !done {
+            let x = x.slice(row0 * problem.k, rows * problem.k);
+            let y = y.slice_mut(row0 * problem.n, rows * problem.n);
+            plain::linear(kernels, problem, x, w, Some(prepared), bias, y, par)?;
+        }
     }
-    plain::linear(kernels, problem, x, w, Some(prepared), bias, y, par)
-}
-
-/// Calls `f` with stretches of `m` rows of x, each with its first row and a buffer for it, until it says
-/// no.
-fn groups(
-    m: usize,
-    way: &Way<'_>,
-    blocks: usize,
-    f: impl Fn(Tiles, usize, &mut [f32]) -> bool,
-) -> bool {
-    let row_bytes = blocks * (way.form.block_bytes() + 2 * size_of::<i32>());
-    let most = (X_BYTES / row_bytes).clamp(1, MAX_ROWS);
-    let groups = m.div_ceil(most);
-    (0..groups).all(|group| {
-        let (row0, end) = (m * group / groups, m * (group + 1) / groups);
-        let rows = end - row0;
-        let tiles = Tiles { rows, most: way.most };
-        scratch::for_call((rows * row_bytes + tiles.count() * GAP).div_ceil(4), |buffer| {
-            f(tiles, row0, buffer)
-        })
-    })
+    Ok(())
 }
 
 /// Some rows of x against the whole weight.
@@ -309,7 +303,8 @@ impl Call<'_> {
         let stripes = self.w.n().div_ceil(columns);
         let tiles = self.tiles.count();
         let wanted = if threads > 1 { (3 * threads).div_ceil(stripes) } else { 1 };
-        let splits = wanted.min(tiles.div_ceil(3)).max(1);
+        // Every split decodes the weight again.
+        let splits = wanted.min(tiles.div_ceil(3)).min(self.tiles.rows.div_ceil(128)).max(1);
         par.run(stripes * splits, &|task| {
             let (stripe, split) = (task / splits, task % splits);
             let range = (tiles * split / splits, tiles * (split + 1) / splits);

@@ -6,7 +6,7 @@
 
 use super::{
     super::rows::{self, RowQuant, by_rounding},
-    layout::{BLOCK, Row, WINDOW},
+    layout::{BLOCK, Row, X_WINDOW},
 };
 use crate::quantize::Rounding;
 
@@ -86,7 +86,7 @@ unsafe fn quantised<const R: u8>(q: &RowQuant, form: Form, x: &[f32], place: &Pl
             Some(_) if amax == 0 => {}
             Some((inv, byte)) => {
                 (inverse, exponent) = (inv, i32::from(byte) - 127);
-                if !WINDOW.contains(&exponent) {
+                if !X_WINDOW.contains(&exponent) {
                     (row, exponent) = (worse(row, Row::Exact), 0);
                 }
                 low = low.min(exponent);

@@ -11,13 +11,17 @@
 use std::{
     arch::{
         asm,
-        x86_64::{__cpuid_count, _mm512_add_ps, _mm512_load_ps, _mm512_loadu_ps, _mm512_storeu_ps},
+        x86_64::{_mm512_add_ps, _mm512_load_ps, _mm512_loadu_ps, _mm512_storeu_ps},
     },
     mem::MaybeUninit,
     sync::OnceLock,
 };
 
-use super::{super::panel::PANEL, integer::DotArgs, layout::BLOCK};
+use super::{
+    super::{info::cpuid, panel::PANEL},
+    integer::DotArgs,
+    layout::BLOCK,
+};
 
 /// Rows and columns of a tile of sums.
 const SIDE: usize = 16;
@@ -58,9 +62,12 @@ impl Config {
 pub(crate) fn detect() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        let leaf = __cpuid_count(7, 0);
-        let (bf16, tile) = (leaf.edx >> 22 & 1, leaf.edx >> 24 & 1);
-        bf16 == 1 && tile == 1 && permitted()
+        let features = cpuid(7)[3];
+        let (bf16, tile) = (features >> 22 & 1, features >> 24 & 1);
+        // The permission is the whole process's and makes signal frames larger, so it is not asked for
+        // where another variant is wanted.
+        let wanted = std::env::var("MX_CPU_VARIANT").map_or(true, |wish| wish == "amx");
+        bf16 == 1 && tile == 1 && wanted && permitted()
     })
 }
 
