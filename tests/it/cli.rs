@@ -160,6 +160,41 @@ fn usage_errors_end_with_two_and_name_the_choices() {
 }
 
 /// The command fails with one line that contains `part` and leaves no file behind.
+/// What the kernels are chosen by and what they are, as text and as JSON.
+#[test]
+fn cpu_info_names_the_variant_in_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = mxrewrite(folder.path(), &["--cpu-info"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let shown = text(&out.stdout);
+    let out = mxrewrite(folder.path(), &["--cpu-info", "--json"]);
+    let value: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let chosen = value["variant"].as_str().unwrap();
+    assert!(shown.contains(&format!("variant in use: {chosen}\n")), "{shown}");
+    let variants = value["variants"].as_array().unwrap();
+    let runs = |v: &&Value| v["runs"] == true;
+    assert_eq!(
+        variants.iter().find(runs).unwrap()["name"],
+        chosen,
+        "the first that runs is in use"
+    );
+    assert_eq!(variants.last().unwrap()["name"], "scalar");
+    let products = value["products"].as_array().unwrap();
+    assert_eq!(products.len(), 12, "six formats, quantised and weight-only");
+    assert!(products.iter().all(|p| p["kernels"][0]["from_m"] == 1));
+
+    let forced = Command::new(support::mxrewrite())
+        .current_dir(folder.path())
+        .args(["--cpu-info", "--json"])
+        .env("MX_CPU_VARIANT", "scalar")
+        .output()
+        .unwrap();
+    let value: Value = serde_json::from_slice(&forced.stdout).unwrap();
+    assert_eq!(value["variant"], "scalar");
+    assert_eq!(mxrewrite(folder.path(), &["--cpu-info", "model.onnx"]).status.code(), Some(2));
+    assert_eq!(mxrewrite(folder.path(), &["--cpu-info", "--plan"]).status.code(), Some(2));
+}
+
 fn refused(folder: &Path, input: &str, part: &str) {
     let before = files(folder);
     let done = mxrewrite(folder, &[input, "-o", "out.onnx"]);

@@ -6,12 +6,17 @@ use std::process::Command;
 use crate::support;
 
 fn python(script: &str, args: &[&str]) {
+    python_with(script, args, &[]);
+}
+
+fn python_with(script: &str, args: &[&str], variables: &[(&str, &str)]) {
     let Some((python, library)) = support::python_and_library() else { return };
     let out = Command::new(python)
         .arg(support::root().join("tests/python").join(script))
         .args(args)
         .env("MX_CUSTOM_OPS", library)
         .env("PYTHONDONTWRITEBYTECODE", "1")
+        .envs(variables.iter().copied())
         .output()
         .expect("the Python interpreter was probed before");
     let stdout = String::from_utf8_lossy(&out.stdout);
@@ -27,6 +32,12 @@ fn python(script: &str, args: &[&str]) {
 #[test]
 fn values_match_the_emulation() {
     python("test_custom_ops.py", &["values"]);
+}
+
+/// The kernels that read the file's layout, which is what weights that are no constants take too.
+#[test]
+fn values_match_without_repacking() {
+    python_with("test_custom_ops.py", &["values", "special"], &[("MX_CPU_REPACK", "0")]);
 }
 
 #[test]

@@ -58,6 +58,9 @@ impl Config {
     }
 }
 
+/// The variants besides this one, as `MX_CPU_VARIANT` names them.
+const OTHERS: [&str; 6] = ["avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "scalar"];
+
 /// Whether the processor has AMX's bfloat16 tiles and the system lets this process use them.
 pub(crate) fn detect() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
@@ -66,7 +69,8 @@ pub(crate) fn detect() -> bool {
         let (bf16, tile) = (features >> 22 & 1, features >> 24 & 1);
         // The permission is the whole process's and makes signal frames larger, so it is not asked for
         // where another variant is wanted.
-        let wanted = std::env::var("MX_CPU_VARIANT").map_or(true, |wish| wish == "amx");
+        let wish = std::env::var("MX_CPU_VARIANT").unwrap_or_default();
+        let wanted = !OTHERS.contains(&wish.as_str());
         bf16 == 1 && tile == 1 && wanted && permitted()
     })
 }
