@@ -193,13 +193,10 @@ fn settle<'a>(
     most: i32,
     scales: impl Iterator<Item = &'a mut u8>,
 ) -> (Row, i16) {
-    if least > most && kind == Row::Plain {
-        // Nothing but zeros.
-        return (kind, 0);
-    }
-    let ordinary = UNSHIFTED.contains(&least) && UNSHIFTED.contains(&most);
+    // Nothing but zeros has no exponents.
+    let ordinary = least > most || UNSHIFTED.contains(&least) && UNSHIFTED.contains(&most);
     let shift = if ordinary { 0 } else { -most };
-    if kind == Row::Plain && !WINDOW.contains(&(least + shift)) {
+    if kind == Row::Plain && !ordinary && !WINDOW.contains(&(least + shift)) {
         kind = Row::Exact;
     }
     if kind != Row::Plain {
