@@ -365,8 +365,8 @@ impl Rows {
             let unit = self.base.reference.unit;
             weight *= unit;
             let heavy = weight > 1.0 + self.base.rest;
-            let chunk = heavy
-                .then(|| (weight, unit * weighed_difference(base, this, p_base.as_ptr())));
+            let chunk =
+                heavy.then(|| (weight, unit * weighed_difference(base, this, p_base.as_ptr())));
             self.cross.recentre::<L>(chunk, &self.base, &self.this)?;
             if !heavy {
                 self.cross.since = weight;
