@@ -238,3 +238,17 @@ fn certain_baselines_keep_their_digits() {
         }
     }
 }
+
+/// The sums where one term is all there is, near where they change from powers to exponentials too.
+#[test]
+fn a_single_term_of_any_size() {
+    let mut random = Random(25);
+    for step in 0..600 {
+        let size = 0.05 + 0.0041 * step as f32;
+        let moved = if step % 5 == 0 { -size } else { size };
+        let base = random.normals(2000);
+        let mut this = base.clone();
+        this[random.below(2000)] += moved;
+        assert_kl(&base, &this, 0.0, &format!("one token by {moved}"));
+    }
+}
