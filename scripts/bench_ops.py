@@ -12,7 +12,8 @@ weight comes from memory, as a model's layers do. --no-rotate: one node, whateve
 every contender once, so that a slow moment of the machine hits all of them; the table shows medians.
 
 Every session has the same options: its own threads, which stop spinning when a run is over. Peers take X in float32.
---clock cpu takes the CPU time of all threads over their number: the figure for a machine that others use too.
+--clock cpu takes the CPU time of all threads over their number, the memory's bandwidth included: the figure for a
+machine that others use too.
 Ratios are the peer's time over ours: more than 1 is faster than the peer. Each contender's output is compared with
 the product of its dequantised operands in float64 first, at 32 output features of every copy.
 
@@ -69,8 +70,14 @@ def processor() -> str:
     return f"{find('model name') or platform.processor()}, {os.cpu_count()} logical CPUs, {' '.join(f for f in names if f in flags)}"
 
 
-def read_bandwidth(threads: int, size: int) -> float:
-    """Bytes a second that so many calls of memchr read at the same time."""
+def since(start: tuple[float, float], clock: str, threads: int) -> float:
+    """Seconds since `start`, a wall clock's and CPU seconds: of the wall clock, or of the CPU for each thread."""
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    return wall if clock == "wall" else cpu / threads
+
+
+def read_bandwidth(threads: int, size: int, clock: str) -> float:
+    """Bytes a second that so many calls of memchr read at the same time, by the clock of the operators."""
     data = np.ones(size, np.uint8)
     memchr = ctypes.CDLL(None).memchr
     memchr.restype, memchr.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -78,10 +85,10 @@ def read_bandwidth(threads: int, size: int) -> float:
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(8):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             calls = [pool.submit(memchr, data.ctypes.data + i * share, 7, share) for i in range(threads)]
             assert not any(c.result() for c in calls)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, since(start, clock, threads))
     return share * threads / best
 
 
@@ -114,11 +121,11 @@ class Running:
         self.seconds: list[float] = []
 
     def run(self, clock: str, keep: bool = True) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter(), time.process_time()
         self.session.run_with_iobinding(self.binding)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        seconds = since(start, clock, self.threads)
         if keep:
-            self.seconds.append((wall if clock == "wall" else cpu / self.threads) / self.copies)
+            self.seconds.append(seconds / self.copies)
 
     def check(self, rng) -> float:
         """Error of the bound outputs over their size, root mean square; raises where it is too large."""
@@ -239,7 +246,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     rng = np.random.default_rng(0)
-    bandwidth = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20)) for t in args.threads}
+    bandwidth = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20), args.clock) for t in args.threads}
     head = dict(
         machine=processor(), platform=platform.platform(), onnxruntime=ort.__version__, numpy=np.__version__, library=str(args.library),
         date=str(datetime.date.today()), MX_CPU_VARIANT=os.environ.get("MX_CPU_VARIANT"), rounds=args.rounds, clock=args.clock, cache_bytes=args.cache,
@@ -253,7 +260,7 @@ def main() -> int:
     for k, n in args.shapes:
         records += bench_shape(args, k, n, rng, bandwidth)
     # Against a machine that was busy at the start.
-    after = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20)) for t in args.threads}
+    after = {t: read_bandwidth(t, max(8 * args.cache, 64 << 20), args.clock) for t in args.threads}
     print("\nmemory read after: " + ", ".join(f"{t} thread{'s' * (t > 1)} {b / 1e9:.1f} GB/s" for t, b in after.items()))
     print(f"largest error against the dequantised product: ours {max((r['error'] for r in records if not r['peer']), default=0):.2g}", end="")
     print(f", peers {max((r['error'] for r in records if r['peer']), default=0):.2g} (they round X to 8 bits)")

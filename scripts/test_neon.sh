@@ -105,6 +105,10 @@ run_tests() { # run_tests HEADING REQUIRED RUNNER TEST...
         echo "failed: $heading" >&2
         exit 1
     fi
+    if ! grep -Eq '^test result: .* [1-9][0-9]* passed' "$log"; then
+        echo "failed: $heading: no test ran${*:+ that is named} $*" >&2
+        exit 1
+    fi
     echo "$heading:"
     sed -n 's/^test result: /    /p' "$log"
     grep -E '^(variant|instructions) ' "$log" | sort | uniq -c | sed 's/^ *\([0-9]*\) \(.*\)/    \2 (\1 tests)/' || true

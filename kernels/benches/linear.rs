@@ -117,7 +117,8 @@ fn main() {
     let clock = Clock::from_env();
     for threads in THREADS {
         let read = common::read_bandwidth(clock, threads) / 1e9;
-        println!("memory read with {threads} threads: {read:.1} GB/s");
+        let each = read / threads as f64;
+        println!("memory read with {threads} threads: {read:.1} GB/s, {each:.1} per core");
     }
     let pools = THREADS.map(Pool::new);
     let mut criterion = common::clock::criterion();

@@ -42,8 +42,17 @@ const LOGITS_PER_TASK: usize = 16_384;
 /// Scores every row of `logits` [rows, vocab] against its label.
 ///
 /// Every score is within 1e-6 of float64's, relatively, near-certain labels and nearly equal rows
-/// included: the largest logit's exponential stays out of the sums. Less than 2^-126 of the largest
-/// probability counts as 0, and so does a logit of -inf. A row with NaN or without any finite largest
+/// included, but for what these floors allow:
+/// - Less than 2^-125 of a row's largest probability may count as 0, so that nll and entropy may be
+///   2^-118 short for every such token. A label's own logit always counts.
+/// - kl is the sum in f64 as its definition writes it, which keeps an absolute 1e-13, where a logit
+///   is above 20,000 or a largest one below -20,000, where a row's logits are some 700 apart, where this
+///   row rules out (-inf) what the baseline does not, and where the baseline rules out the first 512
+///   tokens or more that this row does not. Elsewhere tokens of less than 2^-125 are all that it lacks.
+/// - What is less than 2^-126 is a subnormal f32, with its digits.
+///
+/// A logit of -inf has probability 0; kl is infinite where this row gives 0 to a token of at least
+/// 2^-125 of the baseline's largest probability. A row with NaN or without any finite largest
 /// logit scores NaN (entropy and kl too) with top1 -1, or the first +inf. The same row has the same
 /// bits, whatever the threads.
 ///

@@ -1,4 +1,4 @@
-//! Wall clock or CPU time as a measurement of criterion, with GF/s and GB/s.
+//! Wall clock or CPU time as a measurement of criterion, with GF/s and GB/s (of the CPU: per core).
 
 use std::time::Instant;
 
@@ -85,11 +85,19 @@ impl Measurement for Clock {
     }
 
     fn formatter(&self) -> &dyn ValueFormatter {
-        &Units
+        match self {
+            Self::Wall => &Units { flops: "GF/s", bytes: "GB/s" },
+            // The time is that of all threads.
+            Self::Cpu => &Units { flops: "GF/s per core", bytes: "GB/s per core" },
+        }
     }
 }
 
-struct Units;
+/// Names of the rates.
+struct Units {
+    flops: &'static str,
+    bytes: &'static str,
+}
 
 impl ValueFormatter for Units {
     fn scale_values(&self, typical: f64, values: &mut [f64]) -> &'static str {
@@ -100,8 +108,10 @@ impl ValueFormatter for Units {
 
     fn scale_throughputs(&self, _: f64, what: &Throughput, values: &mut [f64]) -> &'static str {
         let (amount, unit) = match *what {
-            Throughput::Elements(flops) => (flops as f64, "GF/s"),
-            Throughput::Bytes(bytes) | Throughput::BytesDecimal(bytes) => (bytes as f64, "GB/s"),
+            Throughput::Elements(flops) => (flops as f64, self.flops),
+            Throughput::Bytes(bytes) | Throughput::BytesDecimal(bytes) => {
+                (bytes as f64, self.bytes)
+            }
             _ => (f64::NAN, "(no unit)"),
         };
         values.iter_mut().for_each(|v| *v = amount / *v / 1e9);

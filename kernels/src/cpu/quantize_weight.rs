@@ -33,7 +33,9 @@ pub(crate) fn quantize_weight(
     let rows = codes.len() / spec.row_bytes(k);
     check_len("codes", codes.len(), spec.codes_len(rows, k))?;
     check_len("scales", scales.len(), spec.scales_len(rows, k))?;
-    check_len("rows", n.saturating_sub(first).min(rows), rows)?;
+    if first > n || rows > n - first {
+        check_len("rows", n, first.saturating_add(rows))?;
+    }
     let quant = RowQuant::new(*spec);
     if weight.transposed {
         columns(kernels, &quant, weight, first, codes, scales);

@@ -42,7 +42,7 @@ pub(super) unsafe fn widen<L: Lanes, T: Logit>(values: &[T], out: &mut [f32; CHU
 ///
 /// exp(v) = 2^n * 2^f with n = round(v * log2(e)); a kernel computes 2^(n - N) * 2^f, where N is n of
 /// the largest logit. So no difference is rounded before it goes into the exponential. log2(e) in
-/// f32 is too large by `DRIFT` of itself, which the sums put right.
+/// f32 is 1.3e-8 of itself too small ([`drift`]), which the sums put right.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reference {
     pub max: f32,
@@ -61,7 +61,7 @@ const LOG2_E_F32: f32 = LOG2_E as f32;
 const LN2_HIGH: f32 = 0.693_359_4;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 
-/// How much too large the kernels' log2(e) is, relatively.
+/// How far the kernels' log2(e) is off, relatively: less than 0, for it is too small.
 #[inline(always)]
 pub(super) fn drift<L: Lanes>() -> f64 {
     if L::FUSED { LOG2_E_F32 as f64 / LOG2_E - 1.0 } else { 0.0 }
@@ -292,6 +292,20 @@ impl Softmax {
         self.weighted += self.reference.unit * weighted;
         self.open = [0.0; 16];
         self.open_weighted = [0.0; 16];
+    }
+
+    /// [`Softmax::close`] where the logits were not weighed; gives what an open term is multiplied by.
+    ///
+    /// What `drift` takes is guessed. Where it matters, in tiny sums, no logit is above the sum's
+    /// logarithm, and the largest is not further below it than that of the vocabulary.
+    #[inline(always)]
+    pub(super) fn close_unweighed<L: Lanes>(&mut self) -> f64 {
+        let sum = self.reference.unit * self.open.iter().sum::<f64>();
+        let logit = if sum > 0.0 { sum.ln().min(0.0) } else { 0.0 };
+        let right = 1.0 - drift::<L>() * logit;
+        self.rest += right * sum;
+        self.open = [0.0; 16];
+        right * self.reference.unit
     }
 
     /// Looks for the largest of a chunk that begins at `start`, makes it the row's and takes it out

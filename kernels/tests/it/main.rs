@@ -9,4 +9,5 @@ mod golden;
 mod linear;
 mod quantize;
 mod scores;
+mod scores_kl;
 mod variant;

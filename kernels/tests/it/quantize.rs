@@ -152,8 +152,12 @@ fn stored_weights_become_the_references_bytes() {
     }
 }
 
+/// [n, k]; with tails of blocks, of sixteen columns, and of strips of 256.
+const SHAPES: [(usize, usize); 6] =
+    [(1, 1), (7, 40), (16, 64), (83, 300), (256 + 16 + 5, 300), (512, 70)];
+
 fn check_stored(variant: &str, spec: &QuantSpec, float_type: FloatType, random: &mut Random) {
-    for (n, k) in [(1, 1), (7, 40), (16, 64), (83, 300)] {
+    for (n, k) in SHAPES {
         let mut x = nasty(random, n * k);
         for v in &mut x {
             *v = match float_type {
@@ -169,7 +173,7 @@ fn check_stored(variant: &str, spec: &QuantSpec, float_type: FloatType, random: 
         for transposed in [false, true] {
             let bytes = Guarded::new(&stored(&x, k, float_type, transposed));
             let weight = StoredWeight { bytes: &bytes.get()[1..], float_type, n, k, transposed };
-            for (first, rows) in [(0, n), (n / 3, n - n / 3), (n / 2, 1)] {
+            for (first, rows) in [(0, n), (n / 50, n - n / 50), (n / 3, n - n / 3), (n / 2, 1)] {
                 let (row, row_scales) = (spec.row_bytes(k), spec.blocks(k));
                 let mut codes = Guarded::new(&vec![0xaa; rows * row]);
                 let mut scales = Guarded::new(&vec![0xaa; rows * row_scales]);
@@ -184,23 +188,31 @@ fn check_stored(variant: &str, spec: &QuantSpec, float_type: FloatType, random: 
     }
 }
 
-/// The conversion in front of the kernels is half's, for every finite f16 there is.
+/// Every finite f16 is what half says it is, by rows, and sixteen columns at a time: in blocks of
+/// neighbours, and in blocks of its own, where the most of it is seen.
 #[test]
 fn every_f16_is_widened_exactly() {
-    let x: Vec<half::f16> =
-        (0..=u16::MAX).map(half::f16::from_bits).filter(|v| v.is_finite()).collect();
-    let wide: Vec<f32> = x.iter().map(|v| v.to_f32()).collect();
-    let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let x: Vec<f32> = (0..=u16::MAX)
+        .map(half::f16::from_bits)
+        .filter(|v| v.is_finite())
+        .map(half::f16::to_f32)
+        .collect();
     let spec = QuantSpec::mx(ElementFormat::MxInt8).unwrap();
-    let k = x.len();
-    let (n, s) = (spec.codes_len(1, k), spec.scales_len(1, k));
-    let (mut a, mut b) = ((vec![0; n], vec![0; s]), (vec![0; n], vec![0; s]));
-    reference::quantize_rows(&spec, &wide, 1, k, &mut a.0, &mut a.1).unwrap();
-    for variant in variants() {
-        let (float_type, transposed) = (FloatType::F16, true);
-        let weight = StoredWeight { bytes: &bytes, float_type, n: 1, k, transposed };
-        forced::quantize_weight(variant, &spec, &weight, 0, &mut b.0, &mut b.1).unwrap();
-        assert_eq!(a, b, "{variant}");
+    for k in [128, 1] {
+        let n = x.len() / k;
+        assert!(n * k == x.len() && n.is_multiple_of(16));
+        let (len, scales) = (spec.codes_len(n, k), spec.scales_len(n, k));
+        let (mut a, mut b) = ((vec![0; len], vec![0; scales]), (vec![0; len], vec![0; scales]));
+        reference::quantize_rows(&spec, &x, n, k, &mut a.0, &mut a.1).unwrap();
+        for transposed in [false, true] {
+            let bytes = &stored(&x, k, FloatType::F16, transposed)[1..];
+            let weight = StoredWeight { bytes, float_type: FloatType::F16, n, k, transposed };
+            for variant in variants() {
+                forced::quantize_weight(variant, &spec, &weight, 0, &mut b.0, &mut b.1).unwrap();
+                // Not as assert_eq: a failure would print megabytes.
+                assert!(a == b, "{variant}, k {k}, transposed {transposed}");
+            }
+        }
     }
 }
 
@@ -217,6 +229,12 @@ fn parts_that_a_weight_does_not_have_are_refused() {
     assert_eq!(run(&spec, &good, 1, 3), Ok(()));
     assert!(run(&spec, &good, 1, 4).is_err());
     assert!(run(&spec, &good, usize::MAX, 1).is_err());
+    for transposed in [true, false] {
+        let weight = StoredWeight { transposed, ..good };
+        assert_eq!(run(&spec, &weight, 4, 0), Ok(()));
+        assert!(run(&spec, &weight, 5, 0).is_err());
+        assert!(run(&spec, &weight, usize::MAX, 0).is_err());
+    }
     assert!(run(&spec, &StoredWeight { n: 5, ..good }, 0, 1).is_err());
     assert!(run(&spec, &StoredWeight { n: usize::MAX, ..good }, 0, 1).is_err());
     assert!(run(&spec, &StoredWeight { k: 0, ..good }, 0, 1).is_err());

@@ -182,11 +182,20 @@ fn bad_labels_and_shapes_are_errors() {
     assert!(run(Float::F32(&[]), &[], 0, None, &Serial).is_err());
 }
 
-/// Less than 2^-126 of the largest probability counts as 0, and there are up to 151,936 of those.
-const TINY: f64 = 1e-31;
+/// What nll and entropy may lack: 2^-118 for each token of less than 2^-125 of the largest probability,
+/// and half a subnormal f32. One value a row.
+fn floors(logits: &[f32], vocab: usize) -> Vec<f64> {
+    let floor = |row: &[f32]| {
+        let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let counts = -125.0 * std::f64::consts::LN_2;
+        let small = |v: &&f32| v.is_finite() && f64::from(**v) - max < counts;
+        row.iter().filter(small).count() as f64 * 2f64.powi(-118) + 1e-45
+    };
+    logits.chunks(vocab).map(floor).collect()
+}
 
-fn assert_all_near(got: &[f32], want: &[f32], floor: f64, what: &str) {
-    for (row, (&got, &want)) in got.iter().zip(want).enumerate() {
+fn assert_all_near(got: &[f32], want: &[f32], floors: &[f64], what: &str) {
+    for (row, ((&got, &want), &floor)) in got.iter().zip(want).zip(floors).enumerate() {
         if want.is_finite() {
             assert_near_by(got, f64::from(want), floor, &format!("{what} of row {row}"));
         } else {
@@ -204,26 +213,23 @@ fn assert_near_by(got: f32, want: f64, floor: f64, what: &str) {
 
 /// Every variant against f64, one shape of data.
 fn assert_variants(logits: &[f32], base: &[f32], labels: &[i64], vocab: usize, what: &str) {
+    let (tiny, base_tiny) = (floors(logits, vocab), floors(base, vocab));
     for variant in variants() {
         let (logits, base) = (Float::F32(logits), Some(Float::F32(base)));
         let by = |v, base| run_by(Some(v), logits, labels, vocab, base, &Serial).unwrap();
         let (got, want) = (by(variant, base), by("exact", base));
         let what = format!("{variant}, {what}");
-        assert_all_near(&got.nll, &want.nll, TINY, &format!("{what}: nll"));
-        assert_all_near(&got.entropy, &want.entropy, TINY, &format!("{what}: entropy"));
+        assert_all_near(&got.nll, &want.nll, &tiny, &format!("{what}: nll"));
+        assert_all_near(&got.entropy, &want.entropy, &tiny, &format!("{what}: entropy"));
         assert_eq!(got.top1, want.top1, "{what}");
         // The definition cancels in f64.
-        assert_all_near(&got.kl, &want.kl, 1e-13, &format!("{what}: kl"));
-        assert_all_near(
-            &got.baseline_nll,
-            &want.baseline_nll,
-            TINY,
-            &format!("{what}: baseline nll"),
-        );
+        assert_all_near(&got.kl, &want.kl, &vec![1e-13; labels.len()], &format!("{what}: kl"));
+        let of_base = (&got.baseline_nll, &want.baseline_nll);
+        assert_all_near(of_base.0, of_base.1, &base_tiny, &format!("{what}: baseline nll"));
         // Without a baseline another kernel runs: the same scores within rounding.
         let alone = by(variant, None);
-        assert_all_near(&alone.nll, &want.nll, TINY, &format!("{what}: nll alone"));
-        assert_all_near(&alone.entropy, &want.entropy, TINY, &format!("{what}: entropy alone"));
+        assert_all_near(&alone.nll, &want.nll, &tiny, &format!("{what}: nll alone"));
+        assert_all_near(&alone.entropy, &want.entropy, &tiny, &format!("{what}: entropy alone"));
         assert_eq!(alone.top1, want.top1, "{what}");
     }
 }
@@ -270,13 +276,19 @@ fn near_certain_labels_of_large_vocabularies() {
             let what = format!("gap {gap}, noise {noise}");
             assert_variants(&logits, &base, &[best as i64], vocab, &what);
             let half: Vec<f16> = logits.iter().map(|&v| f16::from_f32(v)).collect();
+            let tiny = floors(&logits, vocab);
             for variant in variants() {
                 let by = |v, l| run_by(Some(v), l, &[best as i64], vocab, None, &Serial).unwrap();
                 let (got, want) = (by(variant, Float::F16(&half)), by("exact", Float::F16(&half)));
-                assert_all_near(&got.nll, &want.nll, TINY, &format!("{variant}, f16, {what}"));
+                assert_all_near(&got.nll, &want.nll, &tiny, &format!("{variant}, f16, {what}"));
             }
         }
     }
+}
+
+fn best(row: &[f32]) -> i64 {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    row.iter().position(|&v| v == max).unwrap_or(0) as i64
 }
 
 #[test]
@@ -305,8 +317,12 @@ fn extremes_are_those_of_f64() {
                 places.iter().for_each(|&(at, v)| row[at] = v);
                 row
             };
-            let what = format!("cases {i} and {j}");
-            assert_variants(&row(case), &row(other), &[600], vocab, &what);
+            let (this, base) = (row(case), row(other));
+            // A token that is like most, and each row's best: tiny likelihoods.
+            for label in [600, best(&this), best(&base)] {
+                let what = format!("cases {i} and {j}, label {label}");
+                assert_variants(&this, &base, &[label], vocab, &what);
+            }
         }
         let nothing = vec![-inf; vocab];
         let mut row = nothing.clone();
