@@ -38,7 +38,7 @@ pub(crate) struct IntegerKernels {
 pub(crate) struct Bf16Kernels {
     /// From codes, by [`float_index`], by rows of x; x in one part.
     pub one: [&'static [Dot]; 5],
-    /// The same for x in two parts.
+    /// The same for x in two parts; empty where fp32 is faster for a few rows.
     pub two: [&'static [Dot]; 5],
     pub decode: [Decode; 5],
     /// Panels that a tile spans.
@@ -173,6 +173,10 @@ pub(crate) mod x86 {
                 // SAFETY: the caller's promise is passed on.
                 unsafe { x86_bf16::dot::<C, MR, P>(args) }
             }
+            unsafe fn dot_f32<const MR: usize>(args: &DotArgs) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_bf16::dot_f32::<MR>(args) }
+            }
             unsafe fn tile<const MR: usize>(args: &DotArgs, panel_stride: usize) {
                 // SAFETY: the caller's promise is passed on.
                 unsafe { x86_bf16::tile::<MR, 2>(args, panel_stride) }
@@ -237,9 +241,12 @@ pub(crate) mod x86 {
 
         pub(crate) static AVX512: Bf16Kernels = KERNELS;
 
+        /// On Intel x in two parts is slower than fp32 for e2m1, whose values a register holds.
+        const TWO: [&[Dot]; 5] = [two::<E4M3>(), two::<E5M2>(), two::<E3M2>(), two::<FE2M3>(), &[]];
+
         /// Without panels.
         pub(crate) static FEW_ROWS: Bf16Kernels =
-            Bf16Kernels { tiles: &[], code_rows: 2, ..KERNELS };
+            Bf16Kernels { two: TWO, tiles: &[], code_rows: 2, ..KERNELS };
 
         /// With AMX's tiles. Intel's vector instruction for bfloat16 is slower than its multiply-add, so
         /// only a row or two go through it.
@@ -278,6 +285,7 @@ pub(crate) mod x86 {
                 x86_amx::tile::<31>,
                 x86_amx::tile::<32>,
             ],
+            two: TWO,
             code_rows: 2,
             integer_rows: 8,
             parts: true,
@@ -286,7 +294,13 @@ pub(crate) mod x86 {
 
         pub(crate) static FLOATS: FloatKernels = FloatKernels {
             // For rows that do not go through bfloat16; whoever has this has AVX2.
-            dots: avx2::DOTS,
+            dots: [
+                avx2::DOTS[0],
+                avx2::DOTS[1],
+                avx2::DOTS[2],
+                avx2::DOTS[3],
+                &[dot_f32::<1>, dot_f32::<2>, dot_f32::<3>, dot_f32::<4>],
+            ],
             decode: [
                 decode_f32::<E4M3>,
                 decode_f32::<E5M2>,

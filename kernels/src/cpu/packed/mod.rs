@@ -150,7 +150,8 @@ impl PackedKernels {
             if exact && m <= kernels[index].len().min(bf16.code_rows) {
                 return Some(Path::Bf16Codes(parts));
             }
-            if exact && !bf16.tiles.is_empty() && (parts == 1 || bf16.parts) {
+            let few = m <= FLOAT_ROWS && kernels[index].is_empty();
+            if exact && !few && !bf16.tiles.is_empty() && (parts == 1 || bf16.parts) {
                 return Some(Path::Bf16Panels(parts));
             }
         }

@@ -35,8 +35,9 @@ pub(crate) struct Tables {
     /// shorter codes with their signs.
     pub high: [u8; 128],
     pub low: [u8; 128],
-    /// The value of a code of four bits as bfloat16.
+    /// The value of a code of four bits as bfloat16, and as f32.
     pub words: [u16; 32],
+    pub floats: [f32; 16],
 }
 
 impl Tables {
@@ -52,6 +53,7 @@ impl Tables {
             high: std::array::from_fn(|i| (bf16(i) >> 8) as u8),
             low: std::array::from_fn(|i| bf16(i) as u8),
             words: std::array::from_fn(bf16),
+            floats: std::array::from_fn(value),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use super::{
     super::panel::PANEL,
     integer::DotArgs,
-    layout::{BLOCK, block_bytes},
+    layout::{BLOCK, ORDER, block_bytes},
     tables::Tables,
     x86_integer::six_512,
 };
@@ -157,6 +157,58 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
                             let sum = &mut acc[r][if MR <= 2 { j } else { 0 }];
                             *sum = dp(*sum, pairs[j], x);
                         }
+                    }
+                }
+            }
+            let scales = _mm_loadu_si128(args.scales.add(b * PANEL).cast());
+            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
+            for r in 0..MR {
+                let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
+                let mut acc = acc[r];
+                if MR <= 2 {
+                    acc[0] = _mm512_add_ps(acc[0], acc[1]);
+                    acc[2] = _mm512_add_ps(acc[2], acc[3]);
+                    acc[0] = _mm512_add_ps(acc[0], acc[2]);
+                }
+                let scale = _mm512_castsi512_ps(_mm512_add_epi32(scales, x_scale));
+                sums[r] = _mm512_fmadd_ps(acc[0], scale, sums[r]);
+            }
+        }
+        for r in 0..MR {
+            add_to(args.c.add(r * args.ldc), sums[r], args.add);
+        }
+    }
+}
+
+/// [`dot`] of e2m1 with x in f32, for machines whose instruction for bfloat16 is slow: a code of four bits
+/// is the index of its value in a register.
+///
+/// # Safety
+/// avx512f is there; everything in `args` holds MR rows and `args.blocks` blocks.
+#[inline(always)]
+pub(crate) unsafe fn dot_f32<const MR: usize>(args: &DotArgs) {
+    // SAFETY: all offsets stay within what the caller vouches for.
+    unsafe {
+        let table = _mm512_loadu_ps((*args.tables).floats.as_ptr());
+        let mut sums = [_mm512_setzero_ps(); MR];
+        for b in 0..args.blocks {
+            let w = args.w.add(b * block_bytes(ElementFormat::Fp4E2M1));
+            let x = args.x.add(b * MR * 4 * BLOCK).cast::<f32>();
+            for line in 0..4 {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
+            }
+            // With few rows the sums of a block are four chains, as each waits for itself.
+            let mut acc = [[_mm512_setzero_ps(); 4]; MR];
+            for c in 0..4 {
+                let mut codes = _mm512_load_si512(w.add(64 * c).cast());
+                for nibble in 0..8 {
+                    let values = _mm512_permutexvar_ps(codes, table);
+                    codes = _mm512_srli_epi32::<4>(codes);
+                    let k = 8 * c + 4 * (nibble % 2) + ORDER[nibble / 2];
+                    for r in 0..MR {
+                        let x = _mm512_set1_ps(*x.add(r * BLOCK + k));
+                        let sum = &mut acc[r][if MR <= 2 { nibble % 4 } else { 0 }];
+                        *sum = _mm512_fmadd_ps(values, x, *sum);
                     }
                 }
             }
