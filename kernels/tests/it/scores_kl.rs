@@ -258,3 +258,16 @@ fn a_single_term_of_any_size() {
         assert_kl(&base, &this, 0.0, &format!("one token by {moved}"));
     }
 }
+
+/// No logit after the first chunk is larger, so that weight alone says when the mean is taken anew.
+#[test]
+fn a_first_chunk_that_is_not_typical() {
+    let mut random = Random(26);
+    let mut base: Vec<f32> = (0..151_936).map(|_| 0.5 * random.normal()).collect();
+    base[0] = 6.0;
+    for by in [0.11, 0.3, 0.7, -0.7, 0.95, 1.7] {
+        let mut this = base.clone();
+        this[512..].iter_mut().for_each(|v| *v += by);
+        assert_kl(&base, &this, 0.0, &format!("a first chunk {by} off"));
+    }
+}
