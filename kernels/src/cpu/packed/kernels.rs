@@ -181,7 +181,7 @@ pub(crate) mod x86 {
                 // SAFETY: the caller's promise is passed on.
                 unsafe { x86_bf16::tile::<MR, 2>(args, panel_stride) }
             }
-            unsafe fn decode<C: Format>(
+            unsafe fn decode<C: Format, const F32: bool>(
                 tables: *const Tables,
                 codes: *const u8,
                 scales: *const u8,
@@ -189,18 +189,18 @@ pub(crate) mod x86 {
                 out: *mut u8,
             ) {
                 // SAFETY: the caller's promise is passed on.
-                unsafe { x86_bf16::decode::<C>(tables, codes, scales, blocks, out) }
+                unsafe { x86_bf16::decode::<C, F32>(tables, codes, scales, blocks, out) }
             }
-            unsafe fn decode_f32<C: Format>(
-                tables: *const Tables,
-                codes: *const u8,
-                scales: *const u8,
-                blocks: usize,
-                out: *mut u8,
-            ) {
-                // SAFETY: the caller's promise is passed on.
-                unsafe { x86_bf16::decode_f32::<C>(tables, codes, scales, blocks, out) }
-            }
+        }
+
+        const fn decoders<const F32: bool>() -> [Decode; 5] {
+            [
+                decode::<E4M3, F32>,
+                decode::<E5M2, F32>,
+                decode::<E3M2, F32>,
+                decode::<FE2M3, F32>,
+                decode::<FE2M1, F32>,
+            ]
         }
 
         const fn one<C: Format>() -> &'static [Dot] {
@@ -222,13 +222,7 @@ pub(crate) mod x86 {
         const KERNELS: Bf16Kernels = Bf16Kernels {
             one: [one::<E4M3>(), one::<E5M2>(), one::<E3M2>(), one::<FE2M3>(), one::<FE2M1>()],
             two: [two::<E4M3>(), two::<E5M2>(), two::<E3M2>(), two::<FE2M3>(), two::<FE2M1>()],
-            decode: [
-                decode::<E4M3>,
-                decode::<E5M2>,
-                decode::<E3M2>,
-                decode::<FE2M3>,
-                decode::<FE2M1>,
-            ],
+            decode: decoders::<false>(),
             panels: 2,
             tiles: &[
                 tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>, tile::<6>, tile::<7>,
@@ -301,13 +295,7 @@ pub(crate) mod x86 {
                 avx2::DOTS[3],
                 &[dot_f32::<1>, dot_f32::<2>, dot_f32::<3>, dot_f32::<4>],
             ],
-            decode: [
-                decode_f32::<E4M3>,
-                decode_f32::<E5M2>,
-                decode_f32::<E3M2>,
-                decode_f32::<FE2M3>,
-                decode_f32::<FE2M1>,
-            ],
+            decode: decoders::<true>(),
         };
     }
 

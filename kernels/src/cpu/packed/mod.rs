@@ -50,8 +50,8 @@ pub struct PreparedWeight {
 impl PreparedWeight {
     /// Repacks `w` for problems like `problem` on the threads of `par`; `None` where this machine has
     /// no kernel that would use it: `mxint8` without integer products, blocks of 16, scales other than
-    /// `e8m0`, fewer than eight features, and more than one row in 512 whose scales span over 2^80 or that
-    /// has infinities.
+    /// `e8m0`, fewer than eight features, and more than one row in 512 whose scales are over 2^40 apart or
+    /// that has infinities.
     pub fn new(problem: &LinearProblem, w: &PackedWeight<'_>, par: &dyn Parallel) -> Option<Self> {
         Self::with(super::kernels(), problem, w, par)
     }

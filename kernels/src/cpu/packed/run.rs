@@ -87,6 +87,7 @@ pub(crate) fn linear(
         let rows = end - row0;
         let tiles = Tiles { rows, most: way.most };
         let bytes = rows * row_bytes + tiles.count() * GAP;
+        let specials = if prepared.layout.special { rows } else { 0 };
         let out = Output::of(&mut y);
         let done = scratch::for_call(bytes.div_ceil(4), |buffer| {
             let call = Call {
@@ -99,7 +100,7 @@ pub(crate) fn linear(
                 row0,
                 tiles,
                 data: buffer.as_mut_ptr().cast(),
-                exact: (0..rows).map(|_| OnceLock::new()).collect(),
+                exact: (0..specials).map(|_| OnceLock::new()).collect(),
                 states: Vec::new(),
                 bias: &scaled_bias,
                 y: &out,
@@ -128,7 +129,7 @@ pub(super) struct Call<'a> {
     pub tiles: Tiles,
     /// [tile][block][row] elements with a [`GAP`] behind each tile, then scales, then sums.
     pub data: *mut u8,
-    /// Rows of x in f64, made where they are needed for rows of the weight.
+    /// Rows of x in f64, made where rows of the weight need them; none where the weight has no such row.
     pub exact: Vec<OnceLock<Vec<f64>>>,
     pub states: Vec<Row>,
     /// beta * bias, or zeros.

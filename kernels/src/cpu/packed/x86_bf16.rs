@@ -146,7 +146,6 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
             for line in 0..block_bytes(C::FORMAT) / 64 {
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
             }
-            // With few rows the sums of a block are four chains, as each waits for itself.
             let mut acc = [[_mm512_setzero_ps(); 4]; MR];
             for c in 0..4 {
                 let pairs = look.eight::<C>(w, c);
@@ -154,28 +153,44 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
                     for part in 0..P {
                         for r in 0..MR {
                             let x = x.add((part * MR + r) * 2 * BLOCK + (4 * c + j) * 4);
-                            let sum = &mut acc[r][if MR <= 2 { j } else { 0 }];
+                            let sum = &mut acc[r][if MR <= CHAINED_ROWS { j } else { 0 }];
                             *sum = dp(*sum, pairs[j], x);
                         }
                     }
                 }
             }
-            let scales = _mm_loadu_si128(args.scales.add(b * PANEL).cast());
-            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
-            for r in 0..MR {
-                let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
-                let mut acc = acc[r];
-                if MR <= 2 {
-                    acc[0] = _mm512_add_ps(acc[0], acc[1]);
-                    acc[2] = _mm512_add_ps(acc[2], acc[3]);
-                    acc[0] = _mm512_add_ps(acc[0], acc[2]);
-                }
-                let scale = _mm512_castsi512_ps(_mm512_add_epi32(scales, x_scale));
-                sums[r] = _mm512_fmadd_ps(acc[0], scale, sums[r]);
-            }
+            add_block(args, b, &acc, &mut sums);
         }
         for r in 0..MR {
             add_to(args.c.add(r * args.ldc), sums[r], args.add);
+        }
+    }
+}
+
+/// Up to so many rows of x the sums of a block are four chains each, as a chain waits for itself.
+const CHAINED_ROWS: usize = 2;
+
+/// sums += the sums of block `b` times both scales: in four chains, or in the first alone.
+#[inline(always)]
+unsafe fn add_block<const MR: usize>(
+    args: &DotArgs,
+    b: usize,
+    acc: &[[__m512; 4]; MR],
+    sums: &mut [__m512; MR],
+) {
+    // SAFETY: the caller vouches for the block's scales.
+    unsafe {
+        let scales = _mm_loadu_si128(args.scales.add(b * PANEL).cast());
+        let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
+        for r in 0..MR {
+            let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
+            let mut sum = acc[r][0];
+            if MR <= CHAINED_ROWS {
+                let even = _mm512_add_ps(sum, acc[r][1]);
+                sum = _mm512_add_ps(even, _mm512_add_ps(acc[r][2], acc[r][3]));
+            }
+            let scale = _mm512_castsi512_ps(_mm512_add_epi32(scales, x_scale));
+            sums[r] = _mm512_fmadd_ps(sum, scale, sums[r]);
         }
     }
 }
@@ -197,7 +212,6 @@ pub(crate) unsafe fn dot_f32<const MR: usize>(args: &DotArgs) {
             for line in 0..4 {
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
             }
-            // With few rows the sums of a block are four chains, as each waits for itself.
             let mut acc = [[_mm512_setzero_ps(); 4]; MR];
             for c in 0..4 {
                 let mut codes = _mm512_load_si512(w.add(64 * c).cast());
@@ -207,24 +221,12 @@ pub(crate) unsafe fn dot_f32<const MR: usize>(args: &DotArgs) {
                     let k = 8 * c + 4 * (nibble % 2) + ORDER[nibble / 2];
                     for r in 0..MR {
                         let x = _mm512_set1_ps(*x.add(r * BLOCK + k));
-                        let sum = &mut acc[r][if MR <= 2 { nibble % 4 } else { 0 }];
+                        let sum = &mut acc[r][if MR <= CHAINED_ROWS { nibble % 4 } else { 0 }];
                         *sum = _mm512_fmadd_ps(values, x, *sum);
                     }
                 }
             }
-            let scales = _mm_loadu_si128(args.scales.add(b * PANEL).cast());
-            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
-            for r in 0..MR {
-                let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
-                let mut acc = acc[r];
-                if MR <= 2 {
-                    acc[0] = _mm512_add_ps(acc[0], acc[1]);
-                    acc[2] = _mm512_add_ps(acc[2], acc[3]);
-                    acc[0] = _mm512_add_ps(acc[0], acc[2]);
-                }
-                let scale = _mm512_castsi512_ps(_mm512_add_epi32(scales, x_scale));
-                sums[r] = _mm512_fmadd_ps(acc[0], scale, sums[r]);
-            }
+            add_block(args, b, &acc, &mut sums);
         }
         for r in 0..MR {
             add_to(args.c.add(r * args.ldc), sums[r], args.add);
@@ -264,12 +266,13 @@ unsafe fn fold(pair: __m512i, exponents: __m512i) -> __m512i {
     }
 }
 
-/// Decodes `blocks` blocks of a panel with their scales to bfloat16: [k / 2][16 rows][2].
+/// Decodes `blocks` blocks of a panel with their scales: to bfloat16, [k / 2][16 rows][2], or to f32, [k][16
+/// rows].
 ///
 /// # Safety
-/// The instructions are there; `out` holds 1024 bytes a block.
+/// The instructions are there; `out` holds 1024 bytes a block, twice as many for f32.
 #[inline(always)]
-pub(crate) unsafe fn decode<C: Format>(
+pub(crate) unsafe fn decode<C: Format, const F32: bool>(
     tables: *const Tables,
     codes: *const u8,
     scales: *const u8,
@@ -288,43 +291,15 @@ pub(crate) unsafe fn decode<C: Format>(
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
                 let pairs = look.eight::<C>(codes, c);
                 for (j, pair) in pairs.into_iter().enumerate() {
-                    let out = out.add((b * 16 + 4 * c + j) * 64);
-                    _mm512_store_si512(out.cast(), fold(pair, e));
-                }
-            }
-        }
-    }
-}
-
-/// [`decode`] to f32: [k][16 rows].
-///
-/// # Safety
-/// The instructions are there; `out` holds 2048 bytes a block.
-#[inline(always)]
-pub(crate) unsafe fn decode_f32<C: Format>(
-    tables: *const Tables,
-    codes: *const u8,
-    scales: *const u8,
-    blocks: usize,
-    out: *mut u8,
-) {
-    // SAFETY: the caller vouches for the blocks.
-    unsafe {
-        let look = Look::new(tables);
-        for b in 0..blocks {
-            let e = exponents(scales.add(b * PANEL));
-            for c in 0..4 {
-                let codes = codes.add(b * block_bytes(C::FORMAT));
-                let ahead = codes.wrapping_add(2048 + c * block_bytes(C::FORMAT) / 4);
-                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
-                let pairs = look.eight::<C>(codes, c);
-                for (j, pair) in pairs.into_iter().enumerate() {
-                    let pair = fold(pair, e);
-                    let out = out.add((b * 16 + 4 * c + j) * 128);
-                    let second = _mm512_and_si512(pair, _mm512_set1_epi32(0xffff_0000_u32 as i32));
-                    _mm512_store_si512(out.cast(), _mm512_slli_epi32::<16>(pair));
-                    _mm512_store_si512(out.add(64).cast(), second);
+                    let (pair, at) = (fold(pair, e), b * 16 + 4 * c + j);
+                    if F32 {
+                        let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                        let out = out.add(at * 128);
+                        _mm512_store_si512(out.cast(), _mm512_slli_epi32::<16>(pair));
+                        _mm512_store_si512(out.add(64).cast(), _mm512_and_si512(pair, mask));
+                    } else {
+                        _mm512_store_si512(out.add(at * 64).cast(), pair);
+                    }
                 }
             }
         }

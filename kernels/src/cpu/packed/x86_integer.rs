@@ -366,40 +366,28 @@ impl Integers for AvxVnni {
 
 /// Additions that the compiler does not put in another order: it would make trees of a block's sums, for
 /// which sixteen registers do not suffice.
-#[target_feature(enable = "avx2")]
-#[inline]
-unsafe fn add16(a: __m256i, b: __m256i) -> __m256i {
-    let sum;
-    // SAFETY: register operation only.
-    unsafe {
-        asm!(
-            "vpaddw {}, {}, {}",
-            lateout(ymm_reg) sum,
-            in(ymm_reg) a,
-            in(ymm_reg) b,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    sum
+macro_rules! ordered_addition {
+    ($name:ident, $instruction:literal) => {
+        #[target_feature(enable = "avx2")]
+        #[inline]
+        unsafe fn $name(a: __m256i, b: __m256i) -> __m256i {
+            let sum;
+            // SAFETY: register operation only.
+            unsafe {
+                asm!(
+                    concat!($instruction, " {}, {}, {}"),
+                    lateout(ymm_reg) sum,
+                    in(ymm_reg) a,
+                    in(ymm_reg) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            sum
+        }
+    };
 }
-
-/// See [`add16`].
-#[target_feature(enable = "avx2")]
-#[inline]
-unsafe fn add32(a: __m256i, b: __m256i) -> __m256i {
-    let sum;
-    // SAFETY: register operation only.
-    unsafe {
-        asm!(
-            "vpaddd {}, {}, {}",
-            lateout(ymm_reg) sum,
-            in(ymm_reg) a,
-            in(ymm_reg) b,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    sum
-}
+ordered_addition!(add16, "vpaddw");
+ordered_addition!(add32, "vpaddd");
 
 impl Integers for Maddubs {
     shared!(true);
