@@ -390,6 +390,7 @@ mod tests {
             correct: 0,
             tokens: 2,
             bytes: 7,
+            against: None,
         };
         let scored = |nll, halved_to| Scored {
             documents: vec![document(nll), document(3.0)],

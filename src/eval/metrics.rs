@@ -2,6 +2,23 @@
 
 use serde::{Deserialize, Serialize};
 
+/// A document's sums against the baseline, which scored the same tokens side by side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Against {
+    /// Sum of the baseline's -ln p of the text's own tokens.
+    pub nll: f64,
+    /// Positions where the baseline's most probable token is the text's.
+    pub correct: u64,
+    /// Sum of KL(baseline || variant), in nats.
+    pub kl: f64,
+    /// Positions where both have the same most probable token.
+    pub agree: u64,
+    /// Sum of p(variant) - p(baseline) of the text's own tokens.
+    pub delta_p: f64,
+    /// Sum of the squares of those.
+    pub delta_p_squared: f64,
+}
+
 /// What one document contributes; sums in float64 over its scored tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DocumentScore {
@@ -15,6 +32,9 @@ pub struct DocumentScore {
     pub tokens: u64,
     /// UTF-8 bytes that the scored tokens cover.
     pub bytes: u64,
+    /// Against the baseline, where both ran side by side.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against: Option<Against>,
 }
 
 /// Figures of a corpus.
@@ -75,8 +95,22 @@ mod tests {
     #[test]
     fn figures_are_corpus_ratios_not_means_of_documents() {
         let docs = [
-            DocumentScore { nll: 2.0, entropy: 1.0, correct: 1, tokens: 1, bytes: 4 },
-            DocumentScore { nll: 3.0, entropy: 5.0, correct: 0, tokens: 4, bytes: 6 },
+            DocumentScore {
+                nll: 2.0,
+                entropy: 1.0,
+                correct: 1,
+                tokens: 1,
+                bytes: 4,
+                against: None,
+            },
+            DocumentScore {
+                nll: 3.0,
+                entropy: 5.0,
+                correct: 0,
+                tokens: 4,
+                bytes: 6,
+                against: None,
+            },
             DocumentScore::default(),
         ];
         let m = Metrics::new(&docs).unwrap();

@@ -11,6 +11,7 @@ mod describe;
 pub mod devices;
 mod error;
 pub mod feeds;
+pub mod figures;
 pub mod gpus;
 mod identity;
 pub mod instrument;

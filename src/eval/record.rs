@@ -1,5 +1,6 @@
 //! One line of results.jsonl.
 
+use super::figures::Statistics;
 use super::metrics::Metrics;
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,8 @@ pub enum Status {
     Skipped,
     /// It went wrong; the reason says how.
     Failed,
+    /// It was interrupted; the figures are of the documents done until then, as the reason says.
+    Partial,
 }
 
 impl Status {
@@ -22,6 +25,7 @@ impl Status {
             Self::Ok => "ok",
             Self::Skipped => "skipped",
             Self::Failed => "failed",
+            Self::Partial => "partial",
         }
     }
 }
@@ -71,6 +75,27 @@ pub struct Record {
     pub peak_memory_bytes: Option<u64>,
     /// Where it ran.
     pub device: String,
+    /// Seconds to load the model: file to a session that can run.
+    #[serde(default)]
+    pub load_seconds: Option<f64>,
+    /// Peak resident memory of the process during the stage; null where stages ran side by side.
+    #[serde(default)]
+    pub peak_resident_bytes: Option<u64>,
+    /// Peak device memory in use beyond what was in use before, sampled.
+    #[serde(default)]
+    pub peak_device_bytes: Option<u64>,
+    /// Mean bits of a weight of the replaced layers, scales included; of the baseline, in its type.
+    #[serde(default)]
+    pub bits_per_weight: Option<f64>,
+    /// Tokens a second over the baseline's, both measured in turns on the same batches.
+    #[serde(default)]
+    pub speed_ratio: Option<f64>,
+    /// How the figures are defined (`--mode` and its options), in short.
+    #[serde(default)]
+    pub definition: Option<String>,
+    /// Intervals, subsets, comparison with the baseline.
+    #[serde(default)]
+    pub statistics: Option<Statistics>,
 }
 
 impl Record {
@@ -97,6 +122,13 @@ impl Record {
             model_bytes: None,
             peak_memory_bytes: None,
             device: device.into(),
+            load_seconds: None,
+            peak_resident_bytes: None,
+            peak_device_bytes: None,
+            bits_per_weight: None,
+            speed_ratio: None,
+            definition: None,
+            statistics: None,
         }
     }
 
@@ -132,7 +164,9 @@ mod tests {
         let line = serde_json::to_string(&record).unwrap();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         let keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
-        assert_eq!(keys.join(", "), design);
+        let further = "load_seconds, peak_resident_bytes, peak_device_bytes, bits_per_weight, \
+                       speed_ratio, definition, statistics";
+        assert_eq!(keys.join(", "), format!("{design}, {further}"));
         assert_eq!(value["status"], "skipped");
         assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), record);
     }

@@ -23,10 +23,10 @@ pub struct Batch {
 /// request.
 pub fn plan(windows: &[Window], batch_size: usize) -> Vec<Batch> {
     let mut order: Vec<usize> = (0..windows.len()).collect();
-    order.sort_by_key(|&index| (std::cmp::Reverse(windows[index].ids.len()), index));
+    order.sort_by_key(|&index| (std::cmp::Reverse(windows[index].inputs), index));
     order
         .chunks(batch_size.max(1))
-        .map(|chunk| Batch { windows: chunk.to_vec(), length: windows[chunk[0]].ids.len() })
+        .map(|chunk| Batch { windows: chunk.to_vec(), length: windows[chunk[0]].inputs })
         .collect()
 }
 
@@ -60,7 +60,8 @@ impl Padded {
         };
         for row in 0..rows {
             let index = batch.windows.get(row).or(batch.windows.first());
-            let ids: &[u32] = index.map_or(&[], |&index| &windows[index].ids);
+            let window = index.map(|&index| &windows[index]);
+            let ids: &[u32] = window.map_or(&[], |window| &window.ids[..window.inputs]);
             let padding = length - ids.len();
             padded.ids.extend(ids.iter().map(|&id| i64::from(id)));
             padded
@@ -68,10 +69,11 @@ impl Padded {
                 .extend(std::iter::repeat_n(ids.first().map_or(0, |&id| i64::from(id)), padding));
             padded.mask.extend(std::iter::repeat_n(1, ids.len()));
             padded.mask.extend(std::iter::repeat_n(0, padding));
-            if row < batch.windows.len() {
+            if let Some(window) = window.filter(|_| row < batch.windows.len()) {
                 let labels = &mut padded.labels[row * length..];
-                for (label, &id) in labels.iter_mut().zip(ids.iter().skip(1)) {
-                    *label = i64::from(id);
+                let following = window.ids.iter().enumerate().skip(window.first_scored.max(1));
+                for (place, &id) in following {
+                    labels[place - 1] = i64::from(id);
                 }
             }
         }
@@ -84,7 +86,7 @@ mod tests {
     use super::*;
 
     fn window(length: u32) -> Window {
-        Window { ids: (100..100 + length).collect(), bytes: 0, subset: None }
+        Window::whole((100..100 + length).collect(), 0, 0)
     }
 
     #[test]

@@ -251,7 +251,14 @@ mod tests {
             &[7, 0, 8, 0],
             11,
         );
-        let expected = DocumentScore { nll: 2.0, entropy: 3.0, correct: 1, tokens: 2, bytes: 11 };
+        let expected = DocumentScore {
+            nll: 2.0,
+            entropy: 3.0,
+            correct: 1,
+            tokens: 2,
+            bytes: 11,
+            against: None,
+        };
         assert_eq!(score, expected);
     }
 

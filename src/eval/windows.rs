@@ -20,29 +20,50 @@ nothing. xent = sum of nll / scored tokens over all documents (nats); ppl = exp(
 mean entropy of the predicted distribution (nats); bits/byte = sum of nll / ln 2 / UTF-8 bytes of \
 the text that the scored tokens cover.";
 
-/// The scored part of one document.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One run of tokens through the model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Window {
-    /// Token ids; all but the first are scored. At least two.
+    /// Token ids, the last scored one included. At least two.
     pub ids: Vec<u32>,
-    /// UTF-8 bytes of text covered by the scored tokens.
+    /// How many of `ids` are fed, from the first: all, or all but the last where that one is only
+    /// predicted.
+    pub inputs: usize,
+    /// Index into `ids` of the first scored token, at least 1; it and all after it are scored.
+    pub first_scored: usize,
+    /// UTF-8 bytes of text that this window's scored tokens cover.
     pub bytes: u64,
+    /// Index into [`Corpus::documents`].
+    pub document: usize,
+}
+
+impl Window {
+    /// A window that is fed as a whole and scored from its second token on.
+    pub fn whole(ids: Vec<u32>, bytes: u64, document: usize) -> Self {
+        Self { inputs: ids.len(), first_scored: 1, ids, bytes, document }
+    }
+
+    /// Tokens that are predicted.
+    pub fn scored(&self) -> usize {
+        self.ids.len().saturating_sub(self.first_scored.max(1))
+    }
+}
+
+/// What a window belongs to: a document, or a piece of the stream that documents are joined to.
+/// Sums are kept, and resampled, by it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Source {
     /// Index into [`Corpus::subsets`].
     pub subset: Option<usize>,
 }
 
-impl Window {
-    /// Tokens that are predicted.
-    pub fn scored(&self) -> usize {
-        self.ids.len().saturating_sub(1)
-    }
-}
-
-/// A tokenised corpus: one window for each document that scores anything, in document order.
+/// A tokenised corpus. Every document listed has at least one window; the windows of a document
+/// follow each other, and documents are in the order of the text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Corpus {
     /// The windows.
     pub windows: Vec<Window>,
+    /// The documents that score anything.
+    pub documents: Vec<Source>,
     /// Names of the subsets, in order of appearance.
     pub subsets: Vec<String>,
     /// Documents read, including those too short to score.
@@ -114,7 +135,7 @@ impl Tokenizer {
             return Ok(None);
         }
         let bytes = covered_bytes(&encoding.get_offsets()[..length]);
-        Ok(Some(Window { ids: encoding.get_ids()[..length].to_vec(), bytes, subset: None }))
+        Ok(Some(Window::whole(encoding.get_ids()[..length].to_vec(), bytes, 0)))
     }
 
     /// Tokenises the first `max_samples` documents.
@@ -143,7 +164,8 @@ impl Tokenizer {
             for (document, window) in chunk.into_iter().zip(windows) {
                 if let Some(window) = window {
                     let subset = document.subset.map(|name| corpus.subset(name));
-                    corpus.windows.push(Window { subset, ..window });
+                    corpus.windows.push(Window { document: corpus.documents.len(), ..window });
+                    corpus.documents.push(Source { subset });
                 }
             }
         }

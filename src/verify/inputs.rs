@@ -226,7 +226,7 @@ impl Draw {
     fn window(&mut self) -> Window {
         // Vocabularies are counted in u32 everywhere.
         let ids = (0..self.seq_len).map(|_| self.random.below(self.vocabulary) as u32).collect();
-        Window { ids, bytes: 0, subset: None }
+        Window::whole(ids, 0, 0)
     }
 }
 
@@ -250,7 +250,7 @@ fn drive_window(
     let ids = &windows[index].ids;
     let steps = feeds.iter().all(Feeds::steps) && ids.len() > 1;
     let first = &ids[..ids.len() - usize::from(steps)];
-    let part = [Window { ids: first.to_vec(), bytes: 0, subset: None }];
+    let part = [Window::whole(first.to_vec(), 0, 0)];
     let batch = Batch { windows: vec![0], length: first.len() };
     let inputs = |feeds: &Feeds| -> Result<Inputs> {
         let (rows, columns) = (feeds.rows.unwrap_or(0), feeds.columns.unwrap_or(0));

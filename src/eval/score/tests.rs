@@ -52,6 +52,7 @@ impl Score for Fake {
                 correct: 0,
                 tokens: window.scored() as u64,
                 bytes: window.bytes,
+                against: None,
             }
         };
         Ok(batch.windows.iter().map(score).collect())
@@ -67,11 +68,8 @@ impl Score for Fake {
 }
 
 fn corpus() -> Vec<Window> {
-    let window = |n: u32| Window {
-        ids: (3..3 + 2 + (n * 7) % 31).map(|id| id * 3 + n).collect(),
-        bytes: u64::from(n),
-        subset: None,
-    };
+    let ids = |n: u32| (3..3 + 2 + (n * 7) % 31).map(|id| id * 3 + n).collect();
+    let window = |n: u32| Window::whole(ids(n), u64::from(n), n as usize);
     (0..57).map(window).collect()
 }
 
