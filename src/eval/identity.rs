@@ -97,6 +97,9 @@ impl Subject<'_> {
             "{} {} {} {:?}",
             options.max_samples, options.seq_len, job.batch_size, options.rewrite
         );
+        if options.kl {
+            figures.push_str(" kl");
+        }
         if options.documents {
             // Results without documents do not serve a run that keeps them.
             figures.push_str(" documents");

@@ -37,6 +37,36 @@ pub struct DocumentScore {
     pub against: Option<Against>,
 }
 
+/// What one window contributes, and the divergence of each of its scored tokens, in order; none
+/// where no reference ran beside it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WindowScore {
+    /// Its sums.
+    pub score: DocumentScore,
+    /// KL(baseline || variant), in nats.
+    pub kl: Vec<f32>,
+}
+
+impl DocumentScore {
+    /// Adds what a further window of the document contributes.
+    pub fn add(&mut self, other: &Self) {
+        self.nll += other.nll;
+        self.entropy += other.entropy;
+        self.correct += other.correct;
+        self.tokens += other.tokens;
+        self.bytes += other.bytes;
+        if let Some(more) = &other.against {
+            let against = self.against.get_or_insert_default();
+            against.nll += more.nll;
+            against.correct += more.correct;
+            against.kl += more.kl;
+            against.agree += more.agree;
+            against.delta_p += more.delta_p;
+            against.delta_p_squared += more.delta_p_squared;
+        }
+    }
+}
+
 /// Figures of a corpus.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metrics {

@@ -13,6 +13,7 @@ use super::record::{Record, Status};
 use super::report;
 use super::runtime::{self, Runtime};
 use super::schedule;
+use super::scores;
 use super::session::open_model;
 use super::store::{Entry, Store};
 use super::windows::{Corpus, Tokenizer};
@@ -22,6 +23,7 @@ use serde_json::Map;
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 /// Where the evaluation text comes from.
@@ -62,6 +64,8 @@ pub struct Options {
     pub resume: bool,
     /// Keep the loss of every document.
     pub documents: bool,
+    /// Run the baseline beside every other stage, for what only a comparison token by token shows.
+    pub kl: bool,
     /// ONNX Runtime's log on stderr.
     pub debug: bool,
     /// How sweeps rewrite; lowering and format are the stage's.
@@ -70,11 +74,20 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
+impl Options {
+    /// How the figures are defined, in short.
+    pub fn definition(&self) -> String {
+        format!("per-document, seq-len {}", self.seq_len)
+    }
+}
+
 /// What a run left behind.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// One record a stage, in the order of jobs and stages.
     pub entries: Vec<Entry>,
+    /// Whether it was stopped before all stages had ended.
+    pub interrupted: bool,
 }
 
 impl Outcome {
@@ -118,10 +131,6 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     }
     // Without --resume nothing is kept, and no key has to be known yet.
     store.keep(&if options.resume { run.wanted(jobs) } else { Vec::new() })?;
-    if options.resume || !chosen.on_gpu() {
-        // On the CPU reading gigabytes would slow down the measuring.
-        run.identity();
-    }
     let mut items = Vec::new();
     for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
         match corpus {
@@ -129,8 +138,8 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
             Err(error) => run.refuse(index, job, &error, &mut store)?,
         }
     }
-    run.measure(items, &mut store)?;
-    Ok(Outcome { entries: ordered(jobs, &store) })
+    let interrupted = run.measure(items, &mut store)?;
+    Ok(Outcome { entries: ordered(jobs, &store), interrupted })
 }
 
 /// Refuses a base type that the devices do not compute in.
@@ -284,27 +293,42 @@ impl<'a> Run<'a> {
                 continue;
             }
             let (corpus, batches) = (Arc::clone(&corpus), Arc::clone(&batches));
-            items.push(Item { job, task, place: (index, place), corpus, batches });
+            let todo = Vec::from_iter(0..batches.len());
+            let key = &self.identity().keys[index][place];
+            let scores = store.folder().join(scores::file_name(&job.model, &task.name()));
+            items.push(Item {
+                job,
+                task,
+                place: (index, place),
+                corpus,
+                batches,
+                todo,
+                key,
+                scores,
+            });
         }
         items
     }
 
-    /// Measures `items`, writing each record as its stage ends.
-    fn measure(&self, items: Vec<Item<'_>>, store: &mut Store) -> Result<()> {
+    /// Measures `items`, writing each record as its stage ends; whether it was interrupted.
+    fn measure(&self, items: Vec<Item<'_>>, store: &mut Store) -> Result<bool> {
+        let teams = teams(
+            &self.chosen.devices,
+            self.options.workers_per_device,
+            self.options.shard_documents,
+        );
         let bench = Bench {
             runtime: self.runtime,
             chosen: self.chosen,
             options: self.options,
             work_root: store.work_root(),
             observer: self.observer,
+            jobs: self.jobs,
             items,
+            references: self.jobs.iter().map(|_| OnceLock::new()).collect(),
+            one_by_one: teams.len() == 1,
             stop: AtomicBool::new(false),
         };
-        let teams = teams(
-            &self.chosen.devices,
-            self.options.workers_per_device,
-            self.options.shard_documents,
-        );
         // On the CPU rewriting one stage would slow down the measuring of another.
         let ahead = self.chosen.on_gpu();
         let count = bench.items.len();
@@ -314,14 +338,19 @@ impl<'a> Run<'a> {
             store.append(done.record, &self.identity().keys[job][task], done.details)?;
             self.write_reports(store)
         });
+        drop(bench);
         store.clear_work()?;
         outcome?;
-        if self.observer.interrupted() {
-            return Err(Error::Interrupted);
+        let interrupted = self.observer.interrupted();
+        let mut facts = self.identity().facts.clone();
+        if interrupted {
+            let text = "the run was stopped before all of its stages had ended";
+            facts.insert("interrupted".into(), text.into());
         }
         // Also where everything was kept from an earlier run.
-        store.set_run(self.identity().facts.clone())?;
-        self.write_reports(store)
+        store.set_run(facts)?;
+        self.write_reports(store)?;
+        Ok(interrupted)
     }
 
     /// Records a job that cannot be run at all.

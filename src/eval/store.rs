@@ -36,6 +36,7 @@ const RESULTS: &str = "results.jsonl";
 const RUN: &str = "run.json";
 const LOCK: &str = ".lock";
 const WORK: &str = ".work";
+const SCORES: &str = "scores";
 
 impl Store {
     /// Opens or makes the folder and takes its lock. With `resume` earlier records are kept to be
@@ -69,6 +70,8 @@ impl Store {
         };
         // A run that was killed may have left a rewritten model.
         store.clear_work()?;
+        let scores = folder.join(SCORES);
+        std::fs::create_dir_all(&scores).map_err(Error::io(&scores))?;
         if resume {
             store.entries = read_entries(&folder.join(RESULTS))?;
             [store.keys, store.details] = read_run(&folder.join(RUN), ["keys", "stages"]);
