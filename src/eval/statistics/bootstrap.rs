@@ -55,11 +55,6 @@ impl Draws {
         Self { means, pairs }
     }
 
-    /// Resamples.
-    pub fn resamples(&self) -> usize {
-        self.pairs.len() / self.means
-    }
-
     /// Adds another set's draws, made independently.
     pub fn add(&mut self, other: &Self) {
         for (pair, other) in self.pairs.iter_mut().zip(&other.pairs) {

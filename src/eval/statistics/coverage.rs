@@ -73,7 +73,7 @@ pub(super) fn table(scores: &[DocumentScore]) -> Table {
     Table::new(&documents, pairing).unwrap()
 }
 
-/// Acklam's approximation would do; bisection of the distribution function needs none.
+/// By bisection.
 fn normal_quantile(p: f64) -> f64 {
     let (mut low, mut high) = (-6.0, 6.0);
     for _ in 0..60 {
@@ -140,8 +140,7 @@ fn simulate(count: usize, sigma: f64, sets: usize) -> Tally {
         .into_par_iter()
         .map(|set| {
             let mut source = Source::new(1 << 32 | set);
-            let scores: Vec<_> =
-                (0..count).map(|_| population[source.below(POPULATION)]).collect();
+            let scores: Vec<_> = (0..count).map(|_| population[source.below(POPULATION)]).collect();
             let table = table(&scores);
             let draws = Draws::new(&table, Bootstrap { seed: set, resamples: RESAMPLES }, "");
             CHECKED.map(|mean| intervals(&table, &draws, mean))
@@ -211,10 +210,8 @@ fn intervals_of_the_fewest_documents_still_cover() {
 fn the_interval_of_a_macro_average_covers() {
     let mut source = Source::new(30);
     let sizes: Vec<usize> = (3..15).collect();
-    let subsets: Vec<Vec<_>> = sizes
-        .iter()
-        .map(|_| (0..1_000).map(|_| document(&mut source, 0.8)).collect())
-        .collect();
+    let subsets: Vec<Vec<_>> =
+        sizes.iter().map(|_| (0..1_000).map(|_| document(&mut source, 0.8)).collect()).collect();
     let truth: Vec<_> = subsets.iter().map(|subset| table(subset)).collect();
     let truth = Table::mean_of(truth.iter()).unwrap().values;
     let names: Vec<String> = sizes.iter().map(|size| format!("{size:02}")).collect();

@@ -57,8 +57,7 @@ fn percentile(sorted: &[f32], p: f64) -> Option<f64> {
 
 /// Counts by bin; NaN is in none, zero and rounding below it in the first.
 fn bins(values: &[f32]) -> Vec<u64> {
-    let edges: Vec<f64> =
-        (1..HISTOGRAM_BINS).map(|i| 10f64.powf(i as f64 / 4.0 - 9.0)).collect();
+    let edges: Vec<f64> = (1..HISTOGRAM_BINS).map(|i| 10f64.powf(i as f64 / 4.0 - 9.0)).collect();
     let mut bins = vec![0; HISTOGRAM_BINS];
     for &value in values.iter().filter(|value| !value.is_nan()) {
         let bin = edges.partition_point(|&edge| edge <= f64::from(value));

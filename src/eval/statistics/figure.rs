@@ -3,9 +3,7 @@
 use super::bootstrap::Ends;
 use super::divergence::Distribution;
 use super::table::{Mean, Pairing, Table};
-use crate::eval::figures::{
-    Comparison, Divergence, Estimate, Figures, SubsetFigures, Verdict,
-};
+use crate::eval::figures::{Comparison, Divergence, Estimate, Figures, SubsetFigures, Verdict};
 
 /// A set of documents, measured.
 pub(super) struct Part<'a> {

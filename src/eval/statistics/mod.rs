@@ -18,15 +18,15 @@ mod verdict;
 
 pub use divergence::HISTOGRAM_BINS;
 
-use super::figures::{Statistics, SubsetFigures};
+use super::figures::{Figures, Statistics, SubsetFigures};
 use super::metrics::DocumentScore;
 use bootstrap::Draws;
 use figure::Part;
 use table::{Document, Pairing, Table};
 
 /// Fewer documents than this have no interval. At 10 the interval still covers 94 to 96 % in
-/// simulation, but is several times as wide as twice as many documents would make it; below, it
-/// soon says nothing (`docs/statistics.md`).
+/// simulation, but is nearly twice as wide as with 20; with 5 it is six times as wide
+/// (`docs/statistics.md`).
 pub const MIN_DOCUMENTS: usize = 10;
 
 /// Fewer resamples than this do not place the ends of a 95 % interval; [`statistics`] takes as many.
@@ -83,23 +83,22 @@ pub fn statistics(
     bootstrap: Bootstrap,
     unit: &str,
 ) -> Option<Statistics> {
-    let bootstrap =
-        Bootstrap { resamples: bootstrap.resamples.max(MIN_RESAMPLES), ..bootstrap };
+    let bootstrap = Bootstrap { resamples: bootstrap.resamples.max(MIN_RESAMPLES), ..bootstrap };
     let (pairing, documents) = table::documents(sample, reference);
     let stage = reference.map_or("baseline", |reference| reference.stage);
     let all = Table::new(&documents, pairing)?;
     let ends = (all.documents >= MIN_DOCUMENTS)
         .then(|| Draws::new(&all, bootstrap, "").intervals(&all.values, &all.spread));
     let mut subsets = Subsets::new(sample, &documents, pairing);
-    let figures = subsets.figures(bootstrap, stage);
+    let by_name = subsets.figures(bootstrap, stage);
     Some(Statistics {
         seed: bootstrap.seed,
         resamples: bootstrap.resamples as u64,
         unit: unit.into(),
         all: Part { table: &all, ends, divergence: divergence::of(&documents, true) }
             .figures(stage),
-        macro_average: subsets.macro_average(bootstrap, stage),
-        subsets: figures,
+        macro_average: subsets.macro_average(stage),
+        subsets: by_name,
     })
 }
 
@@ -148,8 +147,7 @@ impl<'a> Subsets<'a> {
                 figures.push(figure::empty(name));
                 continue;
             };
-            let draws =
-                (with_macro || !too_few).then(|| Draws::new(table, bootstrap, name));
+            let draws = (with_macro || !too_few).then(|| Draws::new(table, bootstrap, name));
             let ends = draws
                 .as_ref()
                 .filter(|_| !too_few)
@@ -172,13 +170,13 @@ impl<'a> Subsets<'a> {
     }
 
     /// The mean of the subsets' means; what follows from them (ppl, RMS) follows here as well.
-    fn macro_average(&self, bootstrap: Bootstrap, stage: &str) -> Option<super::figures::Figures> {
+    fn macro_average(&self, stage: &str) -> Option<Figures> {
         let mean = Table::mean_of(self.tables())?;
         let count = self.tables().count() as f64;
-        let ends = self.draws.as_ref().map(|draws| {
-            debug_assert_eq!(draws.resamples(), bootstrap.resamples);
-            draws.scaled(1.0 / count).intervals(&mean.values, &mean.spread)
-        });
+        let ends = self
+            .draws
+            .as_ref()
+            .map(|draws| draws.scaled(1.0 / count).intervals(&mean.values, &mean.spread));
         Some(Part { table: &mean, ends, divergence: None }.figures(stage))
     }
 }

@@ -26,10 +26,9 @@ impl Comparison {
         match self.verdict {
             Verdict::Worse => format!("worse by {} nats a token (95 %, paired, {count})", by()),
             Verdict::Better => format!("better by {} nats a token (95 %, paired, {count})", by()),
-            Verdict::NoSignificantDifference => format!(
-                "no significant difference ({} nats a token, 95 %, paired, {count})",
-                by()
-            ),
+            Verdict::NoSignificantDifference => {
+                format!("no significant difference ({} nats a token, 95 %, paired, {count})", by())
+            }
             Verdict::TooFewDocuments => {
                 format!("too few {unit}s ({documents}; at least {MIN_DOCUMENTS} are needed)")
             }
@@ -50,7 +49,9 @@ impl Statistics {
 /// the whole interval is on one side of zero: the verdict's word says which.
 fn amount(delta: &Estimate) -> String {
     let (Some(value), Some(low), Some(high)) = (delta.value, delta.low, delta.high) else {
-        return delta.value.map_or_else(|| "an unknown amount".into(), |value| format!("{value:.4}"));
+        return delta
+            .value
+            .map_or_else(|| "an unknown amount".into(), |value| format!("{value:.4}"));
     };
     let (value, low, high, sign) = match (low > 0.0, high < 0.0) {
         (true, _) => (value, low, high, ""),
