@@ -2,7 +2,7 @@
 //!
 //! [`corpus`] streams documents, [`windows`] turns them into tokens to score, [`schedule`] into
 //! batches; [`instrument`] appends the scoring node to a graph, [`session`] runs it in ONNX Runtime,
-//! [`metrics`] adds up. [`devices`] chooses where. [`run`] puts the stages of every [`job`] into one
+//! [`metrics`] adds up, [`statistics`] says how far to trust it. [`devices`] chooses where. [`run`] puts the stages of every [`job`] into one
 //! queue from which teams of devices (`workers`) take, each `measure`s a stage by `score`, and
 //! leaves records ([`record`], [`store`]) and a [`report`].
 
@@ -32,6 +32,7 @@ pub mod scores;
 mod scoring;
 pub mod session;
 pub mod stage;
+pub mod statistics;
 pub mod store;
 pub mod windows;
 mod workers;
