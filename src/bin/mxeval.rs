@@ -11,6 +11,7 @@ use mxrewrite::eval::job::{Job, listed};
 use mxrewrite::eval::record::{Record, Status};
 use mxrewrite::eval::run::{self, Data, Options};
 use mxrewrite::eval::stage::{Selection, Stage};
+use mxrewrite::eval::statistics::Bootstrap;
 use mxrewrite::eval::{Error, Observer, report};
 use mxrewrite::rewrite::{Activation, BaseDtype, RewriteOptions, Tier};
 use std::collections::HashMap;
@@ -88,6 +89,12 @@ struct Cli {
     /// p(correct), in about half the time
     #[arg(long)]
     no_kl: bool,
+    /// Resamples of the bootstrap behind every interval
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = positive)]
+    resamples: usize,
+    /// Seed of the bootstrap
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    bootstrap_seed: u64,
     /// Print records (JSON Lines) instead of the table
     #[arg(long)]
     json: bool,
@@ -243,6 +250,7 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
         resume: cli.resume,
         documents: cli.documents,
         kl: !cli.no_kl,
+        bootstrap: Bootstrap { seed: cli.bootstrap_seed, resamples: cli.resamples },
         debug: cli.debug,
         rewrite,
         command: std::env::args().collect(),

@@ -10,6 +10,7 @@ use super::runtime::Runtime;
 use super::windows::DEFINITION;
 use crate::rewrite::BaseDtype;
 use serde_json::{Map, Value, json};
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
@@ -100,6 +101,7 @@ impl Subject<'_> {
         if options.kl {
             figures.push_str(" kl");
         }
+        let _ = write!(figures, " {:?}", options.bootstrap);
         if options.documents {
             // Results without documents do not serve a run that keeps them.
             figures.push_str(" documents");
@@ -141,6 +143,8 @@ impl Subject<'_> {
             "data": {"path": self.data, "sha256": data},
             "options": {
                 "max_samples": options.max_samples, "seq_len": options.seq_len,
+                "kl": options.kl, "seed": options.bootstrap.seed,
+                "resamples": options.bootstrap.resamples,
                 "workers_per_device": options.workers_per_device,
                 "shard_documents": options.shard_documents,
                 "tier": rewrite.tier.name(), "block_size": rewrite.block_size,

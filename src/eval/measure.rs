@@ -11,6 +11,7 @@ use super::record::{Record, Status};
 use super::run::Options;
 use super::runtime::Runtime;
 use super::schedule::Batch;
+use super::scores;
 use super::session::open_model;
 use super::stage::Stage;
 use super::store::WorkFolder;
@@ -38,6 +39,13 @@ pub(super) struct Item<'a> {
     pub key: &'a str,
     /// The score file.
     pub scores: PathBuf,
+}
+
+impl Item<'_> {
+    /// Whether every batch of the corpus is to be run.
+    pub fn is_whole(&self) -> bool {
+        self.todo.len() == self.batches.len()
+    }
 }
 
 /// What stages are measured with.
@@ -133,6 +141,12 @@ impl Engine for Bench<'_> {
             Ok(ended) => ended,
             Err(error) => (Status::Failed, Some(error.to_string())),
         };
+        if record.status == Status::Ok {
+            let end = json!({"record": record, "details": details});
+            if let Err(error) = scores::end(&self.items[number].scores, end) {
+                (record.status, record.reason) = (Status::Failed, Some(error.to_string()));
+            }
+        }
         self.observer.stage_finished(number, &record);
         Some(Done { number, record, details })
     }

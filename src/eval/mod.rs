@@ -21,6 +21,7 @@ mod measure;
 pub mod metrics;
 mod observer;
 mod pair;
+mod peaks;
 mod process;
 pub mod record;
 pub mod report;
@@ -34,6 +35,7 @@ pub mod session;
 pub mod stage;
 pub mod statistics;
 pub mod store;
+mod summary;
 pub mod windows;
 mod workers;
 

@@ -15,6 +15,7 @@ use super::runtime::{self, Runtime};
 use super::schedule;
 use super::scores;
 use super::session::open_model;
+use super::statistics::Bootstrap;
 use super::store::{Entry, Store};
 use super::windows::{Corpus, Tokenizer};
 use super::workers;
@@ -70,6 +71,8 @@ pub struct Options {
     pub debug: bool,
     /// How sweeps rewrite; lowering and format are the stage's.
     pub rewrite: RewriteOptions,
+    /// How documents are resampled for intervals.
+    pub bootstrap: Bootstrap,
     /// The command line, for run.json.
     pub command: Vec<String>,
 }

@@ -334,18 +334,17 @@ impl Writer {
         let error = |reason| Error::Output(format!("{}: {reason}", self.path.display()));
         scores.take(parsed, &self.header).map_err(error)
     }
+}
 
-    /// Writes the trailer and sees everything to the disk.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn end(mut self, end: serde_json::Value) -> Result<()> {
-        let text = line(&End { end })?;
-        self.file
-            .write_all(text.as_bytes())
-            .and_then(|()| self.file.sync_data())
-            .map_err(Error::io(&self.path))
-    }
+/// Adds the trailer of a stage that came to its end, and sees everything to the disk.
+///
+/// # Errors
+/// The file is not there or cannot be written.
+pub fn end(path: &Path, end: serde_json::Value) -> Result<()> {
+    let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path))?;
+    file.write_all(line(&End { end })?.as_bytes())
+        .and_then(|()| file.sync_data())
+        .map_err(Error::io(path))
 }
 
 fn line(value: &impl Serialize) -> Result<String> {

@@ -8,22 +8,20 @@ use super::instrument;
 use super::job::Task;
 use super::loading::Loaded;
 use super::measure::{Bench, Item};
-use super::metrics::{DocumentScore, Metrics};
-use super::pair::{Pair, Reference};
-use super::process::{PeakDeviceMemory, PeakMemory};
+use super::metrics::DocumentScore;
+use super::pair::{self, Pair};
+use super::peaks::Peaks;
 use super::record::{Record, Status};
 use super::score::{self, Score, Scored};
-use super::scores::{Header, Scores, Writer};
+use super::scores::{self, Header, Scores, Writer};
 use super::session::{Scorer, SessionOptions, open_model};
 use super::stage::Stage;
+use super::summary::{Ended, Summary, conclude};
 use super::windows::Corpus;
 use super::workers::Engine as _;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-
-/// How a stage ended, and what is to be said of it.
-type Ended = (Status, Option<String>);
 
 impl Bench<'_> {
     /// Scores the graph at `path` and fills in `record`.
@@ -62,6 +60,7 @@ impl Bench<'_> {
         }
         let Attempt { scored, scores, loaded, baseline } = measured?;
         self.tell(&scored, &scores, &loaded, number, details);
+        details.insert("sides".into(), json!(scored.sides));
         let corpus = &self.items[number].corpus;
         let (status, further) = self.conclude(number, &scored, &scores, baseline, record);
         let fp8 = matches!(task, Task::Sweep(Stage::NvFp8)) && status == Status::Ok;
@@ -80,14 +79,13 @@ impl Bench<'_> {
         number: usize,
         path: &Path,
         team: &[Device],
-        reference: Option<&'r Reference>,
+        reference: Option<&'r pair::Reference>,
         record: &mut Record,
     ) -> Result<Attempt<'r>> {
-        let Item { job, task, corpus, batches, todo, key, scores, .. } = &self.items[number];
-        let (stage, definition) = (task.name(), self.options.definition());
+        let Item { task, corpus, batches, todo, scores, .. } = &self.items[number];
+        let stage = task.name();
         let baseline = reference.map(|reference| reference.stage.as_str());
-        let names = [job.model.as_str(), &stage, key, &definition];
-        let header = Header::new(corpus, batches.len(), names, baseline);
+        let header = self.header(number, baseline);
         let (mut writer, kept) = Writer::open(scores, &header, self.options.resume)?;
         let todo: Vec<usize> =
             todo.iter().copied().filter(|batch| !kept.done.contains(batch)).collect();
@@ -98,7 +96,7 @@ impl Bench<'_> {
             self.observer.progress(number, tokens);
         }
         let earlier = kept.seconds / team.len().max(1) as f64;
-        let peaks = Peaks::start(self, team);
+        let peaks = Peaks::start(self.chosen, team);
         let journal = Mutex::new((&mut writer, kept));
         let work = score::Work {
             windows: &corpus.windows,
@@ -129,16 +127,33 @@ impl Bench<'_> {
         let (_, kept) = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
         scored.seconds += earlier;
         self.fill(record, &peaks, &scored);
-        if !scored.interrupted {
-            writer.end(json!({
-                "seconds": scored.seconds, "load_seconds": scored.load_seconds,
-                "sides": scored.sides, "peak_memory_bytes": record.peak_memory_bytes,
-                "peak_resident_bytes": record.peak_resident_bytes,
-                "peak_device_bytes": record.peak_device_bytes,
-                "halved_to": scored.halved_to,
-            }))?;
-        }
         Ok(Attempt { scored, scores: kept, loaded, baseline })
+    }
+
+    fn header(&self, number: usize, baseline: Option<&str>) -> Header {
+        let Item { job, task, corpus, batches, key, .. } = &self.items[number];
+        let (stage, definition) = (task.name(), self.options.definition());
+        let names = [job.model.as_str(), &stage, key, &definition];
+        Header::new(corpus, batches.len(), names, baseline)
+    }
+
+    /// Stage and documents of the baseline, where a stage ran without it and it has come to its end.
+    fn baseline_scores(&self, number: usize, own: &Header) -> Option<(String, Vec<DocumentScore>)> {
+        let Item { task, place: (job, _), scores, .. } = &self.items[number];
+        let (of, stage) = match task {
+            _ if own.baseline.is_some() => return None,
+            Task::Sweep(Stage::Baseline) => return None,
+            Task::Sweep(_) => (*job, Stage::Baseline.name()),
+            Task::Graph(_) if *job == 0 => return None,
+            Task::Graph(_) => (0, self.jobs.first()?.tasks.first()?.name()),
+        };
+        let name = scores::file_name(&self.jobs.get(of)?.model, &stage);
+        let path = scores.parent()?.join(Path::new(&name).file_name()?);
+        let (header, scores) = scores::read(&path).ok()?;
+        let same = header.subset_of == own.subset_of
+            && header.definition == own.definition
+            && scores.done.len() == header.batches;
+        same.then(|| (stage, scores.documents(header.subset_of.len()).0))
     }
 
     /// Speed and memory.
@@ -158,7 +173,7 @@ impl Bench<'_> {
         path: &Path,
         stage: &str,
         device: Device,
-        reference: Option<&'b Reference>,
+        reference: Option<&'b pair::Reference>,
         loaded: &Loaded,
     ) -> Result<Box<dyn Score + 'b>> {
         if let Device::Cuda(ordinal) = device {
@@ -237,8 +252,15 @@ impl Bench<'_> {
                 }
             }
         }
-        let _ = (&divergence, baseline);
         let (status, remark) = conclude(&documents, scored, record);
+        let header = self.header(number, baseline);
+        record.definition = Some(header.definition.clone());
+        // A shard's figures say nothing about the corpus.
+        if status == Status::Ok && self.items[number].is_whole() {
+            let others = self.baseline_scores(number, &header);
+            let summary = Summary { header: &header, documents, divergence, others };
+            record.statistics = summary.statistics(self.options.bootstrap);
+        }
         if status == Status::Ok && scored.interrupted {
             return (Status::Partial, remark);
         }
@@ -266,7 +288,10 @@ struct Attempt<'r> {
 }
 
 /// Whether two vocabularies can be compared, as far as the graphs say.
-fn comparable(reference: &Reference, vocabulary: Option<usize>) -> std::result::Result<(), String> {
+fn comparable(
+    reference: &pair::Reference,
+    vocabulary: Option<usize>,
+) -> std::result::Result<(), String> {
     let other = open_model(&reference.path, &reference.stage)
         .and_then(|model| instrument::inspect(&model, &reference.stage))
         .map_err(|e| format!("not compared: {e}"))?;
@@ -276,93 +301,5 @@ fn comparable(reference: &Reference, vocabulary: Option<usize>) -> std::result::
             reference.stage
         )),
         _ => Ok(()),
-    }
-}
-
-/// Watches memory until it is taken.
-struct Peaks {
-    resident: PeakMemory,
-    /// With what was in use before the run.
-    device: Mutex<Option<(PeakDeviceMemory, u64)>>,
-    taken: Mutex<Option<[Option<u64>; 2]>>,
-}
-
-impl Peaks {
-    fn start(bench: &Bench<'_>, team: &[Device]) -> Self {
-        let device = Mutex::new(watch(bench, team));
-        Self { resident: PeakMemory::start(), device, taken: Mutex::new(None) }
-    }
-
-    /// Reads the peaks; what comes later does not count.
-    fn take(&self) {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if taken.is_none() {
-            let watch = self.device.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let device = watch.and_then(|(watch, before)| Some((watch.bytes()?, before)));
-            let device = device.map(|(bytes, before)| bytes.saturating_sub(before));
-            *taken = Some([self.resident.bytes(), device]);
-        }
-    }
-
-    fn bytes(&self) -> [Option<u64>; 2] {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or_default()
-    }
-}
-
-/// Watches the memory of the team's GPUs; with it, what was in use before the run.
-fn watch(bench: &Bench<'_>, team: &[Device]) -> Option<(PeakDeviceMemory, u64)> {
-    let mut uuids: Vec<String> = Vec::new();
-    let mut before = 0;
-    for gpu in team.iter().filter_map(|&device| bench.chosen.gpu(device)) {
-        if !uuids.contains(&gpu.uuid) {
-            before += gpu.memory.as_ref().ok()?.used();
-            uuids.push(gpu.uuid.clone());
-        }
-    }
-    let watch = if uuids.is_empty() { None } else { PeakDeviceMemory::start(uuids) };
-    watch.map(|watch| (watch, before))
-}
-
-/// The record's figures, and how the stage ended.
-fn conclude(documents: &[DocumentScore], scored: &Scored, record: &mut Record) -> Ended {
-    let bad = documents.iter().filter(|d| !(d.nll.is_finite() && d.entropy.is_finite()));
-    match (bad.count(), Metrics::new(documents)) {
-        (0, Some(metrics)) => {
-            record.set_metrics(&metrics, scored.seconds);
-            let halved = scored
-                .halved_to
-                .map(|rows| format!("out of memory: batches cut to as few as {rows} documents"));
-            (Status::Ok, halved)
-        }
-        (0, None) => (Status::Failed, Some("no token was scored".into())),
-        (bad, _) => {
-            let documents = documents.len();
-            let text = format!(
-                "the loss is not finite in {bad} of {documents} documents: the model returns NaN or \
-                 Inf"
-            );
-            (Status::Failed, Some(text))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_batch_that_was_cut_is_a_remark_and_nan_a_failure() {
-        let document =
-            |nll| DocumentScore { nll, entropy: 1.0, tokens: 2, bytes: 7, ..Default::default() };
-        let documents = |nll| [document(nll), document(3.0)];
-        let scored = |halved_to| Scored { seconds: 1.0, halved_to, ..Scored::default() };
-        let mut record = Record::new("m", "baseline", "cuda:0", Status::Failed);
-        let ended = conclude(&documents(1.0), &scored(None), &mut record);
-        assert_eq!(ended, (Status::Ok, None));
-        assert_eq!(record.xent, Some(1.0));
-        let (status, reason) = conclude(&documents(1.0), &scored(Some(4)), &mut record);
-        assert!(status == Status::Ok && reason.unwrap().contains("as few as 4"));
-        let (status, reason) = conclude(&documents(f64::NAN), &scored(None), &mut record);
-        assert!(status == Status::Failed && reason.unwrap().contains("1 of 2 documents"));
     }
 }

@@ -78,8 +78,9 @@ fn divergence_agreement_and_p_correct_are_numpys_in_float64() {
     std::fs::write(&path, serde_json::to_string(&windows).unwrap()).unwrap();
     for format in ["fp8_e4m3", "fp4_e2m1"] {
         let variant = dir.path().join(format!("{format}.onnx"));
-        let made = Command::new(mxrewrite()).arg(model()).args(["--format", format, "-o"]);
-        assert!(made.arg(&variant).status().unwrap().success());
+        let mut rewrite = Command::new(mxrewrite());
+        rewrite.arg(model()).args(["--format", format, "-o"]).arg(&variant);
+        assert!(rewrite.output().unwrap().status.success());
         let numpy = Command::new(&python)
             .arg(root().join("tests/python/check_scores.py"))
             .args([&model(), &variant, &path])
@@ -91,8 +92,7 @@ fn divergence_agreement_and_p_correct_are_numpys_in_float64() {
         let numpy: Value = serde_json::from_slice(&numpy.stdout).unwrap();
         // One row at a time, as NumPy's run: a sum in another order may round to another code.
         let (base, variant) = (model().display().to_string(), variant.display().to_string());
-        let options =
-            ["--max-samples", "12", "--seq-len", "128", "--batch-size", "1", "--json"];
+        let options = ["--max-samples", "12", "--seq-len", "128", "--batch-size", "1", "--json"];
         let output = mxeval(&[&base, &variant], &dir.path().join(format), &options);
         assert!(output.status.success(), "{}", stderr(&output));
         let records = records(&output);
@@ -206,7 +206,9 @@ fn an_interruption_leaves_partial_figures_and_goes_on_to_the_same() {
     while scores(&out).is_none_or(|p| std::fs::read_to_string(p).unwrap().lines().count() < 3) {
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(
+        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success()
+    );
     let rest: Vec<_> = lines.map(|line| line.unwrap()).collect();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{rest:?}");
@@ -240,7 +242,8 @@ fn without_the_baseline_beside_it_a_stage_scores_the_same() {
     for (beside, alone) in beside.iter().zip(&alone) {
         assert_eq!(beside["xent"], alone["xent"]);
         assert_eq!(beside["entropy"], alone["entropy"]);
-        let versus = |record: &Value, field: &str| record["statistics"]["all"]["versus"][field].clone();
+        let versus =
+            |record: &Value, field: &str| record["statistics"]["all"]["versus"][field].clone();
         assert!(versus(alone, "kl").is_null());
         // The difference is there all the same, from the two stages' documents.
         let (one, other) = (versus(beside, "delta_xent"), versus(alone, "delta_xent"));

@@ -50,7 +50,8 @@ fn what_was_written_is_read_to_the_last_bit() {
     let (mut writer, mut scores) = Writer::open(&path, &header("k"), true).unwrap();
     writer.batch(1, &[(3, 2), (0, 0)], &[scored(1), scored(2)], 0.1, &mut scores).unwrap();
     writer.batch(0, &[(1, 0), (2, 1)], &[scored(3), scored(4)], 0.2, &mut scores).unwrap();
-    writer.end(serde_json::json!({"load_seconds": 1.5})).unwrap();
+    drop(writer);
+    end(&path, serde_json::json!({"load_seconds": 1.5})).unwrap();
     let (found, read) = read(&path).unwrap();
     assert_eq!(found, header("k"));
     assert!(same(&read, &scores) && read.done.len() == 2, "{read:?}\n{scores:?}");
