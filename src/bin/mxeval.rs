@@ -12,6 +12,7 @@ use mxrewrite::eval::record::{Record, Status};
 use mxrewrite::eval::run::{self, Data, Options};
 use mxrewrite::eval::stage::{Selection, Stage};
 use mxrewrite::eval::statistics::Bootstrap;
+use mxrewrite::eval::windows::{Bos, Definition, Mode};
 use mxrewrite::eval::{Error, Observer, report};
 use mxrewrite::rewrite::{Activation, BaseDtype, RewriteOptions, Tier};
 use std::collections::HashMap;
@@ -62,9 +63,8 @@ struct Cli {
     /// Documents in one batch [default: 8, or the list's]
     #[arg(long, value_name = "N", value_parser = positive)]
     batch_size: Option<usize>,
-    /// Tokens of a document that are used
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    seq_len: usize,
+    #[command(flatten)]
+    definition: DefinitionArgs,
     #[command(flatten)]
     place: PlaceArgs,
     /// Threads of one operator [default: ONNX Runtime's choice]
@@ -105,6 +105,27 @@ struct Cli {
     stages: StageArgs,
     #[command(flatten)]
     rewrite: RewriteArgs,
+}
+
+/// What is scored, and from which context (docs/definitions.md).
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Definition of the figures")]
+struct DefinitionArgs {
+    /// per-document: the first seq-len tokens of each; rolling: whole documents, as lm-eval;
+    /// stride: whole documents in overlapping windows; concat: one stream, as GPTQ's WikiText-2;
+    /// second-half: one stream, the second half of each window scored, as llama.cpp
+    #[arg(long, default_value_t)]
+    mode: Mode,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    seq_len: usize,
+    /// Tokens from one window's beginning to the next, with --mode stride [default: half of seq-len]
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
+    /// Where BOS stands: none, first (of each document or stream), each (window) [default: first
+    /// in mode rolling, else as the tokenizer adds it]
+    #[arg(long, value_name = "none|first|each")]
+    bos: Option<Bos>,
 }
 
 /// Where stages run.
@@ -227,6 +248,8 @@ fn main() -> ExitCode {
 }
 
 fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let DefinitionArgs { mode, seq_len, stride, bos } = cli.definition;
+    let definition = Definition::new(mode, seq_len, stride, bos)?;
     let rewrite = cli.rewrite.options(cli.threads)?;
     let stages = cli.stages.selection().stages(rewrite.tier)?;
     let jobs = jobs(cli, &stages)?;
@@ -238,7 +261,7 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
     let options = Options {
         data,
         max_samples: cli.max_samples,
-        seq_len: cli.seq_len,
+        definition,
         device: cli.place.device.clone(),
         min_free_ratio: cli.place.min_free_ratio,
         workers_per_device: cli.place.workers_per_device,
@@ -260,7 +283,7 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
     if cli.json {
         outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
     } else {
-        print!("{}", report::terminal(&outcome.records()));
+        print!("{}", report::terminal(&outcome.records(), &definition.text()));
     }
     console.say(&format!("report: {}", cli.out.join("report.md").display()));
     if outcome.interrupted {

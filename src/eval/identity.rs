@@ -7,7 +7,7 @@ use super::job::{Job, KeyParts, Task};
 use super::process::{now, sha256_files};
 use super::run::Options;
 use super::runtime::Runtime;
-use super::windows::DEFINITION;
+use super::windows::{Definition, Tokenizer};
 use crate::rewrite::BaseDtype;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
@@ -40,14 +40,16 @@ impl Hashing {
     ///
     /// # Errors
     /// The data cannot be read.
-    pub(super) fn start(jobs: &[Job], data: &Path) -> Result<Self> {
+    pub(super) fn start(jobs: &[Job], data: &Path, definition: &Definition) -> Result<Self> {
         let data = sha256_files([data])?;
-        let files: Vec<(Job, PathBuf)> =
-            jobs.iter().map(|job| (job.clone(), job.tokenizer.clone())).collect();
+        let files: Vec<(Job, Vec<PathBuf>)> = jobs
+            .iter()
+            .map(|job| (job.clone(), Tokenizer::files(&job.tokenizer, definition)))
+            .collect();
         let thread = thread::spawn(move || {
-            let digests = |(job, tokenizer): &(Job, PathBuf)| JobDigests {
+            let digests = |(job, tokenizer): &(Job, Vec<PathBuf>)| JobDigests {
                 model: job.sha256().ok(),
-                tokenizer: sha256_files([tokenizer.as_path()]).ok(),
+                tokenizer: sha256_files(tokenizer.iter().map(PathBuf::as_path)).ok(),
             };
             files.iter().map(digests).collect()
         });
@@ -96,7 +98,7 @@ impl Subject<'_> {
         let platform = format!("{} {place} {:?}", self.runtime.version, options.threads);
         let mut figures = format!(
             "{} {} {} {:?}",
-            options.max_samples, options.seq_len, job.batch_size, options.rewrite
+            options.max_samples, options.definition, job.batch_size, options.rewrite
         );
         if options.kl {
             figures.push_str(" kl");
@@ -142,9 +144,10 @@ impl Subject<'_> {
             "models": jobs.iter().map(model).collect::<Vec<_>>(),
             "data": {"path": self.data, "sha256": data},
             "options": {
-                "max_samples": options.max_samples, "seq_len": options.seq_len,
                 "kl": options.kl, "seed": options.bootstrap.seed,
                 "resamples": options.bootstrap.resamples,
+                "max_samples": options.max_samples, "seq_len": options.definition.seq_len,
+                "definition": options.definition.short(),
                 "workers_per_device": options.workers_per_device,
                 "shard_documents": options.shard_documents,
                 "tier": rewrite.tier.name(), "block_size": rewrite.block_size,
@@ -152,7 +155,7 @@ impl Subject<'_> {
                 "base_dtype": rewrite.base_dtype.map_or("the model's", BaseDtype::name),
                 "include": rewrite.include, "exclude": rewrite.exclude,
             },
-            "definition": DEFINITION,
+            "definition": options.definition.text(),
         });
         facts.as_object().cloned().unwrap_or_default()
     }

@@ -296,6 +296,7 @@ fn has_weights_in(model: &Model, to: BaseDtype) -> bool {
 pub(super) fn blank(job: &Job, task: &Task, chosen: &Chosen, options: &Options) -> Record {
     let device = devices::name(&chosen.devices);
     let mut record = Record::new(&job.model, &task.name(), &device, Status::Failed);
+    record.definition = Some(options.definition.short());
     if let Task::Sweep(stage) = task {
         let rewrite = &options.rewrite;
         record.tier = stage.follows_tier().then(|| rewrite.tier.name().to_owned());

@@ -1,7 +1,6 @@
 //! Tables for people: on the terminal, in report.md and in report.html.
 
 use super::record::{Record, Status};
-use super::windows::DEFINITION;
 use serde_json::{Map, Value};
 use std::fmt::Write as _;
 
@@ -92,7 +91,7 @@ fn row(record: &Record, baseline: Option<&Record>) -> [String; COLUMNS.len()] {
 
 /// The tables for a terminal, with the reasons of what did not run and the definition of the
 /// figures.
-pub fn terminal(records: &[Record]) -> String {
+pub fn terminal(records: &[Record], definition: &str) -> String {
     let mut out = String::new();
     for table in tables(records) {
         let width = |column: usize| {
@@ -123,7 +122,7 @@ pub fn terminal(records: &[Record]) -> String {
         }
         out.push('\n');
     }
-    let _ = writeln!(out, "{DEFINITION}");
+    let _ = writeln!(out, "{definition}");
     out
 }
 
@@ -150,7 +149,7 @@ pub fn markdown(records: &[Record], run: &Map<String, Value>) -> String {
             let _ = writeln!(out, "- `{stage}` {}: {}", status.name(), reason.replace('\n', " "));
         }
     }
-    let _ = writeln!(out, "\n## How the figures are defined\n\n{DEFINITION}");
+    let _ = writeln!(out, "\n## How the figures are defined\n\n{}", definition(run));
     out.push_str(
         "\nΔ is the difference to the baseline (of graphs measured side by side: to the first). Size is the graph's file with its external data; \
          tok/s counts scored tokens and leaves out rewriting and loading.\n",
@@ -160,6 +159,11 @@ pub fn markdown(records: &[Record], run: &Map<String, Value>) -> String {
         let _ = writeln!(out, "- {name}: {}", value.replace('\n', " "));
     }
     out
+}
+
+/// The definition of the figures, as run.json has it.
+fn definition(run: &Map<String, Value>) -> &str {
+    run.get("definition").and_then(Value::as_str).unwrap_or_default()
 }
 
 /// What run.json says, flattened to one line a fact.
@@ -226,7 +230,8 @@ pub fn html(records: &[Record], run: &Map<String, Value>) -> String {
         }
         out.push_str("</ul>\n");
     }
-    let _ = write!(out, "<h2>How the figures are defined</h2>\n<p>{}</p>\n", escape(DEFINITION));
+    let _ =
+        write!(out, "<h2>How the figures are defined</h2>\n<p>{}</p>\n", escape(definition(run)));
     out.push_str("<h2>The run</h2>\n<ul>");
     for (name, value) in facts(run) {
         let _ = write!(out, "<li>{}: <code>{}</code></li>", escape(&name), escape(&value));
@@ -267,10 +272,14 @@ mod tests {
     #[test]
     fn every_output_has_the_reasons_and_the_definition() {
         let run = serde_json::json!({"mxeval": "0.1.0", "keys": {"x": "secret"},
-            "data": {"path": "d.parquet", "sha256": "abc"}, "command": ["mxeval", "--sweep"]});
+            "data": {"path": "d.parquet", "sha256": "abc"}, "command": ["mxeval", "--sweep"],
+            "definition": "per-document: each"});
         let run = run.as_object().unwrap();
-        let (terminal, markdown, html) =
-            (terminal(&records()), markdown(&records(), run), html(&records(), run));
+        let (terminal, markdown, html) = (
+            terminal(&records(), "per-document: each"),
+            markdown(&records(), run),
+            html(&records(), run),
+        );
         for text in [&terminal, &markdown, &html] {
             assert!(text.contains("needs CUDA") && text.contains("per-document"), "{text}");
             assert!(!text.contains("secret"));

@@ -17,7 +17,7 @@ use super::scores;
 use super::session::open_model;
 use super::statistics::Bootstrap;
 use super::store::{Entry, Store};
-use super::windows::{Corpus, Tokenizer};
+use super::windows::{Corpus, Definition, Tokenizer, stated_context};
 use super::workers;
 use crate::rewrite::{BaseDtype, RewriteOptions};
 use serde_json::Map;
@@ -43,8 +43,8 @@ pub struct Options {
     pub data: Data,
     /// Documents to read.
     pub max_samples: usize,
-    /// Tokens of a document's window.
-    pub seq_len: usize,
+    /// What is scored, and from which context.
+    pub definition: Definition,
     /// Where to run.
     pub device: Request,
     /// Share of a GPU's memory that has to be free for `auto` to take it.
@@ -75,13 +75,6 @@ pub struct Options {
     pub bootstrap: Bootstrap,
     /// The command line, for run.json.
     pub command: Vec<String>,
-}
-
-impl Options {
-    /// How the figures are defined, in short.
-    pub fn definition(&self) -> String {
-        format!("per-document, seq-len {}", self.seq_len)
-    }
 }
 
 /// What a run left behind.
@@ -212,7 +205,7 @@ impl<'a> Run<'a> {
         data: PathBuf,
         observer: &'a dyn Observer,
     ) -> Result<Self> {
-        let hashing = RefCell::new(Some(Hashing::start(jobs, &data)?));
+        let hashing = RefCell::new(Some(Hashing::start(jobs, &data, &options.definition)?));
         let (identity, tokenised) = (OnceCell::new(), RefCell::new(None));
         Ok(Self { jobs, options, chosen, runtime, data, observer, hashing, identity, tokenised })
     }
@@ -251,7 +244,22 @@ impl<'a> Run<'a> {
         let tokenised = self.tokenise(&job.tokenizer)?;
         let largest = tokenised.corpus.largest_id();
         inspection.check_ids(&job.model, largest, tokenised.size)?;
+        self.check_context(job, tokenised.corpus.longest());
         Ok(tokenised.corpus)
+    }
+
+    /// Warns of windows longer than the context that the model's files state. Rotary positions can be
+    /// stretched, so that it is no error.
+    fn check_context(&self, job: &Job, longest: usize) {
+        let folder = job.path.parent().unwrap_or(Path::new(""));
+        if let Some(context) = stated_context(folder).filter(|&context| context < longest) {
+            self.observer.warn(&format!(
+                "{}: windows of {longest} tokens, but its files state a context of {context}: \
+                 figures beyond it say little, and a model with learned positions fails; pass \
+                 --seq-len {context} or less",
+                job.model
+            ));
+        }
     }
 
     fn tokenise(&self, path: &Path) -> Result<Tokenised> {
@@ -267,13 +275,8 @@ impl<'a> Run<'a> {
             .build()
             .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
         let corpus = workers
-            .install(|| tokenizer.tokenize(documents, options.seq_len, options.max_samples))?;
-        self.observer.note(&format!(
-            "{} documents read, {} with {} scored tokens",
-            corpus.read,
-            corpus.windows.len(),
-            corpus.tokens()
-        ));
+            .install(|| tokenizer.tokenize(documents, &options.definition, options.max_samples))?;
+        self.observer.note(&corpus.summary(&options.definition));
         let tokenised =
             Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Arc::new(corpus) };
         *self.tokenised.borrow_mut() = Some(tokenised.clone());

@@ -132,7 +132,7 @@ impl Bench<'_> {
 
     fn header(&self, number: usize, baseline: Option<&str>) -> Header {
         let Item { job, task, corpus, batches, key, .. } = &self.items[number];
-        let (stage, definition) = (task.name(), self.options.definition());
+        let (stage, definition) = (task.name(), self.options.definition.short());
         let names = [job.model.as_str(), &stage, key, &definition];
         Header::new(corpus, batches.len(), names, baseline)
     }
@@ -259,7 +259,8 @@ impl Bench<'_> {
         if status == Status::Ok && self.items[number].is_whole() {
             let others = self.baseline_scores(number, &header);
             let summary = Summary { header: &header, documents, divergence, others };
-            record.statistics = summary.statistics(self.options.bootstrap);
+            record.statistics =
+                summary.statistics(self.options.bootstrap, self.options.definition.unit());
         }
         if status == Status::Ok && scored.interrupted {
             return (Status::Partial, remark);

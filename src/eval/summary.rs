@@ -22,14 +22,14 @@ pub(super) struct Summary<'a> {
 }
 
 impl Summary<'_> {
-    pub fn statistics(&self, bootstrap: Bootstrap) -> Option<Statistics> {
+    pub fn statistics(&self, bootstrap: Bootstrap, unit: &str) -> Option<Statistics> {
         let Self { header, documents, divergence, others } = self;
         let sample =
             Sample { documents, subset: &header.subset_of, names: &header.subsets, kl: divergence };
         let beside = header.baseline.as_deref().map(|stage| Reference { stage, documents: &[] });
         let apart = others.as_ref().map(|(stage, documents)| Reference { stage, documents });
         let reference = beside.or(apart);
-        statistics(&sample, reference.as_ref(), bootstrap, "document")
+        statistics(&sample, reference.as_ref(), bootstrap, unit)
     }
 }
 

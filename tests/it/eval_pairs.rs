@@ -1,6 +1,7 @@
 //! Baseline and variant side by side: figures against float64 in NumPy, and runs that were cut off.
 
 use super::support::{mxrewrite, python_and_library, root, skip};
+use mxrewrite::eval::windows::{Definition, Tokenizer, Window};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -69,10 +70,12 @@ fn figures(record: &Value) -> Value {
 fn divergence_agreement_and_p_correct_are_numpys_in_float64() {
     let Some((python, library)) = python_and_library() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let corpus = mxrewrite::eval::windows::Tokenizer::open(&tokenizer())
-        .and_then(|t| t.tokenize(mxrewrite::eval::corpus::open(&pile())?, 128, 12))
+    let definition = Definition::per_document(128);
+    let corpus = Tokenizer::open(&tokenizer())
+        .and_then(|t| t.tokenize(mxrewrite::eval::corpus::open(&pile())?, &definition, 12))
         .unwrap();
-    let window = |w: &mxrewrite::eval::windows::Window| json!({"ids": w.ids, "first_scored": w.first_scored, "bytes": w.bytes});
+    let window =
+        |w: &Window| json!({"ids": w.ids[..], "first_scored": w.first_scored, "bytes": w.bytes});
     let windows: Vec<_> = corpus.windows.iter().map(window).collect();
     let path = dir.path().join("windows.json");
     std::fs::write(&path, serde_json::to_string(&windows).unwrap()).unwrap();

@@ -10,6 +10,7 @@ fn corpus() -> Corpus {
         documents: [Some(0), None, Some(1)].map(|subset| Source { subset }).to_vec(),
         subsets: vec!["Github".into(), "ArXiv".into()],
         read: 4,
+        ..Corpus::default()
     }
 }
 
