@@ -1,6 +1,6 @@
 //! A run: every job's stages, each independent of the others.
 
-use super::corpus::{self, Dataset};
+use super::corpus::{self, Dataset, Text, TextDigest};
 use super::devices::{self, Chosen, Device, Request};
 use super::error::{Error, Result};
 use super::gpus::Local;
@@ -23,12 +23,13 @@ use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 /// Where the evaluation text comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
-    /// A file.
-    File(PathBuf),
+    /// Files, globs over files, and addresses of files, in this order.
+    Files(Vec<PathBuf>),
     /// A data set of the Hugging Face hub.
     Dataset(Dataset),
 }
@@ -38,6 +39,8 @@ pub enum Data {
 pub struct Options {
     /// The text.
     pub data: Data,
+    /// Seed of a random sample of the text; `None` takes documents from its beginning.
+    pub shuffle: Option<u64>,
     /// Documents to read.
     pub max_samples: usize,
     /// Tokens of a document's window.
@@ -95,6 +98,7 @@ impl Outcome {
 /// What concerns the run as a whole: no ONNX Runtime, no data, a locked folder, a model that is not
 /// there, or not a single model that can be fed. What concerns one stage becomes its record.
 pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<Outcome> {
+    let started = Instant::now();
     let runtime = runtime::load(options.ort_lib.as_deref())?;
     let chosen = devices::choose(&options.device, options.min_free_ratio, &Local(&runtime))?;
     if let Some(note) = &chosen.note {
@@ -103,11 +107,11 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     if options.workers_per_device > 1 && !chosen.on_gpu() {
         observer.note("--workers-per-device is for GPUs: the CPU has one worker");
     }
-    let data = fetch(&options.data, observer)?;
+    let data = fetch(options, observer)?;
     let mut store = Store::open(&options.out, options.resume)?;
     observer.opened(&store.work_root());
     check_base(options, &chosen)?;
-    let run = Run::new(jobs, options, &chosen, &runtime, data, observer)?;
+    let run = Run::new(jobs, options, &chosen, &runtime, (data, started), observer);
     // A mistyped tokenizer or data file must not cost the results of an earlier run, so nothing is
     // written before it is known that something can be measured.
     let mut prepared: Vec<_> = jobs.iter().map(|job| run.prepare(job)).collect();
@@ -143,19 +147,20 @@ fn check_base(options: &Options, chosen: &Chosen) -> Result<()> {
     Ok(())
 }
 
-/// The file of the evaluation text.
-fn fetch(data: &Data, observer: &dyn Observer) -> Result<PathBuf> {
-    match data {
-        Data::File(path) => Ok(path.clone()),
+/// The evaluation text.
+fn fetch(options: &Options, observer: &dyn Observer) -> Result<Text> {
+    let sources = match &options.data {
+        Data::Files(names) => corpus::resolve(names)?,
         Data::Dataset(dataset) => {
-            observer.note(&format!("fetching {dataset} from the Hugging Face hub"));
+            observer.note(&format!("looking for {dataset} on the Hugging Face hub"));
             let fetched = dataset.fetch()?;
             if let Some(warning) = &fetched.warning {
                 observer.warn(warning);
             }
-            Ok(fetched.path)
+            fetched.sources
         }
-    }
+    };
+    Ok(Text::new(sources, options.shuffle))
 }
 
 /// Records in the order of jobs and tasks, which resuming may have disturbed in the file.
@@ -175,8 +180,11 @@ struct Run<'a> {
     options: &'a Options,
     chosen: &'a Chosen,
     runtime: &'a Runtime,
-    data: PathBuf,
+    data: Text,
+    started: Instant,
     observer: &'a dyn Observer,
+    /// Digest of the documents read, once they are.
+    documents: OnceCell<String>,
     hashing: RefCell<Option<Hashing>>,
     identity: OnceCell<Identity>,
     /// The text as the last tokenizer saw it: graphs given side by side share one.
@@ -197,12 +205,25 @@ impl<'a> Run<'a> {
         options: &'a Options,
         chosen: &'a Chosen,
         runtime: &'a Runtime,
-        data: PathBuf,
+        (data, started): (Text, Instant),
         observer: &'a dyn Observer,
-    ) -> Result<Self> {
-        let hashing = RefCell::new(Some(Hashing::start(jobs, &data)?));
+    ) -> Self {
+        let hashing = RefCell::new(Some(Hashing::start(jobs, data.sources())));
         let (identity, tokenised) = (OnceCell::new(), RefCell::new(None));
-        Ok(Self { jobs, options, chosen, runtime, data, observer, hashing, identity, tokenised })
+        let documents = OnceCell::new();
+        Self {
+            jobs,
+            options,
+            chosen,
+            runtime,
+            data,
+            started,
+            observer,
+            documents,
+            hashing,
+            identity,
+            tokenised,
+        }
     }
 
     /// Keys and facts; waits for the models to be read.
@@ -214,7 +235,9 @@ impl<'a> Run<'a> {
                 }
                 hashing.wait()
             });
-            self.subject().identity(&digests.unwrap_or_default())
+            let mut digests = digests.unwrap_or_default();
+            digests.documents = self.documents.get().cloned().unwrap_or_default();
+            self.subject().identity(&digests)
         })
     }
 
@@ -247,9 +270,15 @@ impl<'a> Run<'a> {
             return Ok(tokenised.clone());
         }
         let tokenizer = Tokenizer::open(path)?;
-        self.observer.note(&format!("tokenising {}", self.data.display()));
-        let documents = corpus::open(&self.data)?;
+        self.observer.note(&format!("tokenising {}", self.data.describe()));
         let options = self.options;
+        let mut digest = TextDigest::default();
+        let documents = self.data.documents(options.max_samples, self.observer)?;
+        let documents = documents.inspect(|document| {
+            if let Ok(document) = document {
+                digest.update(document);
+            }
+        });
         let workers = rayon::ThreadPoolBuilder::new()
             .num_threads(options.loader_workers)
             .build()
@@ -262,6 +291,13 @@ impl<'a> Run<'a> {
             corpus.windows.len(),
             corpus.tokens()
         ));
+        let digest = digest.finish();
+        if *self.documents.get_or_init(|| digest.clone()) != digest {
+            let text = "the evaluation text has changed since the first model was prepared";
+            return Err(Error::NothingToScore(text.into()));
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        self.observer.note(&format!("first batch ready after {seconds:.2} s"));
         let tokenised =
             Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Arc::new(corpus) };
         *self.tokenised.borrow_mut() = Some(tokenised.clone());
