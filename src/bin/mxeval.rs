@@ -51,15 +51,22 @@ struct Cli {
     /// The model's tokenizer.json [default: beside the model]
     #[arg(long, value_name = "tokenizer.json")]
     tokenizer: Option<PathBuf>,
-    /// Evaluation text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document)
+    /// Evaluation text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document); a
+    /// path, a quoted glob or an http(s) address. May be repeated
     #[arg(long, value_name = "FILE")]
-    data: Option<PathBuf>,
-    /// Evaluation text from the Hugging Face hub: pile or wikitext
-    #[arg(long)]
+    data: Vec<PathBuf>,
+    /// Evaluation text from the Hugging Face hub: pile, wikitext or OWNER/NAME[:PATH-OR-GLOB]
+    #[arg(long, value_name = "NAME")]
     dataset: Option<Dataset>,
     /// Documents to read
     #[arg(long, value_name = "N", default_value_t = 1000)]
     max_samples: usize,
+    /// Draw the documents at random from the whole text, instead of taking its first
+    #[arg(long)]
+    shuffle: bool,
+    /// Seed of --shuffle
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
     /// Documents in one batch [default: 8, or the list's]
     #[arg(long, value_name = "N", value_parser = positive)]
     batch_size: Option<usize>,
@@ -253,13 +260,13 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
     let rewrite = cli.rewrite.options(cli.threads)?;
     let stages = cli.stages.selection().stages(rewrite.tier)?;
     let jobs = jobs(cli, &stages)?;
-    let data = match (&cli.data, cli.dataset) {
-        (Some(path), _) => Data::File(path.clone()),
-        (None, Some(dataset)) => Data::Dataset(dataset),
-        (None, None) => return Err(Error::Usage("--data or --dataset is needed".into()).into()),
+    let data = match &cli.dataset {
+        Some(dataset) => Data::Dataset(dataset.clone()),
+        None => Data::Files(cli.data.clone()),
     };
     let options = Options {
         data,
+        shuffle: cli.shuffle.then_some(cli.seed),
         max_samples: cli.max_samples,
         definition,
         device: cli.place.device.clone(),

@@ -36,6 +36,8 @@ pub mod stage;
 pub mod statistics;
 pub mod store;
 mod summary;
+pub mod tasks;
+mod texts;
 pub mod windows;
 mod workers;
 

@@ -6,6 +6,8 @@
 //! stream that documents are joined to, into windows; `encode` makes the tokens; `beside` reads
 //! what the files beside the tokenizer and the model state.
 
+use sha2::{Digest as _, Sha256};
+
 mod beside;
 mod cut;
 mod definition;
@@ -77,6 +79,18 @@ impl Corpus {
     /// Scored tokens of all windows.
     pub fn tokens(&self) -> u64 {
         self.windows.iter().map(|w| w.scored() as u64).sum()
+    }
+
+    /// Digest of what is scored: tokens, contexts, bytes and the documents they belong to.
+    pub fn sha256(&self) -> String {
+        let mut hasher = Sha256::new();
+        for window in &self.windows {
+            let numbers = [window.inputs, window.first_scored, window.document, window.ids.len()];
+            numbers.iter().for_each(|&n| hasher.update((n as u64).to_le_bytes()));
+            hasher.update(window.bytes.to_le_bytes());
+            window.ids.iter().for_each(|id| hasher.update(id.to_le_bytes()));
+        }
+        super::process::hex(&hasher.finalize())
     }
 
     /// The largest token id.
