@@ -170,4 +170,24 @@ mod tests {
         assert!((m.xent - naive).abs() < 1e-12 * naive);
         assert_eq!(m.tokens, 20_000);
     }
+
+    #[test]
+    fn sums_are_the_same_bits_after_a_journey_through_json() {
+        let mut state = 1u64;
+        let mut sum = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            3_000.0 * (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        for _ in 0..1_000 {
+            let against = Against { nll: sum(), kl: sum(), ..Against::default() };
+            let score = DocumentScore {
+                nll: sum(),
+                entropy: sum(),
+                against: Some(against),
+                ..DocumentScore::default()
+            };
+            let text = serde_json::to_string(&score).unwrap();
+            assert_eq!(serde_json::from_str::<DocumentScore>(&text).unwrap(), score);
+        }
+    }
 }

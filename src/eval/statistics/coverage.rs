@@ -95,8 +95,14 @@ fn normal_distribution(x: f64) -> f64 {
     0.5 + sum * (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt()
 }
 
-const METHODS: [&str; 6] =
-    ["normal", "percentile", "basic", "BCa", "bootstrap-t, own error", "bootstrap-t, jackknife"];
+const METHODS: [&str; 6] = [
+    "normal",
+    "percentile",
+    "basic",
+    "BCa",
+    "bootstrap-t, linearised se",
+    "bootstrap-t, jackknife se",
+];
 
 /// The interval by each of [`METHODS`].
 fn intervals(table: &Table, draws: &Draws, mean: Mean) -> [(f64, f64); METHODS.len()] {
