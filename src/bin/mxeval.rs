@@ -1,8 +1,11 @@
 //! The `mxeval` command: arguments to one library call to an exit code.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "mxeval/compare.rs"]
+mod compare;
+
 use anyhow::Context as _;
-use clap::{ArgGroup, Args, Parser};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::eval::corpus::Dataset;
@@ -11,6 +14,7 @@ use mxrewrite::eval::job::{Job, listed};
 use mxrewrite::eval::record::{Record, Status};
 use mxrewrite::eval::run::{self, Data, Options};
 use mxrewrite::eval::stage::{Selection, Stage};
+use mxrewrite::eval::windows::DEFINITION;
 use mxrewrite::eval::{Error, Observer, report};
 use mxrewrite::rewrite::{Activation, BaseDtype, RewriteOptions, Tier};
 use std::collections::HashMap;
@@ -24,13 +28,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// on real text.
 ///
 /// With --sweep a model is rewritten for every stage and measured; graphs given by name are
-/// measured as they are. Results go to stdout and to --out (results.jsonl, report.md, report.html,
-/// run.json), progress to stderr.
+/// measured as they are. Results go to stdout and to --out (results.jsonl, report.html, report.md,
+/// report.csv, run.json), progress to stderr.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = ArgGroup::new("what").required(true).args(["graphs", "sweep", "models"]))]
 #[command(group = ArgGroup::new("text").required(true).args(["data", "dataset"]))]
 struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Graphs to measure as they are
     #[arg(value_name = "GRAPH.onnx")]
     graphs: Vec<PathBuf>,
@@ -94,6 +101,12 @@ struct Cli {
     stages: StageArgs,
     #[command(flatten)]
     rewrite: RewriteArgs,
+}
+
+/// What is not a measurement. A graph called `compare` is `./compare`.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Compare(compare::CompareArgs),
 }
 
 /// Where stages run.
@@ -202,7 +215,14 @@ fn share(text: &str) -> Result<f64, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match evaluate(&cli) {
+    let outcome = match &cli.command {
+        Some(Command::Compare(args)) => args.run().map(|text| {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }),
+        None => evaluate(&cli),
+    };
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -247,7 +267,7 @@ fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
     if cli.json {
         outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
     } else {
-        print!("{}", report::terminal(&outcome.records()));
+        print!("{}", report::terminal(&outcome.records(), DEFINITION));
     }
     console.say(&format!("report: {}", cli.out.join("report.md").display()));
     Ok(ExitCode::from(u8::from(outcome.failed())))

@@ -10,12 +10,12 @@ use super::job::Job;
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
 use super::record::{Record, Status};
-use super::report;
+use super::report::{self, Report};
 use super::runtime::{self, Runtime};
 use super::schedule;
 use super::session::open_model;
 use super::store::{Entry, Store};
-use super::windows::{Corpus, Tokenizer};
+use super::windows::{Corpus, DEFINITION, Tokenizer};
 use super::workers;
 use crate::rewrite::{BaseDtype, RewriteOptions};
 use serde_json::Map;
@@ -339,8 +339,19 @@ impl<'a> Run<'a> {
     fn write_reports(&self, store: &Store) -> Result<()> {
         let records = records_of(&ordered(self.jobs, store));
         let facts = &self.identity().facts;
-        store.write("report.md", report::markdown(&records, facts).as_bytes())?;
-        store.write("report.html", report::html(&records, facts).as_bytes())
+        let report = Report {
+            records: &records,
+            facts,
+            definition: DEFINITION,
+            sensitivity: None,
+            front: &[],
+        };
+        store.write("report.md", report::markdown(&report).as_bytes())?;
+        store.write("report.csv", report::csv(&records)?.as_bytes())?;
+        if let Some(subsets) = report::subsets_csv(&records)? {
+            store.write("subsets.csv", subsets.as_bytes())?;
+        }
+        store.write("report.html", report::html(&report).as_bytes())
     }
 }
 
