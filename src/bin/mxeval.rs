@@ -1,15 +1,20 @@
 //! The `mxeval` command: arguments to one library call to an exit code.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "mxeval/compare.rs"]
+mod compare;
+#[path = "mxeval/tasks.rs"]
+mod tasks;
+
 use anyhow::Context as _;
-use clap::{ArgGroup, Args, Parser};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::eval::corpus::Dataset;
 use mxrewrite::eval::devices::Request;
 use mxrewrite::eval::job::{Job, listed};
 use mxrewrite::eval::record::{Record, Status};
-use mxrewrite::eval::run::{self, Data, Options};
+use mxrewrite::eval::run::{self, Data, Options, Outcome};
 use mxrewrite::eval::stage::{Selection, Stage};
 use mxrewrite::eval::statistics::Bootstrap;
 use mxrewrite::eval::windows::{Bos, Definition, Mode};
@@ -26,13 +31,23 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// on real text.
 ///
 /// With --sweep a model is rewritten for every stage and measured; graphs given by name are
-/// measured as they are. Results go to stdout and to --out (results.jsonl, report.md, report.html,
-/// run.json), progress to stderr.
+/// measured as they are. Results go to stdout and to --out (results.jsonl, report.html, report.md,
+/// report.csv, run.json), progress to stderr.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// What to measure, on which text, how and where.
+#[derive(Debug, Args)]
 #[command(group = ArgGroup::new("what").required(true).args(["graphs", "sweep", "models"]))]
 #[command(group = ArgGroup::new("text").required(true).args(["data", "dataset"]))]
-struct Cli {
+struct RunArgs {
     /// Graphs to measure as they are
     #[arg(value_name = "GRAPH.onnx")]
     graphs: Vec<PathBuf>,
@@ -133,6 +148,15 @@ struct DefinitionArgs {
     /// in mode rolling, else as the tokenizer adds it]
     #[arg(long, value_name = "none|first|each")]
     bos: Option<Bos>,
+}
+
+/// What is not a measurement. A graph called `compare` is `./compare`.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Compare(compare::CompareArgs),
+    Plan(Box<tasks::PlanArgs>),
+    RunTask(tasks::RunTaskArgs),
+    Merge(tasks::MergeArgs),
 }
 
 /// Where stages run.
@@ -241,7 +265,17 @@ fn share(text: &str) -> Result<f64, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match evaluate(&cli) {
+    let outcome = match &cli.command {
+        Some(Command::Compare(args)) => args.run().map(|text| {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }),
+        Some(Command::Plan(args)) => args.run(),
+        Some(Command::RunTask(args)) => args.run(),
+        Some(Command::Merge(args)) => args.run(),
+        None => evaluate(&cli.run),
+    };
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -254,52 +288,66 @@ fn main() -> ExitCode {
     }
 }
 
-fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
-    let DefinitionArgs { mode, seq_len, stride, bos } = cli.definition;
-    let definition = Definition::new(mode, seq_len, stride, bos)?;
-    let rewrite = cli.rewrite.options(cli.threads)?;
-    let stages = cli.stages.selection().stages(rewrite.tier)?;
-    let jobs = jobs(cli, &stages)?;
-    let data = match &cli.dataset {
-        Some(dataset) => Data::Dataset(dataset.clone()),
-        None => Data::Files(cli.data.clone()),
-    };
-    let options = Options {
-        data,
-        shuffle: cli.shuffle.then_some(cli.seed),
-        max_samples: cli.max_samples,
-        definition,
-        device: cli.place.device.clone(),
-        min_free_ratio: cli.place.min_free_ratio,
-        workers_per_device: cli.place.workers_per_device,
-        shard_documents: cli.place.shard_documents,
-        threads: cli.threads,
-        loader_workers: cli.loader_workers,
-        ort_lib: cli.ort_lib.clone(),
-        out: cli.out.clone(),
-        resume: cli.resume,
-        documents: cli.documents,
-        kl: !cli.no_kl,
-        bootstrap: Bootstrap { seed: cli.bootstrap_seed, resamples: cli.resamples },
-        debug: cli.debug,
-        rewrite,
-        command: std::env::args().collect(),
-    };
+fn evaluate(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let (jobs, options) = args.resolve()?;
     let console = Console::default();
     let outcome = run::run(&jobs, &options, &console)?;
-    if cli.json {
-        outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
-    } else {
-        print!("{}", report::terminal(&outcome.records(), &definition.text()));
-    }
-    console.say(&format!("report: {}", cli.out.join("report.md").display()));
-    if outcome.interrupted {
-        return Err(Error::Interrupted.into());
-    }
+    show(&outcome, &options, args.json, &console)?;
     Ok(ExitCode::from(u8::from(outcome.failed())))
 }
 
-fn jobs(cli: &Cli, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
+/// Results to stdout.
+fn show(outcome: &Outcome, options: &Options, json: bool, console: &Console) -> anyhow::Result<()> {
+    if json {
+        outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
+    } else {
+        print!("{}", report::terminal(&outcome.records(), &options.definition.text()));
+    }
+    console.say(&format!("report: {}", options.out.join("report.html").display()));
+    if outcome.interrupted {
+        return Err(Error::Interrupted.into());
+    }
+    Ok(())
+}
+
+impl RunArgs {
+    /// The library's form.
+    fn resolve(&self) -> anyhow::Result<(Vec<Job>, Options)> {
+        let DefinitionArgs { mode, seq_len, stride, bos } = self.definition;
+        let definition = Definition::new(mode, seq_len, stride, bos)?;
+        let rewrite = self.rewrite.options(self.threads)?;
+        let stages = self.stages.selection().stages(rewrite.tier)?;
+        let jobs = jobs(self, &stages)?;
+        let data = match &self.dataset {
+            Some(dataset) => Data::Dataset(dataset.clone()),
+            None => Data::Files(self.data.clone()),
+        };
+        let options = Options {
+            data,
+            shuffle: self.shuffle.then_some(self.seed),
+            max_samples: self.max_samples,
+            definition,
+            device: self.place.device.clone(),
+            min_free_ratio: self.place.min_free_ratio,
+            workers_per_device: self.place.workers_per_device,
+            shard_documents: self.place.shard_documents,
+            threads: self.threads,
+            loader_workers: self.loader_workers,
+            ort_lib: self.ort_lib.clone(),
+            out: self.out.clone(),
+            resume: self.resume,
+            documents: self.documents,
+            kl: !self.no_kl,
+            bootstrap: Bootstrap { seed: self.bootstrap_seed, resamples: self.resamples },
+            debug: self.debug,
+            rewrite,
+            command: std::env::args().collect(),
+        };
+        Ok((jobs, options))
+    }
+}
+
+fn jobs(cli: &RunArgs, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
     if let Some(list) = &cli.models {
         if cli.tokenizer.is_some() {
             let text = "--tokenizer does not go with --models: each model's lies beside it";
@@ -320,7 +368,7 @@ fn jobs(cli: &Cli, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
 }
 
 /// `--tokenizer`, else tokenizer.json in the model's folder or the one above.
-fn tokenizer(cli: &Cli, model: &Path) -> anyhow::Result<PathBuf> {
+fn tokenizer(cli: &RunArgs, model: &Path) -> anyhow::Result<PathBuf> {
     if let Some(path) = &cli.tokenizer {
         return Ok(path.clone());
     }

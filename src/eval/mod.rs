@@ -4,8 +4,9 @@
 //! batches; [`instrument`] appends the scoring node to a graph, [`session`] runs it in ONNX Runtime,
 //! [`metrics`] adds up, [`statistics`] says how far to trust it. [`devices`] chooses where. [`run`] puts the stages of every [`job`] into one
 //! queue from which teams of devices (`workers`) take, each `measure`s a stage by `score`, and
-//! leaves records ([`record`], [`store`]) and a [`report`].
+//! leaves records ([`record`], [`store`]) and a [`report`]; [`compare`] lays runs side by side.
 
+pub mod compare;
 pub mod corpus;
 mod describe;
 pub mod devices;

@@ -9,7 +9,7 @@ use super::job::Job;
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
 use super::record::{Record, Status};
-use super::report;
+use super::report::{self, Report};
 use super::runtime::{self, Runtime};
 use super::schedule;
 use super::scores;
@@ -332,15 +332,27 @@ impl<'a> Run<'a> {
     }
 
     fn write_reports(&self, store: &Store) -> Result<()> {
-        write_reports(self.jobs, &self.identity().facts, store)
+        write_reports(self.jobs, &self.identity().facts, self.options, store)
     }
 }
 
-/// report.md and report.html of what the store has.
-pub(super) fn write_reports(jobs: &[Job], facts: &Map<String, Value>, store: &Store) -> Result<()> {
+/// The reports of what the store has.
+pub(super) fn write_reports(
+    jobs: &[Job],
+    facts: &Map<String, Value>,
+    options: &Options,
+    store: &Store,
+) -> Result<()> {
     let records = records_of(&ordered(jobs, store));
-    store.write("report.md", report::markdown(&records, facts).as_bytes())?;
-    store.write("report.html", report::html(&records, facts).as_bytes())
+    let definition = options.definition.text();
+    let report =
+        Report { records: &records, facts, definition: &definition, sensitivity: None, front: &[] };
+    store.write("report.md", report::markdown(&report).as_bytes())?;
+    store.write("report.csv", report::csv(&records)?.as_bytes())?;
+    if let Some(subsets) = report::subsets_csv(&records)? {
+        store.write("subsets.csv", subsets.as_bytes())?;
+    }
+    store.write("report.html", report::html(&report).as_bytes())
 }
 
 /// Who measures together: a device alone, each as often as there are workers, or all of them.

@@ -168,13 +168,7 @@ impl Store {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.folder.join(name);
-        let written = tempfile::NamedTempFile::new_in(&self.folder).and_then(|mut file| {
-            file.write_all(bytes)?;
-            set_readable(file.as_file())?;
-            file.persist(&path).map_err(|e| e.error)
-        });
-        written.map(drop).map_err(Error::io(path))
+        write_whole(&self.folder.join(name), bytes)
     }
 
     /// Where rewritten models lie while they are measured.
@@ -199,6 +193,18 @@ impl Store {
     pub fn folder(&self) -> &Path {
         &self.folder
     }
+}
+
+/// Writes a file as a whole or not at all.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let written =
+        tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).and_then(|mut file| {
+            file.write_all(bytes)?;
+            set_readable(file.as_file())?;
+            file.persist(path).map_err(|e| e.error)
+        });
+    written.map(drop).map_err(Error::io(path))
 }
 
 /// Temporary files are private by default; results are not.

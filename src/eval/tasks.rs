@@ -128,6 +128,19 @@ impl Plan {
         })
     }
 
+    /// Writes the plan as a whole or not at all.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::Output(format!("{}: {e}", path.display())))?;
+        super::store::write_whole(path, format!("{text}\n").as_bytes())
+    }
+
     fn task(&self, id: &str) -> Result<&PlannedTask> {
         self.tasks.iter().find(|task| task.id == id).ok_or_else(|| {
             let known: Vec<_> = self.tasks.iter().map(|task| task.id.as_str()).collect();
@@ -328,7 +341,7 @@ pub fn merge(
             store.append(record, &key, details)?;
         }
     }
-    write_reports(jobs, &facts, &store)?;
+    write_reports(jobs, &facts, options, &store)?;
     Ok(Outcome { entries: ordered(jobs, &store), interrupted: false })
 }
 
