@@ -421,4 +421,45 @@ mod tests {
         std::fs::write(&path, "PAR1 not really").unwrap();
         assert!(message(&path).contains("not a readable parquet file"));
     }
+
+    #[test]
+    fn rows_before_a_fault_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        write(&path, vec![("text", Arc::new(StringArray::from(vec![Some("a"), None])))]);
+        let mut documents = super::super::open(&path).unwrap();
+        assert_eq!(documents.next().unwrap().unwrap().text, "a");
+        assert!(documents.next().unwrap().is_err() && documents.next().is_none());
+    }
+
+    #[test]
+    fn damage_anywhere_is_an_error_or_harmless_but_never_a_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        let texts: Vec<_> = (0..300).map(|number| format!("text {number}")).collect();
+        let whole = super::super::http::testing_parquet(&texts, 100);
+        let mut failures = 0;
+        for length in (0..whole.len()).step_by(whole.len() / 40) {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            assert!(all(&path).is_err(), "cut to {length}");
+        }
+        // Every byte of the footer, and of the first page's header.
+        let footer = whole.len()
+            - 8
+            - u32::from_le_bytes(whole[whole.len() - 8..whole.len() - 4].try_into().unwrap())
+                as usize;
+        for at in (footer..whole.len()).chain(4..40) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x5a;
+            std::fs::write(&path, &bytes).unwrap();
+            match all(&path) {
+                Ok(documents) => assert!(documents.len() <= 300),
+                Err(error) => {
+                    assert!(error.to_string().contains("a.parquet"), "{error}");
+                    failures += 1;
+                }
+            }
+        }
+        assert!(failures > 100, "{failures}");
+    }
 }

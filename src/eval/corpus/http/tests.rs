@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::sync::Mutex;
 
 /// Impatient, for tests.
-pub(super) fn quick() -> Client {
+pub(in crate::eval::corpus) fn quick() -> Client {
     let pause = Duration::from_millis(1);
     Client::new(Retry { tries: 3, pause, longest: pause, silence: Duration::from_secs(5) })
 }
@@ -31,7 +31,7 @@ fn texts(count: usize) -> Vec<String> {
 }
 
 /// A parquet file with these texts beside a large column that nobody asks for.
-pub(super) fn parquet(texts: &[String], group: usize) -> Vec<u8> {
+pub(in crate::eval::corpus) fn parquet(texts: &[String], group: usize) -> Vec<u8> {
     let ballast: Vec<_> = texts.iter().map(|text| text.repeat(3)).collect();
     let columns: Vec<(&str, ArrayRef)> = vec![
         ("ballast", Arc::new(StringArray::from(ballast))),
@@ -73,14 +73,14 @@ fn a_hundred_documents_transfer_a_small_share_of_the_file() {
         let server = Server::new([(path, bytes)]);
         let documents = read(&source(&server, path), 100).unwrap();
         assert!(documents.iter().map(|d| &d.text).eq(&texts[..100]), "{path}");
-        let (sent, requests) = (server.state().sent, server.state().requests.len());
+        let (sent, requests) = server.seen(|state| (state.sent, state.requests.len()));
         assert!(sent < 600 << 10 && sent * 8 < length, "{path}: {sent} of {length}");
         assert!(requests <= 6, "{path}: {requests} requests");
         // All of it: every document, without a request a page.
         let documents = read(&source(&server, path), usize::MAX).unwrap();
         assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}");
         let (sent, requests) =
-            (server.state().sent - sent, server.state().requests.len() - requests);
+            server.seen(|state| (state.sent - sent, state.requests.len() - requests));
         assert!(sent < length * 11 / 10 && requests < 60, "{path}: {sent}, {requests}");
     }
 }
@@ -110,7 +110,8 @@ fn breaks_and_passing_errors_are_tried_again_where_they_happened() {
             server.state().cuts = 3;
             let documents = read(&source(&server, path), usize::MAX).unwrap();
             assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}, {no_ranges}");
-            assert_eq!((server.state().cuts, server.state().statuses.len()), (0, 0));
+            let left = server.seen(|state| state.cuts + state.statuses.len());
+            assert_eq!(left, 0);
             if !no_ranges {
                 // What has come is not asked for again.
                 let sent = server.state().sent;
