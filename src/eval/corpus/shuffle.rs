@@ -195,7 +195,7 @@ mod tests {
         assert!(drawn(&parquet, 0, 7).is_empty());
     }
 
-    const FIRST: [&str; 3] = ["?", "?", "?"];
+    const FIRST: [&str; 3] = ["document 0", "document 195", "document 14"];
 
     #[test]
     fn every_document_is_as_likely_as_any_other_at_every_place() {

@@ -81,7 +81,9 @@ fn a_hundred_documents_transfer_a_small_share_of_the_file() {
         assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}");
         let (sent, requests) =
             server.seen(|state| (state.sent - sent, state.requests.len() - requests));
-        assert!(sent < length * 11 / 10 && requests < 60, "{path}: {sent}, {requests}");
+        // The column that nobody asks for is three quarters of a parquet file.
+        let most = if path.ends_with("parquet") { length * 3 / 10 } else { length * 11 / 10 };
+        assert!(sent < most && requests < 100, "{path}: {sent} of {length}, {requests}");
     }
 }
 
@@ -107,7 +109,8 @@ fn breaks_and_passing_errors_are_tried_again_where_they_happened() {
             let server = Server::new([(path, bytes.clone())]);
             server.state().no_ranges = no_ranges;
             server.state().statuses.extend([503, 429]);
-            server.state().cuts = 3;
+            // Without ranges every break is at the same place, which counts as no progress.
+            server.state().cuts = if no_ranges { 2 } else { 3 };
             let documents = read(&source(&server, path), usize::MAX).unwrap();
             assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}, {no_ranges}");
             let left = server.seen(|state| state.cuts + state.statuses.len());
