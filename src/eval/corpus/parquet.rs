@@ -162,7 +162,8 @@ impl Table {
                 let row = |number: &u64| (number - first) as usize;
                 let ranges = own.iter().map(|number| row(number)..row(number) + 1);
                 let selection = RowSelection::from_consecutive_ranges(ranges, rows as usize);
-                let numbers = Box::new(own.to_vec().into_iter());
+                let numbers: Vec<u64> = own.to_vec();
+                let numbers = Box::new(numbers.into_iter());
                 parts.push(Part { group, selection: Some(selection), numbers });
             }
             first += rows;
