@@ -117,6 +117,9 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     // A mistyped tokenizer or data file must not cost the results of an earlier run, so nothing is
     // written before it is known that something can be measured.
     let mut prepared: Vec<_> = jobs.iter().map(|job| texts.prepare(job)).collect();
+    if observer.interrupted() {
+        return Err(Error::Interrupted);
+    }
     if prepared.iter().all(Result::is_err)
         && let Some(Err(error)) = prepared.drain(..).next()
     {

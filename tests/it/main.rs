@@ -4,6 +4,7 @@
 mod checkpoint;
 mod cli;
 mod custom_ops;
+mod data;
 mod eval;
 mod eval_pairs;
 mod experts;

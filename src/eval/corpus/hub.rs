@@ -269,3 +269,111 @@ impl std::fmt::Display for Dataset {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::http::{Server, quick};
+    use super::*;
+    use crate::eval::observer::Silent;
+
+    fn hub(server: &Server, cache: &std::path::Path) -> Hub {
+        Hub {
+            endpoint: server.url.clone(),
+            token: Some("hf_x".into()),
+            offline: false,
+            cache: Cache::new(cache.into()),
+            client: quick(),
+        }
+    }
+
+    fn texts(fetched: &Fetched) -> Vec<String> {
+        let open = |source: &Source| source.open(&Silent).unwrap();
+        fetched.sources.iter().flat_map(open).map(|document| document.unwrap().text).collect()
+    }
+
+    fn line(text: &str) -> Vec<u8> {
+        format!("{{\"text\": \"{text}\"}}\n").into_bytes()
+    }
+
+    const TREE: &str = "api/datasets/me/set/tree/main";
+    const FILES: &str = "datasets/me/set/resolve/main";
+
+    #[test]
+    fn files_are_listed_chosen_and_read_with_the_token() {
+        let page = |paths: &[&str]| {
+            let entry = |path: &&str| serde_json::json!({"type": "file", "path": path, "size": 1});
+            let mut entries: Vec<_> = paths.iter().map(entry).collect();
+            entries.push(serde_json::json!({"type": "directory", "path": "data"}));
+            serde_json::to_vec(&entries).unwrap()
+        };
+        let listing = ["README.md", "data/b c.jsonl", "data/a.jsonl", "info.json"];
+        let server = Server::new([
+            (TREE, page(&listing)),
+            (&format!("{FILES}/data/a.jsonl"), line("a")),
+            (&format!("{FILES}/data/b%20c.jsonl"), line("b")),
+        ]);
+        let dir = tempfile::tempdir().unwrap();
+        let fetch =
+            |name: &str| name.parse::<Dataset>().unwrap().fetch_from(&hub(&server, dir.path()));
+        assert_eq!(texts(&fetch("me/set:data/*.jsonl").unwrap()), ["a", "b"]);
+        assert_eq!(texts(&fetch("me/set:data/a.jsonl").unwrap()), ["a"]);
+        assert!(server.state().requests.iter().all(|r| r.token.as_deref() == Some("Bearer hf_x")));
+        let several = fetch("me/set").unwrap_err().to_string();
+        assert!(several.contains("2 files of text (data/a.jsonl, data/b c.jsonl)"), "{several}");
+        let none = fetch("me/set:x/*.parquet").unwrap_err().to_string();
+        assert!(none.contains("that x/*.parquet matches; it has README.md"), "{none}");
+        let missing = fetch("me/other").unwrap_err().to_string();
+        assert!(missing.contains("404") && missing.contains("--data FILE"), "{missing}");
+
+        server.state().files.insert(format!("/{TREE}"), page(&listing[..3]));
+        let next = format!("<{}/second>; rel=\"next\"", server.at(TREE));
+        server.state().files.insert(format!("/{TREE}/second"), page(&["c.parquet"]));
+        server.state().headers.push(format!("Link: {next}"));
+        let endless = fetch("me/set").unwrap_err().to_string();
+        assert!(endless.contains("too many files"), "{endless}");
+    }
+
+    #[test]
+    fn the_cache_comes_first_and_is_all_there_is_offline() {
+        let server = Server::new([(&*format!("{FILES}/a.jsonl"), line("hub"))]);
+        let dir = tempfile::tempdir().unwrap();
+        let cached = dir.path().join("datasets--me--set");
+        std::fs::create_dir_all(cached.join("refs")).unwrap();
+        std::fs::create_dir_all(cached.join("snapshots/abc")).unwrap();
+        std::fs::write(cached.join("refs/main"), "abc").unwrap();
+        std::fs::write(cached.join("snapshots/abc/a.jsonl"), line("cache")).unwrap();
+        let hub = Hub { offline: true, ..hub(&server, dir.path()) };
+        let fetch = |name: &str| name.parse::<Dataset>().unwrap().fetch_from(&hub);
+        assert_eq!(texts(&fetch("me/set:a.jsonl").unwrap()), ["cache"]);
+        let message = fetch("me/set:b.jsonl").unwrap_err().to_string();
+        assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+        assert!(server.state().requests.is_empty());
+    }
+
+    #[test]
+    fn the_pile_falls_back_to_wikitext_and_says_so() {
+        let path = "datasets/Salesforce/wikitext/resolve/main/wikitext-2-raw-v1/\
+                    test-00000-of-00001.parquet";
+        let parquet = super::super::http::testing_parquet(&["x".to_owned()], 1);
+        let server = Server::new([(path, parquet)]);
+        let dir = tempfile::tempdir().unwrap();
+        let fetched = Dataset::Pile.fetch_from(&hub(&server, dir.path())).unwrap();
+        assert_eq!((&fetched.dataset, texts(&fetched)), (&Dataset::Wikitext, vec!["x".to_owned()]));
+        let warning = fetched.warning.unwrap();
+        assert!(warning.contains("404") && warning.contains("not comparable"), "{warning}");
+    }
+
+    #[test]
+    fn names() {
+        let parse = |name: &str| name.parse::<Dataset>().map(|dataset| dataset.to_string());
+        for good in ["pile", "wikitext", "a/b-c.d", "a/b:c d/*.parquet"] {
+            assert_eq!(parse(good).as_deref(), Ok(good));
+        }
+        for bad in ["", "x", "a/b/c", "../x", "a/..", "a/b:", "a b/c"] {
+            assert!(parse(bad).unwrap_err().contains("OWNER/NAME"), "{bad}");
+        }
+        let link = "<https://x/1>; rel=\"prev\", <https://x/2>; rel=\"next\"";
+        assert_eq!(next(link).as_deref(), Some("https://x/2"));
+        assert!(within("https://x/a", "https://x") && !within("https://x.evil/a", "https://x"));
+    }
+}

@@ -114,6 +114,7 @@ pub(super) fn list(names: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::tests::all;
+    use std::io::{BufRead, BufReader, Read as _};
 
     #[test]
     fn a_byte_order_mark_is_no_part_of_the_first_line() {
@@ -165,5 +166,40 @@ mod tests {
         }
         std::fs::write(dir.path().join("a.jsonl.zst"), b"not zstd at all").unwrap();
         assert!(all(&dir.path().join("a.jsonl.zst")).is_err());
+    }
+
+    #[test]
+    fn lines_without_an_end_bad_text_and_large_neighbours() {
+        let message = |lines: Box<dyn BufRead + Send>| {
+            let documents = super::read(std::path::Path::new("a.jsonl"), lines);
+            documents.collect::<crate::eval::Result<Vec<_>>>().unwrap_err().to_string()
+        };
+        let first = &b"{\"text\": \"one\"}\n"[..];
+        let endless = BufReader::new(std::io::repeat(b' '));
+        let long = message(Box::new(first.chain(endless)));
+        assert!(long.contains("a.jsonl: line 2: longer than 64 MiB"), "{long}");
+        let bad = message(Box::new(first.chain(&b"{\"text\": \"\xff\"}"[..])));
+        assert!(bad.contains("line 2: not UTF-8 at byte 10"), "{bad}");
+        let surrogate = message(Box::new(&b"{\"text\": \"\\ud800\"}"[..]));
+        assert!(surrogate.contains("line 1: `text` is no valid string"), "{surrogate}");
+        let null = message(Box::new(&b"{\"text\": null}"[..]));
+        assert!(null.contains("line 1: `text` is not a string"), "{null}");
+        // What is not asked for is not decoded.
+        let other = &b"{\"x\": [[1e999], \"\\ud800\"], \"text\": \"one\", \"meta\": 7}"[..];
+        let documents: Vec<_> = super::read(std::path::Path::new("a"), other).collect();
+        assert_eq!(documents[0].as_ref().unwrap().text, "one");
+    }
+
+    #[test]
+    fn a_zstd_bomb_ends_at_its_first_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl.zst");
+        let mut bomb = zstd::stream::write::Encoder::new(std::fs::File::create(&path).unwrap(), 1);
+        let encoder = bomb.as_mut().unwrap();
+        std::io::copy(&mut std::io::repeat(b'x').take(1 << 28), encoder).unwrap();
+        bomb.unwrap().finish().unwrap();
+        assert!(std::fs::metadata(&path).unwrap().len() < 1 << 20);
+        let message = all(&path).unwrap_err().to_string();
+        assert!(message.contains("line 1: longer than 64 MiB"), "{message}");
     }
 }

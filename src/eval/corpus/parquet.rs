@@ -21,6 +21,7 @@ use parquet::file::metadata::{PageIndexPolicy, ParquetStatisticsPolicy, RowGroup
 use parquet::file::reader::{ChunkReader, Length};
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -118,12 +119,18 @@ impl Table {
             matches!(path[..], ["text", ..] | ["meta"] | ["meta", "pile_set_name"])
         });
         let mask = ProjectionMask::leaves(schema, wanted);
-        let mut rows = 0u64;
+        let (mut rows, mut parts) = (0u64, Vec::new());
         for (number, group) in metadata.metadata().row_groups().iter().enumerate() {
-            let counted = check(group, &mask, input.len()).and_then(|more| rows.checked_add(more));
-            rows = counted.ok_or_else(|| {
+            let checked = check(group, &mask, input.len()).and_then(|(more, columns)| {
+                parts.extend(columns);
+                rows.checked_add(more)
+            });
+            rows = checked.ok_or_else(|| {
                 error(format!("row group {number} is not where the footer says: damaged"))
             })?;
+        }
+        if let Input::Remote(blocks) = &input {
+            blocks.expect(parts);
         }
         Ok(Self { path: path.into(), input, metadata, mask, rows })
     }
@@ -155,7 +162,8 @@ impl Table {
                 let row = |number: &u64| (number - first) as usize;
                 let ranges = own.iter().map(|number| row(number)..row(number) + 1);
                 let selection = RowSelection::from_consecutive_ranges(ranges, rows as usize);
-                let numbers = Box::new(own.to_vec().into_iter());
+                let numbers: Vec<u64> = own.to_vec();
+                let numbers = Box::new(numbers.into_iter());
                 parts.push(Part { group, selection: Some(selection), numbers });
             }
             first += rows;
@@ -197,17 +205,23 @@ impl Table {
     }
 }
 
-/// The rows of a group, where its columns lie inside a file of `length` bytes.
-fn check(group: &RowGroupMetaData, mask: &ProjectionMask, length: u64) -> Option<u64> {
+/// The rows of a group and where its columns lie, where that is inside a file of `length` bytes.
+fn check(
+    group: &RowGroupMetaData,
+    mask: &ProjectionMask,
+    length: u64,
+) -> Option<(u64, Vec<Range<u64>>)> {
+    let mut parts = Vec::new();
     for (at, column) in group.columns().iter().enumerate() {
         if mask.leaf_included(at) {
             let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
-            let (start, size) = (u64::try_from(start), u64::try_from(column.compressed_size()));
-            let end = start.ok()?.checked_add(size.ok()?)?;
+            let start = u64::try_from(start).ok()?;
+            let end = start.checked_add(u64::try_from(column.compressed_size()).ok()?)?;
             (end <= length && column.num_values() >= 0).then_some(())?;
+            parts.push(start..end);
         }
     }
-    u64::try_from(group.num_rows()).ok()
+    Some((u64::try_from(group.num_rows()).ok()?, parts))
 }
 
 /// Runs a call into the parquet library, whose panics on damaged files become errors.
@@ -352,73 +366,4 @@ impl<'a> Meta<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests::all;
-    use super::*;
-    use arrow_array::{ArrayRef, Int64Array};
-    use arrow_schema::{DataType, Field};
-    use std::sync::Arc;
-
-    fn write(path: &Path, columns: Vec<(&str, ArrayRef)>) {
-        let batch = RecordBatch::try_from_iter(columns).unwrap();
-        let file = File::create(path).unwrap();
-        let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
-        writer.write(&batch).unwrap();
-        writer.close().unwrap();
-    }
-
-    fn subsets(path: &Path) -> Vec<Option<String>> {
-        all(path).unwrap().into_iter().map(|d| d.subset).collect()
-    }
-
-    #[test]
-    fn every_text_layout_and_both_kinds_of_meta() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.parquet");
-        let rows = ["first", "", "dritte Zeile: é"];
-        let texts: [ArrayRef; 3] = [
-            Arc::new(StringArray::from(rows.to_vec())),
-            Arc::new(LargeStringArray::from(rows.to_vec())),
-            Arc::new(StringViewArray::from(rows.to_vec())),
-        ];
-        let names = StringArray::from(vec![Some("Github"), None, Some("PhilPapers")]);
-        let structs: ArrayRef = Arc::new(StructArray::from(vec![(
-            Arc::new(Field::new("pile_set_name", DataType::Utf8, true)),
-            Arc::new(names) as ArrayRef,
-        )]));
-        let json: ArrayRef = Arc::new(StringViewArray::from(vec![
-            Some("{\"pile_set_name\": \"Github\"}"),
-            None,
-            Some("{\"pile_set_name\": \"PhilPapers\", \"x\": 1}"),
-        ]));
-        let expected = vec![Some("Github".to_owned()), None, Some("PhilPapers".to_owned())];
-        for text in texts {
-            let ids: ArrayRef = Arc::new(Int64Array::from(vec![1, 2, 3]));
-            write(&path, vec![("id", ids), ("text", text.clone())]);
-            let docs = all(&path).unwrap();
-            assert_eq!(docs.iter().map(|d| d.text.as_str()).collect::<Vec<_>>(), rows);
-            assert!(docs.iter().all(|d| d.subset.is_none()));
-            write(&path, vec![("meta", structs.clone()), ("text", text.clone())]);
-            assert_eq!(subsets(&path), expected);
-            write(&path, vec![("text", text), ("meta", json.clone())]);
-            assert_eq!(subsets(&path), expected);
-        }
-    }
-
-    #[test]
-    fn faults_name_the_columns_and_the_row() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.parquet");
-        let ids: ArrayRef = Arc::new(Int64Array::from(vec![1, 2]));
-        let null: ArrayRef = Arc::new(StringArray::from(vec![Some("a"), None]));
-        write(&path, vec![("content", null.clone()), ("id", ids.clone())]);
-        let message = |path: &Path| all(path).unwrap_err().to_string();
-        assert!(message(&path).contains("no `text` column; found content, id"));
-        write(&path, vec![("text", ids)]);
-        assert!(message(&path).contains("column `text` is Int64"));
-        write(&path, vec![("text", null)]);
-        assert!(message(&path).contains("row 1: `text` is null"));
-        std::fs::write(&path, "PAR1 not really").unwrap();
-        assert!(message(&path).contains("not a readable parquet file"));
-    }
-}
+mod tests;

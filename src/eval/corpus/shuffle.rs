@@ -136,3 +136,85 @@ fn fetch(sources: &[Source], places: Vec<Place>, observer: &dyn Observer) -> Res
     let changed = || Error::NothingToScore("the text lost documents while it was read".into());
     documents.into_iter().map(|document| document.ok_or_else(changed)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::http::testing_parquet;
+    use super::*;
+    use crate::eval::observer::Silent;
+    use std::path::Path;
+
+    fn texts(from: usize, to: usize) -> Vec<String> {
+        (from..to).map(|number| format!("document {number}")).collect()
+    }
+
+    /// The texts in one file.
+    fn file(path: &Path, texts: &[String]) -> Source {
+        let lines = || -> String {
+            texts.iter().map(|t| serde_json::json!({"text": t}).to_string() + "\n").collect()
+        };
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("parquet") => std::fs::write(path, testing_parquet(texts, 70)).unwrap(),
+            _ => std::fs::write(path, lines()).unwrap(),
+        }
+        Source::file(path).unwrap()
+    }
+
+    fn drawn(sources: &[Source], size: usize, seed: u64) -> Vec<String> {
+        let documents = sample(sources, size, seed, &Silent).unwrap();
+        documents.into_iter().map(|document| document.text).collect()
+    }
+
+    #[test]
+    fn a_sample_is_a_function_of_text_and_seed_however_the_text_is_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let all = texts(0, 500);
+        let parquet = [file(&at("all.parquet"), &all)];
+        let lines = [file(&at("all.jsonl"), &all)];
+        let txt = at("c.txt");
+        std::fs::write(&txt, &all[499]).unwrap();
+        let mixed = [
+            file(&at("a.parquet"), &texts(0, 300)),
+            file(&at("b.jsonl"), &texts(300, 499)),
+            Source::file(&txt).unwrap(),
+        ];
+        let first = drawn(&parquet, 100, 7);
+        assert_eq!(first, drawn(&lines, 100, 7));
+        assert_eq!(first, drawn(&mixed, 100, 7));
+        // The same on every machine and in every version: keys of a generator that is frozen.
+        assert_eq!(first[..3], FIRST);
+        // Smaller samples begin larger ones, which have every document once.
+        assert_eq!(drawn(&parquet, 10, 7), first[..10]);
+        let mut everything = drawn(&mixed, 1_000, 7);
+        assert_eq!(everything[..100], first);
+        assert_ne!(everything, all);
+        everything.sort_by_key(|text| text[9..].parse::<usize>().unwrap());
+        assert_eq!(everything, all);
+        assert_ne!(drawn(&parquet, 100, 8), first);
+        assert!(drawn(&parquet, 0, 7).is_empty());
+    }
+
+    const FIRST: [&str; 3] = ["document 0", "document 195", "document 14"];
+
+    #[test]
+    fn every_document_is_as_likely_as_any_other_at_every_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let sources = [file(&dir.path().join("a.jsonl"), &texts(0, 20))];
+        let (mut chosen, mut front) = ([0u32; 20], [0u32; 20]);
+        let runs = 4_000;
+        for seed in 0..runs {
+            for (place, text) in drawn(&sources, 5, seed).iter().enumerate() {
+                let number: usize = text[9..].parse().unwrap();
+                chosen[number] += 1;
+                front[number] += u32::from(place == 0);
+            }
+        }
+        // 4,000 draws with p = 1/4 and 1/20: five standard deviations are 137 and 69.
+        let far = |counts: &[u32], mean: f64| {
+            counts.iter().map(|&n| (f64::from(n) - mean).abs()).fold(0.0, f64::max)
+        };
+        assert!(far(&chosen, 1_000.0) < 137.0, "{chosen:?}");
+        assert!(far(&front, 200.0) < 69.0, "{front:?}");
+    }
+}

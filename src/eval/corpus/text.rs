@@ -36,7 +36,7 @@ impl Text {
             [] => "nothing".into(),
             [source] => source.name().display().to_string(),
             [first, rest @ ..] => {
-                format!("{} and {} more files", first.name().display(), rest.len())
+                format!("{} and {} more", first.name().display(), rest.len())
             }
         }
     }

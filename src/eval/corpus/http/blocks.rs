@@ -6,6 +6,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of a block.
@@ -36,6 +37,8 @@ struct Cache {
     order: VecDeque<u64>,
     /// Where sequential readers will go on, and how many blocks they had last.
     streams: VecDeque<(u64, u64)>,
+    /// Parts of the file that are read, sorted.
+    parts: Vec<Range<u64>>,
 }
 
 impl Cache {
@@ -50,6 +53,13 @@ impl Cache {
             self.streams.pop_front();
         }
         window
+    }
+
+    /// Where reading ahead from a position ends: with the part that it lies in.
+    fn end(&self, position: u64) -> u64 {
+        let after = self.parts.partition_point(|part| part.start <= position);
+        let part = after.checked_sub(1).map(|at| &self.parts[at]);
+        part.filter(|part| position < part.end).map_or(u64::MAX, |part| part.end)
     }
 
     fn keep(&mut self, block: u64, bytes: Bytes) {
@@ -69,6 +79,12 @@ impl Blocks {
         Self(Arc::new(Inner { file, cache: Mutex::default() }))
     }
 
+    /// Says which parts of the file are going to be read.
+    pub(in super::super) fn expect(&self, mut parts: Vec<Range<u64>>) {
+        parts.sort_by_key(|part| part.start);
+        self.0.cache.lock().unwrap_or_else(PoisonError::into_inner).parts = parts;
+    }
+
     /// The bytes from `start` to the end of its block, `wanted` at least being expected soon.
     fn piece(&self, start: u64, wanted: u64) -> Result<Bytes, String> {
         let Inner { file, cache } = &*self.0;
@@ -81,7 +97,8 @@ impl Blocks {
             let blocks = file.length.div_ceil(BLOCK);
             let end = (start + wanted.max(1)).min(file.length).div_ceil(BLOCK);
             let window = cache.window(block, (end - block).min(KEPT as u64 / 2));
-            let limit = (block + window).min(blocks);
+            let part = cache.end(start).max(start + wanted).div_ceil(BLOCK).max(block + 1);
+            let limit = (block + window).min(blocks).min(part);
             // What is there already is not asked for again.
             let end = (block + 1..limit).find(|b| cache.blocks.contains_key(b)).unwrap_or(limit);
             let first = block * BLOCK;

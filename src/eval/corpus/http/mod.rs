@@ -7,7 +7,10 @@
 mod blocks;
 mod stream;
 #[cfg(test)]
-pub(in crate::eval) mod testing;
+mod testing;
+
+#[cfg(test)]
+pub(super) use {testing::Server, tests::parquet as testing_parquet, tests::quick};
 
 pub(super) use blocks::Blocks;
 pub(super) use stream::{Ranges, Whole};

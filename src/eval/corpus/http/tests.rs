@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::sync::Mutex;
 
 /// Impatient, for tests.
-pub(super) fn quick() -> Client {
+pub(in crate::eval::corpus) fn quick() -> Client {
     let pause = Duration::from_millis(1);
     Client::new(Retry { tries: 3, pause, longest: pause, silence: Duration::from_secs(5) })
 }
@@ -31,7 +31,7 @@ fn texts(count: usize) -> Vec<String> {
 }
 
 /// A parquet file with these texts beside a large column that nobody asks for.
-pub(super) fn parquet(texts: &[String], group: usize) -> Vec<u8> {
+pub(in crate::eval::corpus) fn parquet(texts: &[String], group: usize) -> Vec<u8> {
     let ballast: Vec<_> = texts.iter().map(|text| text.repeat(3)).collect();
     let columns: Vec<(&str, ArrayRef)> = vec![
         ("ballast", Arc::new(StringArray::from(ballast))),
@@ -73,15 +73,17 @@ fn a_hundred_documents_transfer_a_small_share_of_the_file() {
         let server = Server::new([(path, bytes)]);
         let documents = read(&source(&server, path), 100).unwrap();
         assert!(documents.iter().map(|d| &d.text).eq(&texts[..100]), "{path}");
-        let (sent, requests) = (server.state().sent, server.state().requests.len());
+        let (sent, requests) = server.seen(|state| (state.sent, state.requests.len()));
         assert!(sent < 600 << 10 && sent * 8 < length, "{path}: {sent} of {length}");
         assert!(requests <= 6, "{path}: {requests} requests");
         // All of it: every document, without a request a page.
         let documents = read(&source(&server, path), usize::MAX).unwrap();
         assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}");
         let (sent, requests) =
-            (server.state().sent - sent, server.state().requests.len() - requests);
-        assert!(sent < length * 11 / 10 && requests < 60, "{path}: {sent}, {requests}");
+            server.seen(|state| (state.sent - sent, state.requests.len() - requests));
+        // The column that nobody asks for is three quarters of a parquet file.
+        let most = if path.ends_with("parquet") { length * 3 / 10 } else { length * 11 / 10 };
+        assert!(sent < most && requests < 100, "{path}: {sent} of {length}, {requests}");
     }
 }
 
@@ -107,10 +109,12 @@ fn breaks_and_passing_errors_are_tried_again_where_they_happened() {
             let server = Server::new([(path, bytes.clone())]);
             server.state().no_ranges = no_ranges;
             server.state().statuses.extend([503, 429]);
-            server.state().cuts = 3;
+            // Without ranges every break is at the same place, which counts as no progress.
+            server.state().cuts = if no_ranges { 2 } else { 3 };
             let documents = read(&source(&server, path), usize::MAX).unwrap();
             assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}, {no_ranges}");
-            assert_eq!((server.state().cuts, server.state().statuses.len()), (0, 0));
+            let left = server.seen(|state| state.cuts + state.statuses.len());
+            assert_eq!(left, 0);
             if !no_ranges {
                 // What has come is not asked for again.
                 let sent = server.state().sent;
