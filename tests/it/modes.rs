@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 const SEQ_LEN: usize = 50;
-const DOCUMENTS: usize = 6;
+const DOCUMENTS: usize = 3;
 
 /// For every mode: from where each token is predicted; then the sums over all that are, every context
 /// run by itself. Reads a model and the tokens, prints the figures by mode.
@@ -81,9 +81,9 @@ fn pile() -> PathBuf {
     root().join("fixtures/mini_pile.parquet")
 }
 
-fn mxeval(tokenizer: &Path, out: &Path, more: &[&str]) -> Output {
+fn mxeval(model: &Path, tokenizer: &Path, out: &Path, more: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mxeval"));
-    command.arg(model()).arg("--tokenizer").arg(tokenizer).arg("--data").arg(pile());
+    command.arg(model).arg("--tokenizer").arg(tokenizer).arg("--data").arg(pile());
     command.arg("--out").arg(out).args(["--json", "--device", "cpu", "--max-samples"]);
     command.arg(DOCUMENTS.to_string()).arg("--seq-len").arg(SEQ_LEN.to_string()).args(more);
     command.output().expect("mxeval starts")
@@ -130,7 +130,7 @@ fn every_mode_agrees_with_its_definition_in_numpy() {
     ];
     for (mode, more) in modes {
         let out = dir.path().join(mode);
-        let output = mxeval(&path, &out, &[&["--mode", mode][..], more].concat());
+        let output = mxeval(&model(), &path, &out, &[&["--mode", mode][..], more].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let record: Value = serde_json::from_slice(&output.stdout).unwrap();
         let (tokens, nll) = (&naive[mode]["tokens"], naive[mode]["nll"].as_f64().unwrap());
@@ -157,7 +157,7 @@ fn a_definition_is_part_of_what_a_result_is_kept_for() {
     let path = tokenizer(dir.path());
     let out = dir.path().join("out");
     let kept = |more: &[&str]| {
-        let output = mxeval(&path, &out, &[&["--resume"][..], more].concat());
+        let output = mxeval(&model(), &path, &out, &[&["--resume"][..], more].concat());
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{stderr}");
         stderr.contains("kept from an earlier run")
@@ -172,12 +172,34 @@ fn a_definition_is_part_of_what_a_result_is_kept_for() {
     assert!(!kept(&["--mode", "rolling", "--bos", "each"]));
     assert!(!kept(&[]));
 
-    // A context that the model's files state is only warned of; nothing to begin with is an error.
+    // Nothing to begin a text with is an error.
     std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
-    let output = mxeval(&path, &out, &rolling);
+    let output = mxeval(&model(), &path, &out, &rolling);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("tokenizer_config.json is missing"), "{stderr}");
-    let output = mxeval(&path, &out, &["--mode", "concat", "--stride", "4"]);
+    let output = mxeval(&model(), &path, &out, &["--mode", "concat", "--stride", "4"]);
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn windows_beyond_the_context_are_warned_of() {
+    if python().is_none() && std::env::var_os("ORT_DYLIB_PATH").is_none() {
+        return skip("ort", "no ORT_DYLIB_PATH and no Python with onnxruntime (set MX_PYTHON)");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = tokenizer(dir.path());
+    let folder = dir.path().join("model");
+    std::fs::create_dir(&folder).unwrap();
+    let model = folder.join("model.onnx");
+    std::fs::copy(root().join("fixtures/tinylm/torchscript/model.onnx"), &model).unwrap();
+    for (context, warned) in [(SEQ_LEN, false), (SEQ_LEN - 1, true)] {
+        let config = json!({"max_position_embeddings": context}).to_string();
+        std::fs::write(folder.join("config.json"), config).unwrap();
+        let output = mxeval(&model, &path, &dir.path().join("out"), &[]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        assert_eq!(stderr.contains("windows of 50 tokens"), warned, "{stderr}");
+        assert_eq!(stderr.contains("state a context of 49"), warned, "{stderr}");
+    }
 }
