@@ -12,6 +12,7 @@ mod hostile;
 mod judges;
 mod lowerings;
 mod models;
+mod modes;
 mod packed;
 mod recipes;
 mod shell;
