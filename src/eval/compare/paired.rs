@@ -65,7 +65,7 @@ pub(super) fn interval(a: &[(u64, DocumentScore)], b: &[(u64, DocumentScore)]) -
     let n = pairs.len() as f64;
     let half = Z * (squares * n / (n - 1.0)).sqrt() / tokens;
     let finite = value.is_finite() && half.is_finite();
-    finite.then(|| Estimate {
+    finite.then_some(Estimate {
         value: Some(value),
         low: Some(value - half),
         high: Some(value + half),
