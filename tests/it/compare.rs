@@ -68,5 +68,6 @@ fn what_cannot_be_compared_is_one_clear_line() {
     let page = nothing.join("page.html");
     let output = compare(&[a.as_ref(), a.as_ref(), "--out".as_ref(), page.as_ref()]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("page.html"), "{}", text(&output.stderr));
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("page.html: No such file"), "{stderr}");
 }
