@@ -202,7 +202,7 @@ impl Subject<'_> {
             "models": jobs.iter().map(model).collect::<Vec<_>>(),
             "data": self.data(digests),
             "options": {
-                "kl": options.kl, "seed": options.bootstrap.seed,
+                "kl": options.kl, "bootstrap_seed": options.bootstrap.seed,
                 "resamples": options.bootstrap.resamples,
                 "max_samples": options.max_samples, "seq_len": options.definition.seq_len,
                 "definition": options.definition.short(),

@@ -9,7 +9,7 @@ use super::job::Job;
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
 use super::record::{Record, Status};
-use super::report::{self, Report};
+use super::report::{self, ParetoPoint, Report, Sensitivity};
 use super::runtime::{self, Runtime};
 use super::schedule;
 use super::scores;
@@ -348,8 +348,16 @@ pub(super) fn write_reports(
 ) -> Result<()> {
     let records = records_of(&ordered(jobs, store));
     let definition = options.definition.text();
-    let report =
-        Report { records: &records, facts, definition: &definition, sensitivity: None, front: &[] };
+    // What `mxeval sensitivity` and `mxeval search` left in the same folder is shown with it.
+    let sensitivity = Sensitivity::read(&store.folder().join("sensitivity.json"))?;
+    let front = ParetoPoint::read(&store.folder().join("front.json"))?;
+    let report = Report {
+        records: &records,
+        facts,
+        definition: &definition,
+        sensitivity: sensitivity.as_ref(),
+        front: &front,
+    };
     store.write("report.md", report::markdown(&report).as_bytes())?;
     store.write("report.csv", report::csv(&records)?.as_bytes())?;
     if let Some(subsets) = report::subsets_csv(&records)? {

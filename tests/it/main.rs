@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod cli;
+mod compare;
 mod custom_ops;
 mod data;
 mod eval;

@@ -1,6 +1,5 @@
 //! `mxeval compare`.
 
-use anyhow::Context as _;
 use clap::Args;
 use mxrewrite::eval::compare::{Folder, Kind, compare};
 use std::io::Write as _;
@@ -31,7 +30,8 @@ impl CompareArgs {
             self.folders.iter().map(|folder| Folder::read(folder)).collect::<Result<_, _>>()?;
         let compared = compare(&folders)?;
         if let Some(path) = &self.out {
-            write(path, &compared.html()).with_context(|| path.display().to_string())?;
+            write(path, &compared.html())
+                .map_err(|error| anyhow::anyhow!("--out {}: {error}", path.display()))?;
         }
         if !self.json {
             return Ok(compared.text());

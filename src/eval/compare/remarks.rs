@@ -27,9 +27,9 @@ pub struct Remark {
 }
 
 /// Options that choose the text, beside the data itself.
-const TEXT: [&str; 3] = ["max_samples", "shuffle", "seed"];
+const TEXT: [&str; 1] = ["max_samples"];
 /// Options that define what is scored.
-const DEFINITION: [&str; 4] = ["seq_len", "mode", "stride", "bos"];
+const DEFINITION: [&str; 2] = ["seq_len", "definition"];
 /// What speed depends on.
 const PLACE: [&str; 4] = ["device", "threads", "cpu_variant", "gpus"];
 
@@ -46,8 +46,15 @@ pub(super) fn runs(first: &Folder, other: &Folder, remarks: &mut Vec<Remark>) ->
         rest.iter().try_fold(folder.run.get(*head)?, |value, key| value.get(*key)).cloned()
     };
     let both = |path: &[&str]| (at(first, path), at(other, path));
-    match both(&["data", "sha256"]) {
-        (Some(a), Some(b)) if a != b => add(
+    // The documents measured say more than the file they came from.
+    let documents = match both(&["data", "documents_sha256"]) {
+        (Some(Value::String(a)), Some(Value::String(b))) => Some((Value::from(a), Value::from(b))),
+        _ => None,
+    };
+    let (a, b) = both(&["data", "sha256"]);
+    let same_text = documents.as_ref().is_some_and(|(a, b)| a == b);
+    match documents.or_else(|| a.zip(b)) {
+        Some((a, b)) if a != b => add(
             Kind::NotComparable,
             format!(
                 "the text differs (sha256 {} and {}): no figure can be compared",
@@ -55,10 +62,10 @@ pub(super) fn runs(first: &Folder, other: &Folder, remarks: &mut Vec<Remark>) ->
                 short(&b)
             ),
         ),
-        (Some(_), Some(_)) => {}
+        Some((a, _)) if !a.is_null() => {}
         _ => add(Kind::Note, "run.json does not say what the text was; it may differ".into()),
     }
-    for name in TEXT {
+    for name in TEXT.into_iter().filter(|_| !same_text) {
         let (a, b) = both(&["options", name]);
         // More documents asked for than there are is the same text.
         if a != b && !(name == "max_samples" && same_documents(first, other)) {

@@ -12,6 +12,8 @@ pub(super) fn facts(run: &Map<String, Value>) -> Vec<(String, String)> {
     for (name, value) in run.iter().filter(|(name, _)| !ELSEWHERE.contains(&name.as_str())) {
         flatten(name, value, &mut out);
     }
+    // Such as the GPUs of a CPU.
+    out.retain(|(_, value)| !value.is_empty());
     out
 }
 
@@ -64,7 +66,7 @@ mod tests {
     #[test]
     fn facts_are_flat_and_leave_keys_out() {
         let run = json!({"keys": {"x": "secret"}, "data": {"sha256": "abc", "none": null},
-            "gpus": [{"name": "a"}], "list": [1, "b"], "command": ["x"]});
+            "gpus": [{"name": "a"}], "list": [1, "b"], "gone": [], "command": ["x"]});
         let facts = facts(run.as_object().unwrap());
         let lines: Vec<_> = facts.iter().map(|(name, value)| format!("{name}={value}")).collect();
         assert_eq!(lines, ["data.sha256=abc", "gpus.0.name=a", "list=1 b"]);

@@ -56,11 +56,11 @@ fn figures(stage: usize, scale: f64, half: f64, docs: u64) -> Figures {
     let (_, delta, own, ..) = STAGES[stage];
     let (xent, delta, own) = (2.9 * scale, delta * scale, own * half);
     let mut versus = (stage > 0).then(|| comparison(delta, own, xent));
-    if docs < 8 {
-        if let Some(versus) = &mut versus {
-            versus.verdict = Verdict::TooFewDocuments;
-            (versus.delta_xent.low, versus.delta_xent.high) = (None, None);
-        }
+    if docs < 8
+        && let Some(versus) = &mut versus
+    {
+        versus.verdict = Verdict::TooFewDocuments;
+        (versus.delta_xent.low, versus.delta_xent.high) = (None, None);
     }
     let total = xent + delta;
     Figures {

@@ -1,8 +1,9 @@
 //! report.html: one file that needs no other, no network and no script.
 
+use super::columns::{self, COST, Cell, Column, DIVERGENCE, QUALITY};
 use super::number::clean;
 use super::page::{page, scroll};
-use super::table::{self, COST, Cell, Column, DIVERGENCE, Group, Level, QUALITY, Row};
+use super::table::{self, Group, Level, Row};
 use super::{Report, facts, figures, summary};
 use crate::eval::record::Status;
 use maud::{Markup, html};
@@ -74,7 +75,7 @@ fn model(report: &Report<'_>, index: usize, group: &Group<'_>) -> Markup {
 
 /// A row a stage; stages that say nothing are in the first table alone.
 fn grid(group: &Group<'_>, columns: &[Column]) -> Markup {
-    let columns = table::present(columns, &group.rows);
+    let columns = columns::present(columns, &group.rows);
     let first = columns.iter().any(|column| column.title == "status");
     let says = |row: &&Row<'_>| {
         first

@@ -1,7 +1,8 @@
 //! report.md.
 
+use super::columns::{self, COST, Column, DIVERGENCE, QUALITY};
 use super::number::{NOTHING, clean, plain, plus_minus};
-use super::table::{self, COST, Column, DIVERGENCE, Group, Level, QUALITY};
+use super::table::{self, Group, Level};
 use super::{Report, facts, summary};
 use crate::eval::figures::Figures;
 use std::fmt::Write as _;
@@ -45,7 +46,7 @@ pub fn markdown(report: &Report<'_>) -> String {
 }
 
 fn table(out: &mut String, group: &Group<'_>, columns: &[Column]) {
-    let columns = table::present(columns, &group.rows);
+    let columns = columns::present(columns, &group.rows);
     let titles: Vec<_> = columns.iter().map(|column| column.title.to_owned()).collect();
     let left: Vec<_> = columns.iter().map(|column| column.text).collect();
     let rows = group.rows.iter().filter(|row| {

@@ -1,7 +1,8 @@
 //! Results for people: a table on the terminal, report.md, report.html, and report.csv for others.
 //!
-//! `table` groups records and decides what a row says; everything else only writes it down.
+//! `table` groups records, `columns` decides what a row says; everything else only writes it down.
 
+mod columns;
 mod csv;
 mod facts;
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Tables in columns of equal width.
 
+use super::columns::{self, Column, TERMINAL};
 use super::number::NOTHING;
-use super::table::{self, Column, Group, TERMINAL};
+use super::table::{self, Group};
 use crate::eval::record::Record;
 use std::fmt::Write as _;
 
@@ -38,7 +39,7 @@ pub fn terminal(records: &[Record], definition: &str) -> String {
 
 /// Columns without any figure are left out; with divergences, what the line has no room for.
 fn columns(group: &Group<'_>) -> Vec<&'static Column> {
-    let mut columns = table::present(TERMINAL, &group.rows);
+    let mut columns = columns::present(TERMINAL, &group.rows);
     if columns.iter().any(|column| column.title == "KL") {
         columns.retain(|column| !["entropy", "sites"].contains(&column.title));
     }

@@ -178,10 +178,14 @@ pub(in crate::eval::report) fn front(
     let on: Vec<_> = all.iter().filter(|candidate| candidate.on_front).collect();
     let steps: Vec<_> =
         on.iter().map(|c| (c.size, c.delta_xent.value.unwrap_or_default())).collect();
-    let names: Vec<_> = on.iter().map(|c| c.name.as_str()).take(LISTED).collect();
+    let names: Vec<_> = on.iter().map(|c| shorten(&c.name, NAME)).take(LISTED).collect();
+    let searched = match recipes {
+        0 => String::new(),
+        _ => format!(" and {recipes} recipes of the search (squares)"),
+    };
     let description = format!(
-        "Difference of xent to the baseline against size in {unit}, for {} stages and {recipes} \
-         recipes of the search (squares). On the front, where nothing is both smaller and better: {}{}.",
+        "Difference of xent to the baseline against size in {unit}, for {} stages{searched}. On the \
+         front, where nothing is both smaller and better: {}{}.",
         all.len() - recipes,
         names.join(", "),
         if on.len() > LISTED { format!(" and {} more", on.len() - LISTED) } else { String::new() }
@@ -260,18 +264,22 @@ fn scatter(
         let (end, bottom) = chart.backend_coord(&(x.range.end, y.range.start));
         let zero = pixel(points[0].x, 0.0).1;
         line(area, &[(left, zero), (end, zero)], GREY)?;
-        draw_steps(area, steps, pixel)?;
+        if steps.len() > 1 {
+            line(area, &staircase(steps, pixel), BLUE.stroke_width(2))?;
+        }
         draw_bars(area, points, pixel)?;
-        name_points(area, points, pixel, Frame(left + 2, top + 2, end - 2, bottom - 2))
+        let mut places = Places::new(Frame(left + 2, top + 2, end - 2, bottom - 2));
+        places.take(Frame(left, zero - 1, end, zero + 1));
+        for leg in staircase(steps, pixel).windows(2) {
+            let ((ax, ay), (bx, by)) = (leg[0], leg[1]);
+            places.take(Frame(ax.min(bx) - 1, ay.min(by) - 1, ax.max(bx) + 1, ay.max(by) + 1));
+        }
+        name_points(area, points, pixel, places)
     })
 }
 
 /// The front as a staircase: between two points nothing better is known than the smaller one.
-fn draw_steps(
-    area: &super::Area<'_>,
-    steps: &[(f64, f64)],
-    pixel: impl Fn(f64, f64) -> (i32, i32),
-) -> Drawn {
+fn staircase(steps: &[(f64, f64)], pixel: impl Fn(f64, f64) -> (i32, i32)) -> Vec<(i32, i32)> {
     let mut path: Vec<(i32, i32)> = Vec::new();
     for (x, y) in steps {
         let at = pixel(*x, *y);
@@ -280,7 +288,7 @@ fn draw_steps(
         }
         path.push(at);
     }
-    if path.len() > 1 { line(area, &path, BLUE.stroke_width(2)) } else { Ok(()) }
+    path
 }
 
 fn draw_bars(
@@ -321,9 +329,8 @@ fn name_points(
     area: &super::Area<'_>,
     points: &[Point],
     pixel: impl Fn(f64, f64) -> (i32, i32),
-    bounds: Frame,
+    mut places: Places,
 ) -> Drawn {
-    let mut places = Places::new(bounds);
     let at: Vec<_> =
         points.iter().map(|point| pixel(point.x, point.y.value.unwrap_or_default())).collect();
     for ((x, y), point) in at.iter().zip(points) {
