@@ -10,6 +10,14 @@ Needs lm-eval, tokenizers, onnxruntime, numpy and pyarrow, in a venv of its own 
 
 For --device cuda both need ONNX Runtime with CUDA. The exit code is 1 where a figure differs by more
 than --bound, relatively.
+
+Where the model runs on another machine, without lm-eval: --dump-windows writes rolling's windows,
+scripts/score_windows.py scores them there by PyTorch, and --sums and --record take its sums and mxeval's
+results.jsonl:
+
+    check_modes.py ... --modes rolling --dump-windows windows.json
+    score_windows.py HF_DIR windows.json sums.json                             # there, beside mxeval --mode rolling
+    check_modes.py ... --modes rolling --sums sums.json --record results.jsonl
 """
 
 import argparse
@@ -96,16 +104,23 @@ class Text:
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
 
+def rolling_windows(text, document, args):
+    """lm-eval's windows of a document: context and continuation of each."""
+    ids = text.ids(document)
+    windows = get_rolling_token_windows(
+        token_list=ids, prefix_token=text.prefix, max_seq_len=args.seq_len, context_len=1
+    )
+    return ids, [make_disjoint_window(window) for window in windows]
+
+
 def rolling(model, text, args):
     """lm-eval: its windows, its counts of bytes and its aggregation."""
     items, tokens = [], 0
-    for document in text.texts:
-        ids = text.ids(document)
-        windows = get_rolling_token_windows(
-            token_list=ids, prefix_token=text.prefix, max_seq_len=args.seq_len, context_len=1
-        )
-        pairs = [make_disjoint_window(window) for window in windows]
-        items.append((sum(model.score(*pair) for pair in pairs), Task.count_bytes(document)))
+    sums = json.load(open(args.sums, encoding="utf-8"))["log_p"] if args.sums else None
+    for number, document in enumerate(text.texts):
+        ids, pairs = rolling_windows(text, document, args)
+        log_p = sums[number] if sums else sum(model.score(*pair) for pair in pairs)
+        items.append((log_p, Task.count_bytes(document)))
         tokens += len(ids)
     nll = -sum(item[0] for item in items)
     byte_perplexity = weighted_perplexity(items)
@@ -193,7 +208,7 @@ def mxeval(args, mode):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--mxeval", default="target/release/mxeval")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="not needed with --dump-windows, or with --sums and --record")
     parser.add_argument("--tokenizer", required=True, help="with tokenizer_config.json beside it")
     parser.add_argument("--data", required=True, help="a parquet file with a column `text`")
     parser.add_argument("--max-samples", type=int, default=8)
@@ -203,13 +218,27 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--bound", type=float, default=1e-5)
+    parser.add_argument("--dump-windows", help="write rolling's windows as JSON, and end")
+    parser.add_argument("--sums", help="what score_windows.py made of them")
+    parser.add_argument("--record", help="results.jsonl of mxeval, in place of running it")
     args = parser.parse_args()
 
-    text, model = Text(args), Model(args.model, args.device)
+    text = Text(args)
+    if args.dump_windows:
+        windows = [rolling_windows(text, document, args)[1] for document in text.texts]
+        with open(args.dump_windows, "w", encoding="utf-8") as file:
+            json.dump({"documents": windows}, file)
+        return 0
+    model = None if args.sums else Model(args.model, args.device)
     references = dict(zip(MODES, [per_document, rolling, stride, concat, second_half]))
     worst = 0.0
     for mode in args.modes.split(","):
-        record, expected = mxeval(args, mode), references[mode](model, text, args)
+        if args.record:
+            with open(args.record, encoding="utf-8") as file:
+                record = json.loads(file.readline())
+        else:
+            record = mxeval(args, mode)
+        expected = references[mode](model, text, args)
         for name, value in expected.items():
             difference = abs(record[name] / value - 1)
             exact = name in ("tokens", "bytes")
