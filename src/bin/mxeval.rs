@@ -1,8 +1,11 @@
 //! The `mxeval` command: arguments to one library call to an exit code.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "mxeval/sensitivity.rs"]
+mod sensitivity;
+
 use anyhow::Context as _;
-use clap::{ArgGroup, Args, Parser};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use mxrewrite::eval::corpus::Dataset;
@@ -30,7 +33,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[command(version, max_term_width = 100)]
 #[command(group = ArgGroup::new("what").required(true).args(["graphs", "sweep", "models"]))]
 #[command(group = ArgGroup::new("text").required(true).args(["data", "dataset"]))]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(disable_help_subcommand = true)]
 struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Graphs to measure as they are
     #[arg(value_name = "GRAPH.onnx")]
     graphs: Vec<PathBuf>,
@@ -94,6 +101,12 @@ struct Cli {
     stages: StageArgs,
     #[command(flatten)]
     rewrite: RewriteArgs,
+}
+
+/// What is not a table of stages. A graph file called `search` is `./search`.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Sensitivity(sensitivity::SensitivityArgs),
 }
 
 /// Where stages run.
@@ -202,7 +215,11 @@ fn share(text: &str) -> Result<f64, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match evaluate(&cli) {
+    let done = match &cli.command {
+        Some(Command::Sensitivity(args)) => args.run(),
+        None => evaluate(&cli),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -265,17 +282,22 @@ fn jobs(cli: &Cli, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
     }
     let batch_size = cli.batch_size.unwrap_or(8);
     match &cli.sweep {
-        Some(model) => Ok(vec![Job::sweep(model, &tokenizer(cli, model)?, batch_size, stages)]),
+        Some(model) => Ok(vec![Job::sweep(
+            model,
+            &tokenizer(cli.tokenizer.as_ref(), model)?,
+            batch_size,
+            stages,
+        )]),
         None => {
             let first = cli.graphs.first().context("no graph to measure")?;
-            Ok(Job::graphs(&cli.graphs, &tokenizer(cli, first)?, batch_size))
+            Ok(Job::graphs(&cli.graphs, &tokenizer(cli.tokenizer.as_ref(), first)?, batch_size))
         }
     }
 }
 
 /// `--tokenizer`, else tokenizer.json in the model's folder or the one above.
-fn tokenizer(cli: &Cli, model: &Path) -> anyhow::Result<PathBuf> {
-    if let Some(path) = &cli.tokenizer {
+fn tokenizer(named: Option<&PathBuf>, model: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(path) = named {
         return Ok(path.clone());
     }
     let folder = model.parent().unwrap_or(Path::new(""));

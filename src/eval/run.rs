@@ -144,7 +144,7 @@ fn check_base(options: &Options, chosen: &Chosen) -> Result<()> {
 }
 
 /// The file of the evaluation text.
-fn fetch(data: &Data, observer: &dyn Observer) -> Result<PathBuf> {
+pub(super) fn fetch(data: &Data, observer: &dyn Observer) -> Result<PathBuf> {
     match data {
         Data::File(path) => Ok(path.clone()),
         Data::Dataset(dataset) => {

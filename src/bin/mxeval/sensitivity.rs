@@ -1,0 +1,162 @@
+//! `mxeval sensitivity`.
+
+use super::{Console, RewriteArgs, positive, share, tokenizer};
+use clap::{ArgGroup, Args};
+use mx_kernels::ElementFormat;
+use mxrewrite::eval::Error;
+use mxrewrite::eval::corpus::Dataset;
+use mxrewrite::eval::devices::Request;
+use mxrewrite::eval::run::Data;
+use mxrewrite::eval::sensitivity::result::Sensitivity;
+use mxrewrite::eval::sensitivity::{self, Bench, Options};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Rank every layer x format by what it costs alone
+///
+/// Each layer is quantised to each format while all others stay as they are; KL divergence and
+/// cross-entropy against the baseline go to stdout and to OUT/sensitivity.json, from which `mxeval search`
+/// makes a recipe. Passes begin where the layer lies, on what the baseline's pass left there.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("sensitivity-text").required(true).args(["data", "dataset"]))]
+pub struct SensitivityArgs {
+    /// The model
+    #[arg(value_name = "MODEL.onnx")]
+    model: PathBuf,
+    #[command(flatten)]
+    bench: BenchArgs,
+    /// Documents to measure on, the subsets of the text in turn
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = positive)]
+    samples: usize,
+    /// Score one of N positions, or all: the head is computed there alone
+    #[arg(long, value_name = "N|all", default_value = "2", value_parser = every)]
+    positions: usize,
+    /// Formats to measure
+    #[arg(long, value_delimiter = ',', value_name = "FORMAT,...")]
+    #[arg(default_value = "fp4_e2m1,fp6_e2m3,fp8_e4m3")]
+    mx_format: Vec<ElementFormat>,
+    /// Another sensitivity.json: print the rank correlation as well
+    #[arg(long, value_name = "FILE.json")]
+    compare: Option<PathBuf>,
+    #[command(flatten)]
+    rewrite: RewriteArgs,
+}
+
+/// What sensitivity and search have in common.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The model's tokenizer.json [default: beside the model]
+    #[arg(long, value_name = "tokenizer.json")]
+    pub tokenizer: Option<PathBuf>,
+    /// Text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document)
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Text from the Hugging Face hub: pile or wikitext
+    #[arg(long)]
+    pub dataset: Option<Dataset>,
+    /// Documents to read, of which some are taken
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub max_samples: usize,
+    /// Documents in one batch
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = positive)]
+    pub batch_size: usize,
+    /// Tokens of a document that are used
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub seq_len: usize,
+    /// cpu, cuda, cuda:0, or auto: a GPU with free memory, else the CPU; one device is used
+    #[arg(long, default_value = "auto")]
+    pub device: Request,
+    /// Share of its memory that a GPU must have free for auto to take it
+    #[arg(long, value_name = "0..1", default_value_t = 0.5, value_parser = share)]
+    pub min_free_ratio: f64,
+    /// Threads of one operator [default: ONNX Runtime's choice]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub threads: Option<usize>,
+    /// Threads that tokenise
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = positive)]
+    pub loader_workers: usize,
+    /// libonnxruntime [default: ORT_DYLIB_PATH, beside mxeval, the onnxruntime Python package]
+    #[arg(long, value_name = "PATH")]
+    pub ort_lib: Option<PathBuf>,
+    /// Output folder
+    #[arg(long, value_name = "DIR", default_value = "mxeval_out")]
+    pub out: PathBuf,
+    /// Go on where an earlier run into --out was interrupted
+    #[arg(long)]
+    pub resume: bool,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// ONNX Runtime's log on stderr
+    #[arg(long)]
+    pub debug: bool,
+}
+
+impl BenchArgs {
+    /// The library's form, for `model`.
+    pub fn bench(&self, model: &PathBuf) -> anyhow::Result<Bench> {
+        let data = match (&self.data, self.dataset) {
+            (Some(path), _) => Data::File(path.clone()),
+            (None, Some(dataset)) => Data::Dataset(dataset),
+            (None, None) => {
+                return Err(Error::Usage("--data or --dataset is needed".into()).into());
+            }
+        };
+        Ok(Bench {
+            model: model.clone(),
+            tokenizer: tokenizer(self.tokenizer.as_ref(), model)?,
+            data,
+            max_samples: self.max_samples,
+            seq_len: self.seq_len,
+            batch_size: self.batch_size,
+            device: self.device.clone(),
+            min_free_ratio: self.min_free_ratio,
+            threads: self.threads,
+            loader_workers: self.loader_workers,
+            ort_lib: self.ort_lib.clone(),
+            out: self.out.clone(),
+            resume: self.resume,
+            debug: self.debug,
+            command: std::env::args().collect(),
+        })
+    }
+}
+
+fn every(text: &str) -> Result<usize, String> {
+    match text {
+        "all" => Ok(1),
+        number => positive(number),
+    }
+}
+
+impl SensitivityArgs {
+    /// Measures and prints.
+    pub fn run(&self) -> anyhow::Result<ExitCode> {
+        // A mistyped name must not cost the measurement.
+        let other = self.compare.as_deref().map(Sensitivity::open).transpose()?;
+        let options = Options {
+            bench: self.bench.bench(&self.model)?,
+            samples: self.samples,
+            every: self.positions,
+            formats: self.mx_format.clone(),
+            rewrite: self.rewrite.options(self.bench.threads)?,
+        };
+        let console = Console::default();
+        let result = sensitivity::run(&options, &console)?;
+        let correlation = other.map(|other| result.compare(&other)).transpose()?;
+        if self.bench.json {
+            println!("{}", serde_json::to_string_pretty(&result)?);
+        } else {
+            print!("{}", result.table());
+        }
+        if let Some(correlation) = correlation {
+            match self.bench.json {
+                true => console.say(&correlation.text()),
+                false => print!("\n{}", correlation.text()),
+            }
+        }
+        let file = self.bench.out.join(sensitivity::FILE);
+        console.say(&format!("written: {}", file.display()));
+        Ok(ExitCode::SUCCESS)
+    }
+}
