@@ -1,6 +1,8 @@
 //! The `mxeval` command: arguments to one library call to an exit code.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "mxeval/search.rs"]
+mod search;
 #[path = "mxeval/sensitivity.rs"]
 mod sensitivity;
 
@@ -106,7 +108,8 @@ struct Cli {
 /// What is not a table of stages. A graph file called `search` is `./search`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    Sensitivity(sensitivity::SensitivityArgs),
+    Sensitivity(Box<sensitivity::SensitivityArgs>),
+    Search(Box<search::SearchArgs>),
 }
 
 /// Where stages run.
@@ -217,6 +220,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match &cli.command {
         Some(Command::Sensitivity(args)) => args.run(),
+        Some(Command::Search(args)) => args.run(),
         None => evaluate(&cli),
     };
     match done {
@@ -384,8 +388,10 @@ impl Observer for Console {
             }
             eprintln!("stopping after this batch; Ctrl-C again stops at once");
         });
-        if let Err(error) = handler {
-            self.warn(&format!("Ctrl-C is not handled: {error}"));
+        match handler {
+            // A search that measures first opens its folder twice.
+            Ok(()) | Err(ctrlc::Error::MultipleHandlers) => {}
+            Err(error) => self.warn(&format!("Ctrl-C is not handled: {error}")),
         }
     }
 

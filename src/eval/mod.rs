@@ -27,6 +27,7 @@ pub mod run;
 pub mod runtime;
 pub mod schedule;
 pub mod score;
+pub mod search;
 pub mod sensitivity;
 pub mod session;
 pub mod stage;

@@ -12,6 +12,7 @@ mod lowerings;
 mod models;
 mod packed;
 mod recipes;
+mod sensitivity;
 mod shell;
 mod size;
 mod support;

@@ -25,6 +25,17 @@ pub struct SensitivityArgs {
     model: PathBuf,
     #[command(flatten)]
     bench: BenchArgs,
+    #[command(flatten)]
+    measure: MeasureArgs,
+    /// Another sensitivity.json: print the rank correlation as well
+    #[arg(long, value_name = "FILE.json")]
+    compare: Option<PathBuf>,
+}
+
+/// How layers are measured.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Measuring layers")]
+pub struct MeasureArgs {
     /// Documents to measure on, the subsets of the text in turn
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = positive)]
     samples: usize,
@@ -35,11 +46,25 @@ pub struct SensitivityArgs {
     #[arg(long, value_delimiter = ',', value_name = "FORMAT,...")]
     #[arg(default_value = "fp4_e2m1,fp6_e2m3,fp8_e4m3")]
     mx_format: Vec<ElementFormat>,
-    /// Another sensitivity.json: print the rank correlation as well
-    #[arg(long, value_name = "FILE.json")]
-    compare: Option<PathBuf>,
+    /// Full passes of a model rewritten for each layer and format: slow, the same figures
+    #[arg(long)]
+    full_passes: bool,
     #[command(flatten)]
     rewrite: RewriteArgs,
+}
+
+impl MeasureArgs {
+    /// The library's form.
+    pub fn options(&self, args: &BenchArgs, bench: Bench) -> anyhow::Result<Options> {
+        Ok(Options {
+            bench,
+            samples: self.samples,
+            every: self.positions,
+            formats: self.mx_format.clone(),
+            rewrite: self.rewrite.options(args.threads)?,
+            full: self.full_passes,
+        })
+    }
 }
 
 /// What sensitivity and search have in common.
@@ -134,13 +159,7 @@ impl SensitivityArgs {
     pub fn run(&self) -> anyhow::Result<ExitCode> {
         // A mistyped name must not cost the measurement.
         let other = self.compare.as_deref().map(Sensitivity::open).transpose()?;
-        let options = Options {
-            bench: self.bench.bench(&self.model)?,
-            samples: self.samples,
-            every: self.positions,
-            formats: self.mx_format.clone(),
-            rewrite: self.rewrite.options(self.bench.threads)?,
-        };
+        let options = self.measure.options(&self.bench, self.bench.bench(&self.model)?)?;
         let console = Console::default();
         let result = sensitivity::run(&options, &console)?;
         let correlation = other.map(|other| result.compare(&other)).transpose()?;

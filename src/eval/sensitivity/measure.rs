@@ -136,6 +136,12 @@ impl Work<'_> {
     /// Layers that no segment holds, by full passes of a model rewritten for each.
     fn left(&self, journal: &mut Journal) -> Result<()> {
         let segments = self.prepared.shape.segments;
+        if self.prepared.left.is_empty() {
+            return Ok(());
+        }
+        let (runtime, options) = (&self.setup.runtime, self.setup.session(self.bench));
+        let model = &self.bench.model;
+        let mut base = Whole::open(runtime, model, "the baseline", &options, Against::Nothing)?;
         for (place, &site) in self.prepared.left.iter().enumerate() {
             if journal.has(0, segments + place) {
                 continue;
@@ -143,7 +149,7 @@ impl Work<'_> {
             let start = Instant::now();
             let (mut scores, mut runs) = (Vec::new(), 0);
             for format in 0..self.plans.plans.len() {
-                let rows = self.full(site, format)?;
+                let rows = self.full(&mut base, site, format)?;
                 runs += 2 * self.batches.len() as u64;
                 scores.push(Scored::new(site, format, &rows));
             }
@@ -154,13 +160,11 @@ impl Work<'_> {
     }
 
     /// A layer in a format by full passes; rows of all batches, in their order.
-    fn full(&self, site: usize, format: usize) -> Result<Vec<RowScore>> {
+    fn full(&self, base: &mut Whole, site: usize, format: usize) -> Result<Vec<RowScore>> {
         let mut all = Vec::new();
         let path = self.rewritten(site, format)?;
         let options = self.setup.session(self.bench);
         let runtime = &self.setup.runtime;
-        let model = &self.bench.model;
-        let mut base = Whole::open(runtime, model, "the baseline", &options, Against::Nothing)?;
         let mut one = Whole::open(runtime, &path, "the rewritten", &options, Against::Logits)?;
         for (batch, padded) in self.batches {
             let chosen = self.positions(padded);

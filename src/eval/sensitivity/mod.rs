@@ -54,6 +54,9 @@ pub struct Options {
     pub formats: Vec<ElementFormat>,
     /// Which layers, and how they are rewritten; lowering and format are not its own.
     pub rewrite: RewriteOptions,
+    /// Measure by full passes of a model rewritten for each layer and format: slow, and what the short
+    /// passes are checked against.
+    pub full: bool,
 }
 
 /// Measures every layer in every format and writes [`FILE`] into the output folder.
@@ -83,7 +86,7 @@ pub fn run(options: &Options, observer: &dyn Observer) -> Result<Sensitivity> {
     let folder = WorkFolder::new(&store.work_root(), "sensitivity")?;
     let (sites, formats) = (plans.sites().len(), plans.plans.len());
     observer.note(&format!("{sites} layers in {formats} formats on {} documents", windows.len()));
-    let prepared = prepare::prepare(&plans, &setup, bench, options.every, folder.path())?;
+    let prepared = prepare::prepare(&plans, &setup, options, folder.path())?;
     let prepare_seconds = start.elapsed().as_secs_f64();
     let tokens: usize = batches.iter().map(|(_, padded)| padded.labels.len()).sum();
     let model = bench.model.display().to_string();
@@ -122,6 +125,7 @@ fn key(options: &Options, setup: &Setup, documents: &[usize]) -> String {
         setup.data.sha256.clone(),
         format!("{documents:?} {} {}", options.bench.seq_len, options.bench.batch_size),
         format!("{} {:?} {:?}", options.every, options.formats, options.rewrite),
+        format!("full {}", options.full),
         format!("{} {}", setup.runtime.version, setup.device()),
         mx_kernels::cpu::variant().to_owned(),
     ];

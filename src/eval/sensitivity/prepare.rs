@@ -1,5 +1,6 @@
 //! From a model to the graph with choices, on disk.
 
+use super::Options;
 use super::alternatives;
 use super::choices::{self, Head, Parts, SiteForms};
 use super::chooser::{Chooser, Shape};
@@ -102,18 +103,17 @@ impl Weights {
     }
 }
 
-/// Makes the graph with choices below `work`. With `every` above 1 the head is computed at every so many
-/// positions, where it is recognised.
+/// Makes the graph with choices below `work`.
 ///
 /// # Errors
 /// The model cannot be read or rewritten, or the result cannot be written.
 pub(super) fn prepare(
     plans: &Plans,
     setup: &Setup,
-    bench: &Bench,
-    every: usize,
+    options: &Options,
     work: &Path,
 ) -> Result<Prepared> {
+    let (bench, every) = (&options.bench, options.every);
     let shown = bench.model.display().to_string();
     let fail = |reason: String| Error::Model { model: shown.clone(), reason };
     let model = &plans.model;
@@ -159,10 +159,13 @@ pub(super) fn prepare(
     let in_segment = |segment: &segments::Segment| -> Vec<(usize, usize)> {
         segment.sites.iter().map(|&site| (site, inside[site].0)).collect()
     };
-    let sites: Vec<Vec<(usize, usize)>> = divided.segments.iter().map(in_segment).collect();
+    let mut sites: Vec<Vec<(usize, usize)>> = divided.segments.iter().map(in_segment).collect();
+    if options.full {
+        sites.iter_mut().for_each(Vec::clear);
+    }
     let held = |number: &usize| sites.iter().flatten().any(|(_, held)| held == number);
     let left: Vec<usize> = (0..plans.sites().len()).filter(|number| !held(number)).collect();
-    if !left.is_empty() {
+    if !left.is_empty() && !options.full {
         notes.push(format!(
             "{} layers are inside other operators' bodies and take a full pass each",
             left.len()
