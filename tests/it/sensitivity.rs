@@ -62,7 +62,8 @@ fn figures(result: &Value) -> Vec<(String, f64, f64)> {
     list(result, "sites").iter().flat_map(of).collect()
 }
 
-const SMALL: [&str; 6] = ["--samples", "3", "--seq-len", "48", "--batch-size", "2"];
+const SMALL: [&str; 8] =
+    ["--samples", "3", "--seq-len", "48", "--batch-size", "2", "--threads", "1"];
 
 #[test]
 fn short_passes_give_the_figures_of_full_ones() {

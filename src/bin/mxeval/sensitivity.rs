@@ -9,7 +9,7 @@ use mxrewrite::eval::devices::Request;
 use mxrewrite::eval::run::Data;
 use mxrewrite::eval::sensitivity::result::Sensitivity;
 use mxrewrite::eval::sensitivity::{self, Bench, Options};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Rank every layer x format by what it costs alone
@@ -119,7 +119,7 @@ pub struct BenchArgs {
 
 impl BenchArgs {
     /// The library's form, for `model`.
-    pub fn bench(&self, model: &PathBuf) -> anyhow::Result<Bench> {
+    pub fn bench(&self, model: &Path) -> anyhow::Result<Bench> {
         let data = match (&self.data, self.dataset) {
             (Some(path), _) => Data::File(path.clone()),
             (None, Some(dataset)) => Data::Dataset(dataset),
@@ -128,7 +128,7 @@ impl BenchArgs {
             }
         };
         Ok(Bench {
-            model: model.clone(),
+            model: model.into(),
             tokenizer: tokenizer(self.tokenizer.as_ref(), model)?,
             data,
             max_samples: self.max_samples,

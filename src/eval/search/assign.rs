@@ -87,7 +87,7 @@ fn patterns(sites: &[&SiteSensitivity]) -> Vec<String> {
     let mut others = Vec::new();
     for site in sites {
         let path = site.module_path.as_deref();
-        match path.and_then(|path| split(path)) {
+        match path.and_then(split) {
             Some((before, layer, after)) => layers.entry((before, after)).or_default().push(layer),
             None => others.push(format!("^{}$", regex::escape(subject(site)))),
         }

@@ -6,6 +6,7 @@
 mod assign;
 mod heldout;
 mod knapsack;
+mod problem;
 mod result;
 
 use super::error::{Error, Result};
@@ -16,10 +17,11 @@ use super::sensitivity::sample;
 use super::sensitivity::setup::{Bench, Setup};
 use super::store::{Store, WorkFolder};
 use super::windows::Window;
-use crate::rewrite::{Recipe, RewriteReport};
+use crate::rewrite::Recipe;
 use assign::Assignment;
 use heldout::Bar;
-use knapsack::{Choice, Front, Taken};
+use knapsack::Taken;
+use problem::Problem;
 use std::path::{Path, PathBuf};
 
 pub use assign::NONE;
@@ -113,14 +115,7 @@ pub fn run(
     let store = Store::open(&bench.out, true)?;
     observer.opened(&store.work_root());
     let setup = Setup::new(bench, observer)?;
-    if setup.model.sha256 != sensitivity.model.sha256 {
-        return Err(Error::Usage(format!(
-            "{} is not the model that was measured (SHA-256 {}, measured {})",
-            bench.model.display(),
-            setup.model.sha256,
-            sensitivity.model.sha256
-        )));
-    }
+    same_model(&setup, sensitivity)?;
     let folder = WorkFolder::new(&store.work_root(), "search")?;
     let parts = documents(&setup, sensitivity, options, observer)?;
     let mut tried = Vec::new();
@@ -131,17 +126,9 @@ pub fn run(
             problem.up_to(limit, &bar, &mut tried)?
         }
     };
-    let assignment = problem.assignment(&solution.taken);
-    let point = problem.point(&solution.taken);
-    let name = format!("search {:.3} bits", point.bits_per_weight);
-    let recipe = assign::recipe(sensitivity, &assignment, &name)?;
-    let toml = recipe.to_toml();
-    assign::check(&bench.model, sensitivity, &assignment, &toml)?;
-    store.write(RECIPE, toml.as_bytes())?;
-    let front = problem.points(&solution.taken);
-    write_json(&store, FRONT, &front)?;
+    let (assignment, recipe) = write_recipe(&problem, &solution.taken, options, &store)?;
     observer
-        .note(&format!("{}: the recipe does what was chosen", bench.out.join(RECIPE).display()));
+        .note(&format!("{}: the recipe does what was chosen", recipe_path(&bench.out).display()));
     let bar = Bar::new((&setup, bench), &parts.heldout.0, folder.path(), observer)?;
     let measured = problem.measure(&bar, &recipe, &also, options)?;
     let result = Search {
@@ -155,7 +142,7 @@ pub fn run(
         objective: options.objective.name().into(),
         target: options.target.describe(),
         together: options.together,
-        found: point,
+        found: problem.point(&solution.taken),
         bound: problem.bound(&solution),
         assignment: problem.named(&assignment),
         seq_len: bench.seq_len,
@@ -172,6 +159,36 @@ pub fn run(
     drop(folder);
     store.clear_work()?;
     Ok(result)
+}
+
+/// Refuses a measurement of another model.
+fn same_model(setup: &Setup, sensitivity: &Sensitivity) -> Result<()> {
+    if setup.model.sha256 != sensitivity.model.sha256 {
+        return Err(Error::Usage(format!(
+            "{} is not the model that was measured (SHA-256 {}, measured {})",
+            setup.model.path.display(),
+            setup.model.sha256,
+            sensitivity.model.sha256
+        )));
+    }
+    Ok(())
+}
+
+/// Writes the recipe of a choice and the front around it.
+fn write_recipe(
+    problem: &Problem<'_>,
+    taken: &Taken,
+    options: &Options,
+    store: &Store,
+) -> Result<(Assignment, Recipe)> {
+    let assignment = problem.assignment(taken);
+    let name = format!("search {:.3} bits", problem.point(taken).bits_per_weight);
+    let recipe = assign::recipe(problem.sensitivity, &assignment, &name)?;
+    let toml = recipe.to_toml();
+    assign::check(&options.bench.model, problem.sensitivity, &assignment, &toml)?;
+    store.write(RECIPE, toml.as_bytes())?;
+    write_json(store, FRONT, &problem.points(taken))?;
+    Ok((assignment, recipe))
 }
 
 fn write_json(store: &Store, name: &str, value: &impl serde::Serialize) -> Result<()> {
@@ -247,229 +264,6 @@ fn documents(
         observer.warn(&format!("{found} documents are held out, not {wanted}: there are no more"));
     }
     Ok(Parts { validation, heldout, overlap_known })
-}
-
-/// Layers and what each may become.
-struct Problem<'a> {
-    sensitivity: &'a Sensitivity,
-    /// Sites that have one format, by item.
-    groups: Vec<Vec<usize>>,
-    /// Formats of the options.
-    formats: Vec<String>,
-    front: Front,
-    weights: u64,
-}
-
-impl<'a> Problem<'a> {
-    fn new(sensitivity: &'a Sensitivity, options: &Options) -> Result<Self> {
-        let mut formats = options.formats.clone();
-        if formats.is_empty() {
-            formats.clone_from(&sensitivity.formats);
-        }
-        if let Some(unknown) =
-            formats.iter().find(|format| *format != NONE && !sensitivity.formats.contains(format))
-        {
-            return Err(Error::Usage(format!(
-                "--formats {unknown}: not measured; measured are {} (and none = as it is)",
-                sensitivity.formats.join(", ")
-            )));
-        }
-        let groups = groups(sensitivity, options.together);
-        let item = |group: &Vec<usize>| -> Vec<Choice> {
-            let of = |format: &String| {
-                let each = group.iter().map(|&site| cost(sensitivity, site, format));
-                each.fold(Choice { cost: 0, loss: 0.0 }, |sum, (bytes, kl, delta)| Choice {
-                    cost: sum.cost + bytes,
-                    loss: sum.loss
-                        + match options.objective {
-                            Objective::Kl => kl,
-                            Objective::DeltaXent => delta,
-                        },
-                })
-            };
-            formats.iter().map(of).collect()
-        };
-        let front = Front::new(groups.iter().map(item).collect());
-        let weights = sensitivity.sites.iter().map(|site| site.weights).sum();
-        Ok(Self { sensitivity, groups, formats, front, weights })
-    }
-
-    fn within(&self, bits: f64) -> Result<knapsack::Solution> {
-        let budget = (bits * self.weights as f64 / 8.0).floor();
-        self.front.within(budget as u64).ok_or_else(|| {
-            let least = self.point(&self.front.point(0)).bits_per_weight;
-            Error::Usage(format!(
-                "--budget-bits {bits}: the cheapest of these formats takes {least:.3} bits a weight, \
-                 scales included"
-            ))
-        })
-    }
-
-    /// The cheapest point of the front whose perplexity, measured, keeps to `limit` percent. Taken to
-    /// fall along the front, which it does but for noise.
-    fn up_to(
-        &self,
-        limit: f64,
-        bar: &Bar<'_>,
-        tried: &mut Vec<Measured>,
-    ) -> Result<knapsack::Solution> {
-        /// Points closer than this are not told apart, bits a weight.
-        const NEAR: f64 = 0.02;
-        let mut keeps = |index: usize| -> Result<bool> {
-            let assignment = self.assignment(&self.front.point(index));
-            let name = format!("point {index}");
-            let recipe = assign::recipe(self.sensitivity, &assignment, &name)?;
-            let measured = bar.recipe(&recipe, &|report| self.size(report))?;
-            let keeps = measured.delta_ppl_percent <= limit;
-            tried.push(measured);
-            Ok(keeps)
-        };
-        let last = self.front.len() - 1;
-        if !keeps(last)? {
-            let best = tried.last().map_or(f64::NAN, |one| one.delta_ppl_percent);
-            return Err(Error::Usage(format!(
-                "--max-delta-ppl {limit}%: the finest of these formats costs {best:.2} %; add finer ones \
-                 to --formats, or none"
-            )));
-        }
-        let (mut below, mut above) = (0, last);
-        if last > 0 && keeps(0)? {
-            above = 0;
-        }
-        let bits = |index: usize| self.point(&self.front.point(index)).bits_per_weight;
-        while above > below + 1 && bits(above) - bits(below) > NEAR {
-            let middle = below.midpoint(above);
-            match keeps(middle)? {
-                true => above = middle,
-                false => below = middle,
-            }
-        }
-        let taken = self.front.point(above);
-        let (cost, loss) = self.front.sums(&taken);
-        Ok(knapsack::Solution { taken, cost, loss, bound: loss })
-    }
-
-    /// Format of every site.
-    fn assignment(&self, taken: &Taken) -> Assignment {
-        let mut formats = vec![NONE.to_owned(); self.sensitivity.sites.len()];
-        for (group, &option) in self.groups.iter().zip(taken) {
-            group.iter().for_each(|&site| formats[site].clone_from(&self.formats[option]));
-        }
-        formats
-    }
-
-    fn named(&self, assignment: &Assignment) -> Vec<(String, String)> {
-        let sites = self.sensitivity.sites.iter();
-        sites.zip(assignment).map(|(site, own)| (site.shown().to_owned(), own.clone())).collect()
-    }
-
-    fn point(&self, taken: &Taken) -> Point {
-        let assignment = self.assignment(taken);
-        let (mut bytes, mut kl, mut delta_xent) = (0, 0.0, 0.0);
-        for (site, format) in assignment.iter().enumerate() {
-            let (own, own_kl, own_delta) = cost(self.sensitivity, site, format);
-            bytes += own;
-            kl += own_kl;
-            delta_xent += own_delta;
-        }
-        let count = |format: &String| {
-            (format.clone(), assignment.iter().filter(|own| *own == format).count())
-        };
-        Point {
-            bits_per_weight: self.bits(bytes),
-            bytes,
-            predicted_kl: kl,
-            predicted_delta_xent: delta_xent,
-            layers: self.formats.iter().map(count).collect(),
-            chosen: false,
-        }
-    }
-
-    fn bits(&self, bytes: u64) -> f64 {
-        bytes as f64 * 8.0 / self.weights.max(1) as f64
-    }
-
-    /// The front, with the solution among its points.
-    fn points(&self, taken: &Taken) -> Vec<Point> {
-        let mut points: Vec<Point> =
-            (0..self.front.len()).map(|index| self.point(&self.front.point(index))).collect();
-        let found = Point { chosen: true, ..self.point(taken) };
-        points.retain(|point| point.bytes != found.bytes);
-        points.push(found);
-        points.sort_by_key(|point| point.bytes);
-        points
-    }
-
-    fn bound(&self, solution: &knapsack::Solution) -> result::Bound {
-        let gap = (solution.loss - solution.bound) / solution.bound.abs();
-        result::Bound {
-            objective: solution.loss,
-            linear_programme: solution.bound,
-            gap_percent: (gap.is_finite()).then_some(gap * 100.0),
-        }
-    }
-
-    /// Bytes and bits of the layers that were measured, in a rewritten model.
-    fn size(&self, report: &RewriteReport) -> (u64, f64) {
-        let bytes = self.sensitivity.sites.iter().map(|site| {
-            let mut planned = report.plan.sites.iter();
-            let same = planned.find(|planned| {
-                planned.site.node_name == site.node
-                    && planned.site.weight.initializer == site.initializer
-            });
-            same.map_or(site.bytes_as_is, |planned| planned.bytes_after)
-        });
-        let bytes = bytes.sum();
-        (bytes, self.bits(bytes))
-    }
-
-    /// The recipe, each format alone, and others, on documents that are held out.
-    fn measure(
-        &self,
-        bar: &Bar<'_>,
-        recipe: &Recipe,
-        also: &[Recipe],
-        options: &Options,
-    ) -> Result<Vec<Measured>> {
-        let size = |report: &RewriteReport| self.size(report);
-        let mut measured = vec![bar.recipe(recipe, &size)?];
-        for format in self.formats.iter().filter(|format| *format != NONE && !options.no_uniform) {
-            let all = vec![format.clone(); self.sensitivity.sites.len()];
-            let uniform = assign::recipe(self.sensitivity, &all, &format!("uniform {format}"))?;
-            measured.push(bar.recipe(&uniform, &size)?);
-        }
-        for other in also {
-            measured.push(bar.recipe(other, &size)?);
-        }
-        Ok(measured)
-    }
-}
-
-/// Bytes, divergence and difference of cross-entropy of a site in a format.
-fn cost(sensitivity: &Sensitivity, site: usize, format: &str) -> (u64, f64, f64) {
-    let site = &sensitivity.sites[site];
-    match site.formats.iter().find(|one| one.format == format) {
-        Some(one) => (one.bytes, one.kl, one.delta_xent),
-        None => (site.bytes_as_is, 0.0, 0.0),
-    }
-}
-
-/// Sites that have one format: those that a rule cannot tell apart and, `together`, those that read
-/// one value.
-fn groups(sensitivity: &Sensitivity, together: bool) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::new();
-    for (index, site) in sensitivity.sites.iter().enumerate() {
-        let same = |other: &usize| {
-            let other = &sensitivity.sites[*other];
-            assign::subject(other) == assign::subject(site)
-                || together && other.input == site.input && other.role == site.role
-        };
-        match groups.iter_mut().find(|group| group.iter().any(same)) {
-            Some(group) => group.push(index),
-            None => groups.push(vec![index]),
-        }
-    }
-    groups
 }
 
 /// Where the recipe of a search lies.

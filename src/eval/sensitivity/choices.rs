@@ -11,14 +11,13 @@
 //! ```
 
 use super::alternatives::{Alternatives, made};
+use super::head::Head;
 use super::names;
+use super::nodes::{body, bool_scalar, conditional, named_graph, simple, tensor, untyped};
 use super::segments::{Segment, Segments};
 use crate::eval::feeds::{LABELS, name};
-use crate::graph::{GraphView, domain, is_op};
-use crate::onnx::proto::{
-    Attribute, AttributeType, DataType, Dimension, DimensionValue, Node, Tensor, TensorShape,
-    TensorType, Type, ValueInfo,
-};
+use crate::graph::GraphView;
+use crate::onnx::proto::{Attribute, AttributeType, DataType, Node, Tensor, ValueInfo};
 use crate::onnx::{Graph, Model};
 use bytes::Bytes;
 use mx_custom_ops::contract;
@@ -46,46 +45,6 @@ pub(super) struct Parts<'a> {
     pub head: Option<&'a Head>,
 }
 
-/// The last product before the logits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Head {
-    /// Its node.
-    pub node: usize,
-    /// What it multiplies, `[batch, sequence, hidden]`.
-    pub x: String,
-}
-
-/// Finds the head behind the logits, through operators that look at one position by itself.
-pub(super) fn find_head(view: &GraphView, logits: &str) -> Option<Head> {
-    const POINTWISE: [&str; 7] = ["Cast", "Identity", "Mul", "Div", "Add", "Sub", "Tanh"];
-    let maker = |value: &str| {
-        view.nodes().iter().position(|node| node.output.iter().any(|output| output == value))
-    };
-    let mut value = logits.to_owned();
-    for _ in 0..16 {
-        let index = maker(&value)?;
-        let node = &view.nodes()[index];
-        let dynamic: Vec<&String> =
-            node.input.iter().filter(|v| !v.is_empty() && !view.is_constant(v)).collect();
-        let [x] = &dynamic[..] else { return None };
-        if is_op(node, "MatMul") && node.input.first() == Some(*x) {
-            return (view.uses(&value).len() == 1).then(|| Head { node: index, x: (*x).clone() });
-        }
-        // A constant of more than one row would have to be gathered as well.
-        let small = |v: &String| {
-            let dims = view.constant(v).map(|constant| constant.dims.clone());
-            dims.is_some_and(|dims| dims.iter().rev().skip(1).all(|&dim| dim == 1))
-        };
-        let constants = node.input.iter().filter(|v| view.is_constant(v));
-        let pointwise = POINTWISE.iter().any(|op| is_op(node, op));
-        if !pointwise || !constants.into_iter().all(small) || view.uses(&value).len() != 1 {
-            return None;
-        }
-        value = (*x).clone();
-    }
-    None
-}
-
 /// Puts the graph together.
 ///
 /// # Errors
@@ -94,26 +53,10 @@ pub(super) fn graft(parts: &Parts<'_>) -> Result<Model, String> {
     let mut model = parts.model.clone();
     let editor = Editor::new(parts);
     let graph = model.graph_mut();
-    let kept: HashSet<usize> = parts.segments.common.iter().copied().collect();
-    for (index, id) in graph.node_order().into_iter().enumerate() {
-        if !kept.contains(&index) {
-            graph.remove_node(id);
-        }
-    }
-    let types: HashMap<String, ValueInfo> = graph
-        .value_infos()
-        .chain(graph.outputs())
-        .map(|value| (name(value).to_owned(), value.clone()))
-        .collect();
-    let outputs: Vec<String> = graph.outputs().map(|output| name(output).to_owned()).collect();
-    outputs.iter().for_each(|output| graph.remove_output(output));
-    let common: HashSet<&String> =
-        kept.iter().flat_map(|&index| &parts.view.nodes()[index].output).collect();
-    graph.remove_value_infos(|value| !common.contains(&value.to_owned()));
+    let types = clear(graph, parts);
     for format in parts.formats {
         format.1.tensors.iter().for_each(|tensor| graph.add_initializer(tensor.clone()));
     }
-    let count = parts.segments.segments.len();
     for (number, segment) in parts.segments.segments.iter().enumerate() {
         match &segment.output {
             Some(output) => {
@@ -128,7 +71,38 @@ pub(super) fn graft(parts: &Parts<'_>) -> Result<Model, String> {
             }),
         }
     }
-    if let Some(element) = parts.segments.element.filter(|_| count > 1) {
+    add_choosing(graph, parts);
+    add_scores(graph, parts.logits)?;
+    model.import_opset(contract::DOMAIN, contract::DOMAIN_VERSION);
+    Ok(model)
+}
+
+/// Removes all but what is common; gives the types of what is gone.
+fn clear(graph: &mut Graph, parts: &Parts<'_>) -> HashMap<String, ValueInfo> {
+    let kept: HashSet<usize> = parts.segments.common.iter().copied().collect();
+    for (index, id) in graph.node_order().into_iter().enumerate() {
+        if !kept.contains(&index) {
+            graph.remove_node(id);
+        }
+    }
+    let types = graph
+        .value_infos()
+        .chain(graph.outputs())
+        .map(|value| (name(value).to_owned(), value.clone()))
+        .collect();
+    let outputs: Vec<String> = graph.outputs().map(|output| name(output).to_owned()).collect();
+    outputs.iter().for_each(|output| graph.remove_output(output));
+    let common: HashSet<&str> = kept
+        .iter()
+        .flat_map(|&index| parts.view.nodes()[index].output.iter().map(String::as_str))
+        .collect();
+    graph.remove_value_infos(|value| !common.contains(value));
+    types
+}
+
+/// The inputs that say what is computed.
+fn add_choosing(graph: &mut Graph, parts: &Parts<'_>) {
+    if let Some(element) = parts.segments.element.filter(|_| parts.segments.segments.len() > 1) {
         graph.add_input(tensor(names::HIDDEN, element, None));
     }
     for site in 0..parts.sites.len() {
@@ -140,9 +114,6 @@ pub(super) fn graft(parts: &Parts<'_>) -> Result<Model, String> {
     if parts.head.is_some() {
         graph.add_input(tensor(names::POSITIONS, DataType::Int64, Some(&["mx.positions"])));
     }
-    add_scores(graph, parts.logits)?;
-    model.import_opset(contract::DOMAIN, contract::DOMAIN_VERSION);
-    Ok(model)
 }
 
 /// The scoring nodes, and the logits as an output.
@@ -357,110 +328,4 @@ fn reading(node: Node, from: &str, to: &str) -> Node {
         false => value.clone(),
     });
     Node { input: input.collect(), ..node }
-}
-
-/// An encoded body that makes one value.
-fn body(title: &str, nodes: Vec<Node>, output: &str) -> Result<Bytes, String> {
-    let mut graph = named_graph(title)?;
-    for node in nodes {
-        graph.push_node(node);
-    }
-    graph.add_output(untyped(output));
-    graph.to_bytes().map_err(|error| error.to_string())
-}
-
-/// An empty graph with a name, which a graph has to have.
-fn named_graph(title: &str) -> Result<Graph, String> {
-    /// `GraphProto.name`.
-    #[derive(Clone, PartialEq, prost::Message)]
-    struct Named {
-        #[prost(string, optional, tag = "2")]
-        name: Option<String>,
-    }
-    let named = Named { name: Some(title.to_owned()) };
-    let bytes = Bytes::from(prost::Message::encode_to_vec(&named));
-    Graph::parse(&bytes, 0).map_err(|error| error.to_string())
-}
-
-fn conditional(
-    title: &str,
-    condition: &str,
-    outputs: Vec<String>,
-    then: Bytes,
-    otherwise: Bytes,
-) -> Node {
-    let branch = |name: &str, graph: Bytes| Attribute {
-        name: Some(name.to_owned()),
-        g: Some(graph),
-        r#type: Some(AttributeType::Graph as i32),
-        ..Attribute::default()
-    };
-    Node {
-        op_type: Some("If".to_owned()),
-        name: Some(title.to_owned()),
-        input: vec![condition.to_owned()],
-        output: outputs,
-        attribute: vec![branch("then_branch", then), branch("else_branch", otherwise)],
-        ..Node::default()
-    }
-}
-
-fn simple(op: &str, inputs: &[&str], output: &str) -> Node {
-    Node {
-        op_type: Some(op.to_owned()),
-        name: Some(format!("{output}/{op}")),
-        input: inputs.iter().map(|&input| input.to_owned()).collect(),
-        output: vec![output.to_owned()],
-        ..Node::default()
-    }
-}
-
-/// A value whose type ONNX Runtime infers.
-fn untyped(name: &str) -> ValueInfo {
-    ValueInfo { name: Some(name.to_owned()), ..ValueInfo::default() }
-}
-
-fn bool_scalar(name: &str) -> ValueInfo {
-    tensor(name, DataType::Bool, Some(&[]))
-}
-
-/// A tensor with open extents; of unknown rank without `symbols`.
-fn tensor(name: &str, element: DataType, symbols: Option<&[&str]>) -> ValueInfo {
-    let dim = |symbol: &&str| Dimension {
-        value: Some(DimensionValue::Param((*symbol).to_owned())),
-        denotation: None,
-    };
-    let shape = symbols.map(|symbols| TensorShape { dim: symbols.iter().map(dim).collect() });
-    let tensor = TensorType { elem_type: Some(element as i32), shape };
-    let r#type = Type { tensor_type: Some(tensor), ..Type::default() };
-    ValueInfo { r#type: Some(r#type), ..untyped(name) }
-}
-
-/// Numbers in the constant matrices that the nodes multiply by: what a pass over one token costs.
-pub(super) fn weights(view: &GraphView, nodes: &[usize]) -> u64 {
-    nodes.iter().map(|&index| weight(view, &view.nodes()[index])).sum()
-}
-
-/// The same of one node.
-pub(super) fn weight(view: &GraphView, node: &Node) -> u64 {
-    let fused = node.op_type.as_deref() == Some("FusedMatMul");
-    if !(is_op(node, "MatMul") || is_op(node, "Gemm") || fused && !domain(node).is_empty()) {
-        return 0;
-    }
-    let constants = node.input.iter().take(2).filter(|value| view.is_constant(value));
-    constants.filter_map(|value| elements(view, value)).max().unwrap_or(0)
-}
-
-/// Elements of a constant, through what only moves or casts them.
-fn elements(view: &GraphView, value: &str) -> Option<u64> {
-    let mut value = value.to_owned();
-    for _ in 0..16 {
-        if let Some(constant) = view.constant(&value) {
-            let dims = constant.dims.iter().map(|&dim| u64::try_from(dim).ok());
-            return dims.reduce(|a, b| a?.checked_mul(b?)).flatten();
-        }
-        let maker = view.nodes().iter().find(|node| node.output.contains(&value))?;
-        value.clone_from(maker.input.first()?);
-    }
-    None
 }

@@ -9,7 +9,9 @@ use crate::eval::schedule::{MASKED, Padded};
 use crate::eval::session::{SessionOptions, builder};
 use crate::onnx::proto::DataType;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::IoBinding;
 use ort::value::DynValue;
+use std::collections::HashMap;
 use std::path::Path;
 
 /// What one row of a batch scored.
@@ -82,6 +84,17 @@ pub(super) struct Chooser {
     no: DynValue,
     none_hidden: DynValue,
     none_logits: DynValue,
+    bound: Option<Bound>,
+}
+
+/// A binding that stays for the runs of a batch: on a GPU every input that is bound is copied there, and
+/// most are the same in the next run.
+struct Bound {
+    binding: IoBinding,
+    flags: HashMap<String, bool>,
+    /// The value that a run began with last.
+    start: Option<usize>,
+    compares: bool,
 }
 
 impl Chooser {
@@ -123,6 +136,7 @@ impl Chooser {
             no: tensor(DataType::Bool, &[], 0)?,
             none_hidden: tensor(shape.hidden, &[1], 0)?,
             none_logits: tensor(shape.logits, &[1, 1, 1], 0)?,
+            bound: None,
         })
     }
 
@@ -151,6 +165,7 @@ impl Chooser {
     pub(super) fn baseline(&mut self, fed: &Fed) -> Result<Baseline> {
         let mut keep = self.cuts.clone();
         keep.push(self.logits.clone());
+        self.bound = None;
         let (_, mut kept) = self.run(fed, Choice::default(), None, &keep)?;
         let logits = kept.pop().ok_or_else(|| Error::Runtime("the logits are missing".into()))?;
         Ok(Baseline { hidden: kept, logits })
@@ -158,10 +173,11 @@ impl Chooser {
 
     /// The baseline's scores alone.
     pub(super) fn evaluate(&mut self, fed: &Fed) -> Result<Vec<RowScore>> {
+        self.bound = None;
         self.run(fed, Choice::default(), None, &[]).map(|(rows, _)| rows)
     }
 
-    /// One choice against the baseline.
+    /// One choice against the baseline of the same batch, which was run last.
     pub(super) fn choose(
         &mut self,
         fed: &Fed,
@@ -179,22 +195,22 @@ impl Chooser {
         keep: &[String],
     ) -> Result<(Vec<RowScore>, Vec<DynValue>)> {
         let doing = format!("running {choice:?} on {}", self.device);
-        let mut binding = self.session.create_binding().map_err(Error::ort(&doing))?;
-        for (name, tensor) in &fed.own {
-            binding.bind_input(name.as_str(), tensor).map_err(Error::ort(&doing))?;
-        }
-        for (name, tensor) in self.choosing(fed, choice, baseline) {
-            binding.bind_input(name, tensor).map_err(Error::ort(&doing))?;
-        }
+        let mut bound = match self.bound.take() {
+            Some(bound) => bound,
+            None => self.bind(fed).map_err(Error::ort(&doing))?,
+        };
+        self.choose_by(&mut bound, choice, baseline).map_err(Error::ort(&doing))?;
+        // ONNX Runtime keeps the outputs of the last run.
+        bound.binding.clear_outputs();
         let host = memory(Device::Cpu).map_err(Error::ort(&doing))?;
         for name in names::SCORES {
-            binding.bind_output_to_device(name, &host).map_err(Error::ort(&doing))?;
+            bound.binding.bind_output_to_device(name, &host).map_err(Error::ort(&doing))?;
         }
         let own = memory(self.device).map_err(Error::ort(&doing))?;
         for name in keep {
-            binding.bind_output_to_device(name.as_str(), &own).map_err(Error::ort(&doing))?;
+            bound.binding.bind_output_to_device(name, &own).map_err(Error::ort(&doing))?;
         }
-        let mut outputs = self.session.run_binding(&binding).map_err(Error::ort(&doing))?;
+        let mut outputs = self.session.run_binding(&bound.binding).map_err(Error::ort(&doing))?;
         let score = |name: &str| -> Result<Vec<f32>> {
             let value = outputs.get(name).ok_or_else(|| missing(name))?;
             let (_, data) = value.try_extract_tensor::<f32>().map_err(Error::ort(&doing))?;
@@ -205,41 +221,69 @@ impl Chooser {
             sums(&fed.labels.values, fed.labels.rows, [&score(nll)?, &score(base)?, &score(kl)?])?;
         let take = |name: &String| outputs.remove(name).ok_or_else(|| missing(name));
         let kept = keep.iter().map(take).collect::<Result<_>>()?;
+        drop(outputs);
+        self.bound = Some(bound);
         Ok((rows, kept))
     }
 
-    /// The inputs that say what is computed.
-    fn choosing<'a>(
-        &'a self,
-        fed: &'a Fed,
+    /// Binds what is the same in every run of a batch.
+    fn bind(&self, fed: &Fed) -> ort::Result<Bound> {
+        let mut binding = self.session.create_binding()?;
+        for (name, tensor) in &fed.own {
+            binding.bind_input(name.as_str(), tensor)?;
+        }
+        binding.bind_input(LABELS, &fed.labels.tensor)?;
+        binding.bind_input(names::BASELINE, &self.none_logits)?;
+        if self.shape.positions {
+            binding.bind_input(names::POSITIONS, &fed.labels.positions)?;
+        }
+        if self.shape.segments > 1 {
+            binding.bind_input(names::HIDDEN, &self.none_hidden)?;
+        }
+        Ok(Bound { binding, flags: HashMap::new(), start: None, compares: false })
+    }
+
+    /// Binds the inputs that say what is computed, where they are others than in the last run.
+    fn choose_by(
+        &self,
+        bound: &mut Bound,
         choice: Choice,
-        baseline: Option<&'a Baseline>,
-    ) -> Vec<(String, &'a DynValue)> {
-        let flag = |on: bool| if on { &self.yes } else { &self.no };
-        let Shape { segments, sites, formats, positions, .. } = self.shape;
+        baseline: Option<&Baseline>,
+    ) -> ort::Result<()> {
+        if let Some(baseline) = baseline.filter(|_| !bound.compares) {
+            bound.binding.bind_input(names::BASELINE, &baseline.logits)?;
+            bound.compares = true;
+        }
         let hidden = choice.start.checked_sub(1).zip(baseline);
-        let hidden = hidden.and_then(|(index, baseline)| baseline.hidden.get(index));
-        let mut inputs = vec![
-            (LABELS.to_owned(), &fed.labels.tensor),
-            (names::BASELINE.to_owned(), baseline.map_or(&self.none_logits, |b| &b.logits)),
-            (names::COMPARE.to_owned(), flag(baseline.is_some())),
-        ];
-        if positions {
-            inputs.push((names::POSITIONS.to_owned(), &fed.labels.positions));
+        if let Some((index, baseline)) = hidden.filter(|(index, _)| bound.start != Some(*index))
+            && let Some(value) = baseline.hidden.get(index)
+        {
+            bound.binding.bind_input(names::HIDDEN, value)?;
+            bound.start = Some(index);
         }
-        if segments > 1 {
-            inputs.push((names::HIDDEN.to_owned(), hidden.unwrap_or(&self.none_hidden)));
+        for (name, on) in self.flags(choice, baseline.is_some()) {
+            if bound.flags.get(&name) != Some(&on) {
+                bound.binding.bind_input(&name, if on { &self.yes } else { &self.no })?;
+                bound.flags.insert(name, on);
+            }
         }
+        Ok(())
+    }
+
+    /// The flags of a choice.
+    fn flags(&self, choice: Choice, compare: bool) -> Vec<(String, bool)> {
+        let Shape { segments, sites, formats, .. } = self.shape;
+        let mut flags = vec![(names::COMPARE.to_owned(), compare)];
         for segment in 0..segments.saturating_sub(1) {
-            inputs.push((names::skip(segment), flag(segment < choice.start)));
-            inputs.push((names::start(segment + 1), flag(segment + 1 == choice.start)));
+            flags.push((names::skip(segment), segment < choice.start));
+            flags.push((names::start(segment + 1), segment + 1 == choice.start));
         }
         let is = |site| choice.site.is_some_and(|(chosen, _)| chosen == site);
-        inputs.extend((0..sites).map(|site| (names::site(site), flag(is(site)))));
+        flags.extend((0..sites).map(|site| (names::site(site), is(site))));
         let of = |format| choice.site.is_some_and(|(_, chosen)| chosen == format);
         let asked = 0..formats.saturating_sub(1);
-        inputs.extend(asked.map(|format| (names::format(format), flag(of(format)))));
-        inputs
+        flags.extend(asked.map(|format| (names::format(format), of(format))));
+        flags
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::chooser::{Choice, Chooser, RowScore};
 use super::journal::{Journal, Scored, Unit};
-use super::prepare::{Plans, Prepared};
+use super::plans::Plans;
+use super::prepare::Prepared;
 use super::setup::{Bench, Setup};
 use super::whole::{Against, Whole};
 use crate::eval::error::{Error, Result};

@@ -2,72 +2,20 @@
 
 use super::Options;
 use super::alternatives;
-use super::choices::{self, Head, Parts, SiteForms};
+use super::choices::{self, Parts, SiteForms};
 use super::chooser::{Chooser, Shape};
+use super::head::{self, Head, find_head};
+use super::plans::Plans;
 use super::segments::{self, Segments, SiteNodes};
 use super::setup::{Bench, Setup};
 use crate::eval::error::{Error, Result};
 use crate::eval::feeds::{element, name};
 use crate::graph::{GraphView, Scope};
 use crate::onnx::proto::DataType;
-use crate::onnx::{Model, NodeId, SaveOptions};
-use crate::rewrite::{
-    Lowering, PlannedSite, RewriteOptions, RewritePlan, execute, plan_file, require_sites,
-};
-use mx_kernels::ElementFormat;
-use std::collections::HashMap;
+use crate::onnx::{NodeId, SaveOptions};
+use crate::rewrite::{Site, execute};
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-
-/// The same sites in every format.
-pub(super) struct Plans {
-    /// The model that they are of.
-    pub model: Model,
-    /// One a format.
-    pub plans: Vec<RewritePlan>,
-}
-
-impl Plans {
-    /// Plans the rewrite to each format.
-    ///
-    /// # Errors
-    /// Options that contradict each other, or nothing to rewrite.
-    pub(super) fn new(
-        path: &Path,
-        rewrite: &RewriteOptions,
-        formats: &[ElementFormat],
-    ) -> Result<Self> {
-        let rewriting = |e: crate::rewrite::RewriteError| Error::Rewrite(e.to_string());
-        let mut found: Option<Model> = None;
-        let mut plans: Vec<RewritePlan> = Vec::with_capacity(formats.len());
-        for &format in formats {
-            let format = Some(format);
-            let options = RewriteOptions { format, lowering: Lowering::Mx, ..rewrite.clone() };
-            let (model, plan) = plan_file(path, &options).map_err(rewriting)?;
-            require_sites(path, &plan, &options).map_err(rewriting)?;
-            if let Some(first) = plans.first() {
-                let nodes = |plan: &RewritePlan| -> Vec<(usize, usize)> {
-                    plan.sites
-                        .iter()
-                        .map(|planned| (planned.site.graph, planned.site.node))
-                        .collect()
-                };
-                if nodes(first) != nodes(&plan) {
-                    let text = "the formats do not take the same layers; measure them one by one";
-                    return Err(Error::Usage(text.into()));
-                }
-            }
-            found.get_or_insert(model);
-            plans.push(plan);
-        }
-        let model = found.ok_or_else(|| Error::Usage("--mx-format names no format".into()))?;
-        Ok(Self { model, plans })
-    }
-
-    /// The sites, as the first format plans them.
-    pub(super) fn sites(&self) -> &[PlannedSite] {
-        self.plans.first().map_or(&[], |plan| &plan.sites)
-    }
-}
 
 /// The graph with choices and what it costs to run.
 pub(super) struct Prepared {
@@ -113,34 +61,19 @@ pub(super) fn prepare(
     options: &Options,
     work: &Path,
 ) -> Result<Prepared> {
-    let (bench, every) = (&options.bench, options.every);
+    let bench = &options.bench;
     let shown = bench.model.display().to_string();
     let fail = |reason: String| Error::Model { model: shown.clone(), reason };
     let model = &plans.model;
     let scope = Scope::of_graph(model, model.graph()).map_err(|e| fail(e.to_string()))?;
     let view = GraphView::new(scope, None).map_err(|e| fail(e.to_string()))?;
-    let order: HashMap<NodeId, usize> =
-        model.graph().node_order().into_iter().enumerate().map(|(at, id)| (id, at)).collect();
-    let places = |planned: &PlannedSite| -> Option<Vec<usize>> {
-        let site = &planned.site;
-        let of = |&node: &usize| order.get(&NodeId(node)).copied();
-        (site.graph == 0).then(|| site.replaces.iter().map(of).collect::<Option<_>>()).flatten()
-    };
     let logits = &setup.inspection.logits;
-    let made = |value: &str| view.nodes().iter().any(|node| node.output.iter().any(|o| o == value));
-    // Number in the plan and nodes of the sites in the main graph.
-    let inside: Vec<(usize, Vec<usize>)> = plans
-        .sites()
-        .iter()
-        .enumerate()
-        .filter_map(|(number, planned)| Some((number, places(planned)?)))
-        .filter(|(number, _)| made(&plans.sites()[*number].site.y))
-        .collect();
+    let inside = inside(plans, &view);
     let types = plans.sites().first().map_or(DataType::Float, |p| p.site.weight.operand_dtype);
     let nodes: Vec<SiteNodes<'_>> = inside.iter().map(|(_, nodes)| SiteNodes { nodes }).collect();
     let divided = segments::divide(&view, &nodes, logits, types);
     let mut notes = Vec::new();
-    let head = head(&view, logits, &divided, every, &mut notes);
+    let head = head(&view, logits, &divided, options.every, &mut notes);
     if divided.segments.len() == 1 {
         notes.push("no value between the layers can be begun at: every pass is a full one".into());
     }
@@ -156,38 +89,59 @@ pub(super) fn prepare(
     };
     let path = work.join("choices.onnx");
     parts.write(bench.threads, &path).map_err(fail)?;
-    let in_segment = |segment: &segments::Segment| -> Vec<(usize, usize)> {
-        segment.sites.iter().map(|&site| (site, inside[site].0)).collect()
+    let shape = Shape {
+        segments: divided.segments.len(),
+        sites: inside.len(),
+        formats: plans.plans.len(),
+        positions: head.is_some(),
+        hidden: divided.element.unwrap_or(DataType::Float),
+        logits: logits_type,
     };
-    let mut sites: Vec<Vec<(usize, usize)>> = divided.segments.iter().map(in_segment).collect();
-    if options.full {
-        sites.iter_mut().for_each(Vec::clear);
-    }
+    let cuts = divided.segments.iter().filter_map(|segment| segment.output.clone()).collect();
+    let cost = weights(&view, &divided, logits);
+    let (sites, left) = shares(plans, &divided, &inside, options.full, &mut notes);
+    Ok(Prepared { path, shape, cuts, logits: logits.clone(), sites, left, cost, notes })
+}
+
+/// Number in the plan, and nodes, of the sites in the main graph.
+fn inside(plans: &Plans, view: &GraphView) -> Vec<(usize, Vec<usize>)> {
+    let order = plans.model.graph().node_order();
+    let order: HashMap<NodeId, usize> =
+        order.into_iter().enumerate().map(|(at, id)| (id, at)).collect();
+    let made: HashSet<&String> = view.nodes().iter().flat_map(|node| &node.output).collect();
+    let nodes = |site: &Site| -> Option<Vec<usize>> {
+        let of = |&node: &usize| order.get(&NodeId(node)).copied();
+        let inside = site.graph == 0 && made.contains(&site.y);
+        inside.then(|| site.replaces.iter().map(of).collect::<Option<_>>()).flatten()
+    };
+    let sites = plans.sites().iter().enumerate();
+    sites.filter_map(|(number, planned)| Some((number, nodes(&planned.site)?))).collect()
+}
+
+/// The sites of each segment, and those that take full passes.
+fn shares(
+    plans: &Plans,
+    divided: &Segments,
+    inside: &[(usize, Vec<usize>)],
+    full: bool,
+    notes: &mut Vec<String>,
+) -> (Vec<Vec<(usize, usize)>>, Vec<usize>) {
+    let of = |segment: &segments::Segment| -> Vec<(usize, usize)> {
+        match full {
+            true => Vec::new(),
+            false => segment.sites.iter().map(|&site| (site, inside[site].0)).collect(),
+        }
+    };
+    let sites: Vec<Vec<(usize, usize)>> = divided.segments.iter().map(of).collect();
     let held = |number: &usize| sites.iter().flatten().any(|(_, held)| held == number);
     let left: Vec<usize> = (0..plans.sites().len()).filter(|number| !held(number)).collect();
-    if !left.is_empty() && !options.full {
+    if !left.is_empty() && !full {
         notes.push(format!(
             "{} layers are inside other operators' bodies and take a full pass each",
             left.len()
         ));
     }
-    Ok(Prepared {
-        path,
-        shape: Shape {
-            segments: divided.segments.len(),
-            sites: inside.len(),
-            formats: plans.plans.len(),
-            positions: head.is_some(),
-            hidden: divided.element.unwrap_or(DataType::Float),
-            logits: logits_type,
-        },
-        cuts: divided.segments.iter().filter_map(|segment| segment.output.clone()).collect(),
-        logits: logits.clone(),
-        sites,
-        left,
-        cost: weights(&view, &divided, logits),
-        notes,
-    })
+    (sites, left)
 }
 
 /// The head, where it is wanted apart and lies where positions can be chosen for it alone.
@@ -202,7 +156,7 @@ fn head(
         return None;
     }
     let last = divided.segments.last();
-    let found = choices::find_head(view, logits)
+    let found = find_head(view, logits)
         .filter(|head| last.is_some_and(|segment| segment.nodes.contains(&head.node)));
     if found.is_none() {
         notes.push("the head is not recognised: every position is scored".into());
@@ -211,14 +165,14 @@ fn head(
 }
 
 fn weights(view: &GraphView, divided: &Segments, logits: &str) -> Weights {
-    let head = choices::find_head(view, logits);
-    let of_head = head.map_or(0, |head| choices::weight(view, &view.nodes()[head.node]));
+    let head = find_head(view, logits);
+    let of_head = head.map_or(0, |head| head::weight(view, &view.nodes()[head.node]));
     let mut segments: Vec<u64> =
-        divided.segments.iter().map(|segment| choices::weights(view, &segment.nodes)).collect();
+        divided.segments.iter().map(|segment| head::weights(view, &segment.nodes)).collect();
     if let Some(last) = segments.last_mut() {
         *last = last.saturating_sub(of_head);
     }
-    Weights { common: choices::weights(view, &divided.common), segments, head: of_head }
+    Weights { common: head::weights(view, &divided.common), segments, head: of_head }
 }
 
 struct Grafting<'a> {

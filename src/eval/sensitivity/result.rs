@@ -198,7 +198,7 @@ impl Sensitivity {
     /// # Errors
     /// They have no two layers and formats in common.
     pub fn compare(&self, other: &Self) -> Result<RankCorrelation> {
-        let mut pairs: Vec<(&str, [f64; 2], [f64; 2])> = Vec::new();
+        let mut pairs: Vec<Pair<'_>> = Vec::new();
         for site in &self.sites {
             let same = |one: &&SiteSensitivity| {
                 (&one.node, &one.initializer) == (&site.node, &site.initializer)
@@ -206,19 +206,18 @@ impl Sensitivity {
             let Some(theirs) = other.sites.iter().find(same) else { continue };
             for own in &site.formats {
                 if let Some(one) = theirs.formats.iter().find(|one| one.format == own.format) {
-                    let kl = [own.kl, one.kl];
-                    pairs.push((&own.format, kl, [own.delta_xent, one.delta_xent]));
+                    let delta_xent = [own.delta_xent, one.delta_xent];
+                    pairs.push(Pair { format: &own.format, kl: [own.kl, one.kl], delta_xent });
                 }
             }
         }
         let over = |format: Option<&str>| {
-            let chosen = || pairs.iter().filter(|(own, ..)| format.is_none_or(|f| f == *own));
-            let columns = |pick: fn(&(&str, [f64; 2], [f64; 2])) -> [f64; 2]| {
-                let values: Vec<[f64; 2]> = chosen().map(pick).collect();
-                spearman(&values)
-            };
+            let chosen: Vec<&Pair<'_>> =
+                pairs.iter().filter(|pair| format.is_none_or(|f| f == pair.format)).collect();
+            let kl: Vec<[f64; 2]> = chosen.iter().map(|pair| pair.kl).collect();
+            let delta_xent: Vec<[f64; 2]> = chosen.iter().map(|pair| pair.delta_xent).collect();
             let format = format.unwrap_or("all").to_owned();
-            FormatCorrelation { format, kl: columns(|p| p.1), delta_xent: columns(|p| p.2) }
+            FormatCorrelation { format, kl: spearman(&kl), delta_xent: spearman(&delta_xent) }
         };
         if pairs.len() < 2 {
             let text = "--compare: the two have no two layers and formats in common";
@@ -229,6 +228,13 @@ impl Sensitivity {
         let documents = [self.documents.len(), other.documents.len()];
         Ok(RankCorrelation { documents, pairs: pairs.len(), by_format })
     }
+}
+
+/// One layer in one format, in two measurements.
+struct Pair<'a> {
+    format: &'a str,
+    kl: [f64; 2],
+    delta_xent: [f64; 2],
 }
 
 /// How far two measurements agree on the ranks.
