@@ -30,7 +30,7 @@ def run(command):
 
 
 def option(site, name):
-    return next(one for one in site["formats"] if one["format"] == name)
+    return site["formats"][name]
 
 
 def random_assignment(sites, formats, budget, rng):

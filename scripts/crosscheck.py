@@ -159,11 +159,14 @@ def load(path: Path, dtype, device: str):
     return model.to(torch.device(device))
 
 
-def score(model, docs, size: int, device: str) -> dict:
-    """Sums over all scored tokens; per document in float64, added in document order."""
+def score(model, docs, size: int, device: str, reference=None) -> dict:
+    """Sums over all scored tokens; per document in float64, added in document order. With a reference model its
+    distribution at every position too: KL(reference || model), agreement of the most probable tokens, root mean
+    square of the change of the text's own token's probability."""
     import torch
 
     nll, entropy = np.zeros(len(docs)), np.zeros(len(docs))
+    kl, agree, delta_p = [], 0, 0.0
     for batch in batches(docs, size):
         width = max(len(docs[i][0]) for i in batch)
         ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -172,17 +175,31 @@ def score(model, docs, size: int, device: str) -> dict:
             ids[row, : len(docs[i][0])] = torch.tensor(docs[i][0])
             mask[row, : len(docs[i][0])] = 1
         with torch.inference_mode():
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            feeds = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+            logits = model(**feeds).logits
+            others = reference(**feeds).logits if reference is not None else None
             for row, i in enumerate(batch):
                 n = len(docs[i][0])
                 logp = torch.log_softmax(logits[row, : n - 1].to(torch.float64), dim=-1)
                 target = ids[row, 1:n].to(device)
                 nll[i] = -logp.gather(1, target[:, None]).sum().item()
                 entropy[i] = -(logp.exp() * logp).sum().item()
+                if others is not None:
+                    other = torch.log_softmax(others[row, : n - 1].to(torch.float64), dim=-1)
+                    kl.append((other.exp() * (other - logp)).sum(-1).cpu().numpy())
+                    agree += (other.argmax(-1) == logp.argmax(-1)).sum().item()
+                    change = logp.gather(1, target[:, None]).exp() - other.gather(1, target[:, None]).exp()
+                    delta_p += (change**2).sum().item()
     tokens = sum(len(ids) - 1 for ids, _ in docs if len(ids) >= 2)
     nbytes = sum(b for ids, b in docs if len(ids) >= 2)
     xent = float(nll.sum()) / tokens
+    against = {}
+    if reference is not None:
+        kl = np.concatenate(kl)
+        against = {"kl": float(kl.mean()), "kl_median": float(np.median(kl)), "agreement": agree / tokens,
+                   "delta_p_rms": math.sqrt(delta_p / tokens)}
     return {
+        **against,
         "docs": sum(len(ids) >= 2 for ids, _ in docs), "tokens": tokens, "xent": xent, "ppl": math.exp(xent),
         "entropy": float(entropy.sum()) / tokens, "bits_per_byte": float(nll.sum()) / math.log(2) / max(nbytes, 1),
         "bytes": nbytes, "doc_nll": [float(v) for v in nll],
@@ -196,6 +213,7 @@ def run_stages(args, docs) -> dict[str, dict]:
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     out, model, held = {}, None, None
+    reference = load(args.model, torch.float32, args.device) if args.kl else None
     for stage in args.stages:
         dtype = "bfloat16" if stage == "bf16" else "float32"
         if held != dtype:
@@ -206,14 +224,16 @@ def run_stages(args, docs) -> dict[str, dict]:
         if stage in ("baseline", "bf16", "bf16-to"):
             if stage == "bf16-to":
                 model, held = model.to(torch.bfloat16), "rounded"
-            sites, r = 0, score(model, docs, args.batch_size, args.device)
+            beside = None if stage == "baseline" else reference
+            sites, r = 0, score(model, docs, args.batch_size, args.device, beside)
         else:
             with torch.no_grad(), Quantised(model, stage, args.tier, args.block_size) as sites:
-                r = score(model, docs, args.batch_size, args.device)
+                r = score(model, docs, args.batch_size, args.device, reference)
         r.update(stage=stage, sites=sites, seconds=round(time.time() - start, 2))
         out[stage] = r
         print(f"{stage:16} sites {sites:4}  tokens {r['tokens']:7}  xent {r['xent']:.6f}  ppl {r['ppl']:10.4f}  "
-              f"entropy {r['entropy']:.4f}  bpb {r['bits_per_byte']:.4f}  {r['seconds']:.1f} s", flush=True)
+              f"entropy {r['entropy']:.4f}  bpb {r['bits_per_byte']:.4f}  "
+              + (f"kl {r['kl']:.6f}  agreement {r['agreement']:.5f}  " if "kl" in r else "") + f"{r['seconds']:.1f} s", flush=True)
     return out
 
 
@@ -245,8 +265,30 @@ def compare(results: dict[str, dict], path: Path, limits: dict) -> bool:
         limit = f"{bound:.0e}" if kind == "absolute" else f"{100 * bound:g} %"
         print(f"| {stage} | {r['xent']:.6f} | {t['xent']:.6f} | {shown} | {limit} | {note} |")
         good, compared = good and ok, compared + 1
+    good = compare_divergence(results, theirs) and good
     print(f"\n{compared} stages compared: {'all within bounds' if good and compared else 'NOT within bounds'}")
     return good and compared > 0
+
+
+def compare_divergence(results: dict[str, dict], theirs: dict) -> bool:
+    """The figures against the baseline, each within 1e-3."""
+    rows = [(stage, r, theirs[stage]) for stage, r in results.items() if "kl" in r and stage in theirs]
+    if not rows:
+        return True
+    print("\n| stage | figure | PyTorch | mxeval | difference | |\n|---|---|---|---|---|---|")
+    good = True
+    for stage, r, record in rows:
+        versus = (((record.get("statistics") or {}).get("all") or {}).get("versus")) or {}
+        kl = versus.get("kl") or {}
+        found = {"kl": (kl.get("mean") or {}).get("value"), "kl_median": kl.get("median"),
+                 "agreement": (versus.get("agreement") or {}).get("value"),
+                 "delta_p_rms": (versus.get("delta_p_rms") or {}).get("value")}
+        for name, value in found.items():
+            ok = value is not None and abs(value - r[name]) <= 1e-3
+            good = good and ok
+            shown = "missing | " if value is None else f"{value:.6f} | {value - r[name]:+.1e}"
+            print(f"| {stage} | {name} | {r[name]:.6f} | {shown} | {'ok' if ok else 'FAIL'} |")
+    return good
 
 
 def main() -> int:
@@ -261,6 +303,7 @@ def main() -> int:
     p.add_argument("--tier", choices=("a", "b"), default="b")
     p.add_argument("--stages", type=lambda s: s.split(","), default=list(STAGES))
     p.add_argument("--device", default="cpu")
+    p.add_argument("--kl", action="store_true", help="the baseline beside every stage: KL, agreement, change of p(correct)")
     p.add_argument("--threads", type=int)
     p.add_argument("--out", type=Path, help="write the results as JSON")
     p.add_argument("--results", type=Path, help="results of an earlier run (its --out) in place of running")

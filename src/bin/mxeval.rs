@@ -1,10 +1,14 @@
 //! The `mxeval` command: arguments to one library call to an exit code.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "mxeval/compare.rs"]
+mod compare;
 #[path = "mxeval/search.rs"]
 mod search;
 #[path = "mxeval/sensitivity.rs"]
 mod sensitivity;
+#[path = "mxeval/tasks.rs"]
+mod tasks;
 
 use anyhow::Context as _;
 use clap::{ArgGroup, Args, Parser, Subcommand};
@@ -14,8 +18,10 @@ use mxrewrite::eval::corpus::Dataset;
 use mxrewrite::eval::devices::Request;
 use mxrewrite::eval::job::{Job, listed};
 use mxrewrite::eval::record::{Record, Status};
-use mxrewrite::eval::run::{self, Data, Options};
+use mxrewrite::eval::run::{self, Data, Options, Outcome};
 use mxrewrite::eval::stage::{Selection, Stage};
+use mxrewrite::eval::statistics::Bootstrap;
+use mxrewrite::eval::windows::{Bos, Definition, Mode};
 use mxrewrite::eval::{Error, Observer, report};
 use mxrewrite::rewrite::{Activation, BaseDtype, RewriteOptions, Tier};
 use std::collections::HashMap;
@@ -29,17 +35,23 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// on real text.
 ///
 /// With --sweep a model is rewritten for every stage and measured; graphs given by name are
-/// measured as they are. Results go to stdout and to --out (results.jsonl, report.md, report.html,
-/// run.json), progress to stderr.
+/// measured as they are. Results go to stdout and to --out (results.jsonl, report.html, report.md,
+/// report.csv, run.json), progress to stderr.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
-#[command(group = ArgGroup::new("what").required(true).args(["graphs", "sweep", "models"]))]
-#[command(group = ArgGroup::new("text").required(true).args(["data", "dataset"]))]
+#[command(version, max_term_width = 100, disable_help_subcommand = true)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-#[command(disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// What to measure, on which text, how and where.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("what").required(true).args(["graphs", "sweep", "models"]))]
+#[command(group = ArgGroup::new("text").required(true).args(["data", "dataset"]))]
+struct RunArgs {
     /// Graphs to measure as they are
     #[arg(value_name = "GRAPH.onnx")]
     graphs: Vec<PathBuf>,
@@ -58,21 +70,27 @@ struct Cli {
     /// The model's tokenizer.json [default: beside the model]
     #[arg(long, value_name = "tokenizer.json")]
     tokenizer: Option<PathBuf>,
-    /// Evaluation text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document)
+    /// Evaluation text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document); a
+    /// path, a quoted glob or an http(s) address. May be repeated
     #[arg(long, value_name = "FILE")]
-    data: Option<PathBuf>,
-    /// Evaluation text from the Hugging Face hub: pile or wikitext
-    #[arg(long)]
+    data: Vec<PathBuf>,
+    /// Evaluation text from the Hugging Face hub: pile, wikitext or OWNER/NAME[:PATH-OR-GLOB]
+    #[arg(long, value_name = "NAME")]
     dataset: Option<Dataset>,
     /// Documents to read
     #[arg(long, value_name = "N", default_value_t = 1000)]
     max_samples: usize,
+    /// Draw the documents at random from the whole text, instead of taking its first
+    #[arg(long)]
+    shuffle: bool,
+    /// Seed of --shuffle
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
     /// Documents in one batch [default: 8, or the list's]
     #[arg(long, value_name = "N", value_parser = positive)]
     batch_size: Option<usize>,
-    /// Tokens of a document that are used
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    seq_len: usize,
+    #[command(flatten)]
+    definition: DefinitionArgs,
     #[command(flatten)]
     place: PlaceArgs,
     /// Threads of one operator [default: ONNX Runtime's choice]
@@ -93,6 +111,16 @@ struct Cli {
     /// Keep the loss of every document in run.json: differences then have a standard error
     #[arg(long)]
     documents: bool,
+    /// Do not run the baseline beside every other stage: no divergence, agreement and change of
+    /// p(correct), in about half the time
+    #[arg(long)]
+    no_kl: bool,
+    /// Resamples of the bootstrap behind every interval
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = positive)]
+    resamples: usize,
+    /// Seed of the bootstrap
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    bootstrap_seed: u64,
     /// Print records (JSON Lines) instead of the table
     #[arg(long)]
     json: bool,
@@ -105,11 +133,36 @@ struct Cli {
     rewrite: RewriteArgs,
 }
 
-/// What is not a table of stages. A graph file called `search` is `./search`.
+/// What is scored, and from which context (docs/definitions.md).
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Definition of the figures")]
+struct DefinitionArgs {
+    /// per-document: the first seq-len tokens of each; rolling: whole documents, as lm-eval;
+    /// stride: whole documents in overlapping windows; concat: one stream, as GPTQ's WikiText-2;
+    /// second-half: one stream, the second half of each window scored, as llama.cpp
+    #[arg(long, default_value_t)]
+    mode: Mode,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    seq_len: usize,
+    /// Tokens from one window's beginning to the next, with --mode stride [default: half of seq-len]
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
+    /// Where BOS stands: none, first (of each document or stream), each (window) [default: first
+    /// in mode rolling, else as the tokenizer adds it]
+    #[arg(long, value_name = "none|first|each")]
+    bos: Option<Bos>,
+}
+
+/// What is not a measurement. A graph called `compare` is `./compare`.
 #[derive(Debug, Subcommand)]
 enum Command {
     Sensitivity(Box<sensitivity::SensitivityArgs>),
     Search(Box<search::SearchArgs>),
+    Compare(compare::CompareArgs),
+    Plan(Box<tasks::PlanArgs>),
+    RunTask(tasks::RunTaskArgs),
+    Merge(tasks::MergeArgs),
 }
 
 /// Where stages run.
@@ -218,12 +271,19 @@ fn share(text: &str) -> Result<f64, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let done = match &cli.command {
+    let outcome = match &cli.command {
         Some(Command::Sensitivity(args)) => args.run(),
         Some(Command::Search(args)) => args.run(),
-        None => evaluate(&cli),
+        Some(Command::Compare(args)) => args.run().map(|text| {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }),
+        Some(Command::Plan(args)) => args.run(),
+        Some(Command::RunTask(args)) => args.run(),
+        Some(Command::Merge(args)) => args.run(),
+        None => evaluate(&cli.run),
     };
-    match done {
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -236,45 +296,66 @@ fn main() -> ExitCode {
     }
 }
 
-fn evaluate(cli: &Cli) -> anyhow::Result<ExitCode> {
-    let rewrite = cli.rewrite.options(cli.threads)?;
-    let stages = cli.stages.selection().stages(rewrite.tier)?;
-    let jobs = jobs(cli, &stages)?;
-    let data = match (&cli.data, cli.dataset) {
-        (Some(path), _) => Data::File(path.clone()),
-        (None, Some(dataset)) => Data::Dataset(dataset),
-        (None, None) => return Err(Error::Usage("--data or --dataset is needed".into()).into()),
-    };
-    let options = Options {
-        data,
-        max_samples: cli.max_samples,
-        seq_len: cli.seq_len,
-        device: cli.place.device.clone(),
-        min_free_ratio: cli.place.min_free_ratio,
-        workers_per_device: cli.place.workers_per_device,
-        shard_documents: cli.place.shard_documents,
-        threads: cli.threads,
-        loader_workers: cli.loader_workers,
-        ort_lib: cli.ort_lib.clone(),
-        out: cli.out.clone(),
-        resume: cli.resume,
-        documents: cli.documents,
-        debug: cli.debug,
-        rewrite,
-        command: std::env::args().collect(),
-    };
+fn evaluate(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let (jobs, options) = args.resolve()?;
     let console = Console::default();
     let outcome = run::run(&jobs, &options, &console)?;
-    if cli.json {
-        outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
-    } else {
-        print!("{}", report::terminal(&outcome.records()));
-    }
-    console.say(&format!("report: {}", cli.out.join("report.md").display()));
+    show(&outcome, &options, args.json, &console)?;
     Ok(ExitCode::from(u8::from(outcome.failed())))
 }
 
-fn jobs(cli: &Cli, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
+/// Results to stdout.
+fn show(outcome: &Outcome, options: &Options, json: bool, console: &Console) -> anyhow::Result<()> {
+    if json {
+        outcome.entries.iter().for_each(|entry| println!("{}", entry.line));
+    } else {
+        print!("{}", report::terminal(&outcome.records(), &options.definition.text()));
+    }
+    console.say(&format!("report: {}", options.out.join("report.html").display()));
+    if outcome.interrupted {
+        return Err(Error::Interrupted.into());
+    }
+    Ok(())
+}
+
+impl RunArgs {
+    /// The library's form.
+    fn resolve(&self) -> anyhow::Result<(Vec<Job>, Options)> {
+        let DefinitionArgs { mode, seq_len, stride, bos } = self.definition;
+        let definition = Definition::new(mode, seq_len, stride, bos)?;
+        let rewrite = self.rewrite.options(self.threads)?;
+        let stages = self.stages.selection().stages(rewrite.tier)?;
+        let jobs = jobs(self, &stages)?;
+        let data = match &self.dataset {
+            Some(dataset) => Data::Dataset(dataset.clone()),
+            None => Data::Files(self.data.clone()),
+        };
+        let options = Options {
+            data,
+            shuffle: self.shuffle.then_some(self.seed),
+            max_samples: self.max_samples,
+            definition,
+            device: self.place.device.clone(),
+            min_free_ratio: self.place.min_free_ratio,
+            workers_per_device: self.place.workers_per_device,
+            shard_documents: self.place.shard_documents,
+            threads: self.threads,
+            loader_workers: self.loader_workers,
+            ort_lib: self.ort_lib.clone(),
+            out: self.out.clone(),
+            resume: self.resume,
+            documents: self.documents,
+            kl: !self.no_kl,
+            bootstrap: Bootstrap { seed: self.bootstrap_seed, resamples: self.resamples },
+            debug: self.debug,
+            rewrite,
+            command: std::env::args().collect(),
+        };
+        Ok((jobs, options))
+    }
+}
+
+fn jobs(cli: &RunArgs, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
     if let Some(list) = &cli.models {
         if cli.tokenizer.is_some() {
             let text = "--tokenizer does not go with --models: each model's lies beside it";
@@ -389,7 +470,7 @@ impl Observer for Console {
             eprintln!("stopping after this batch; Ctrl-C again stops at once");
         });
         match handler {
-            // A search that measures first opens its folder twice.
+            // A search that measures layers first opens its folder twice.
             Ok(()) | Err(ctrlc::Error::MultipleHandlers) => {}
             Err(error) => self.warn(&format!("Ctrl-C is not handled: {error}")),
         }

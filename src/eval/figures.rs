@@ -26,6 +26,8 @@ pub enum Verdict {
     Better,
     /// Too few documents for an interval.
     TooFewDocuments,
+    /// A loss is NaN or infinite, so there is no difference.
+    NotFinite,
 }
 
 /// Divergence from the baseline over the scored tokens, nats.

@@ -1,16 +1,17 @@
 //! What a run is about: digests, keys by which a later run reuses results, facts for run.json.
 
+use super::corpus::{Source, Text};
 use super::devices::{self, Chosen, Device};
-use super::error::Result;
 use super::gpus::Gpu;
 use super::job::{Job, KeyParts, Task};
 use super::process::{now, sha256_files};
 use super::run::Options;
 use super::runtime::Runtime;
-use super::windows::DEFINITION;
+use super::windows::{Definition, Tokenizer};
 use crate::rewrite::BaseDtype;
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
 /// Digests of a job's files. One that cannot be read becomes the failure of the job's stages, not of
@@ -24,33 +25,79 @@ struct JobDigests {
 /// Digests of everything a run reads.
 #[derive(Clone, Default)]
 pub(super) struct Digests {
-    data: String,
+    /// Of the documents that are used.
+    pub documents: String,
+    /// Of the text's files, in order.
+    files: Vec<FileFacts>,
     jobs: Vec<JobDigests>,
 }
 
-/// Reads the models in a thread of its own, while stages are measured already: gigabytes take a while.
+/// What is known of a file of the text.
+#[derive(Clone)]
+struct FileFacts {
+    path: PathBuf,
+    bytes: Option<u64>,
+    /// Of the whole file, or why it is not known.
+    sha256: std::result::Result<String, String>,
+}
+
+/// Bytes of text files that are read for a digest of the whole. It is for the record only, as
+/// results go by the documents used, and must not cost more than these.
+const HASHED: u64 = 256 << 20;
+
+impl FileFacts {
+    /// Reads a file, where no more than `left` bytes do, and takes its bytes from `left`.
+    fn read(source: &Source, left: &mut u64) -> Self {
+        let bytes = source.path().and_then(|path| Some(std::fs::metadata(path).ok()?.len()));
+        let sha256 = match (source.path(), bytes) {
+            (Some(path), Some(bytes)) if bytes <= *left => {
+                *left -= bytes;
+                sha256_files([path]).map_err(|error| error.to_string())
+            }
+            (Some(_), Some(_)) => Err("too large to be read as a whole".into()),
+            (Some(_), None) => Err("unreadable".into()),
+            (None, _) => Err("remote, and read in part".into()),
+        };
+        Self { path: source.name(), bytes, sha256 }
+    }
+
+    fn json(&self) -> Value {
+        let mut value = json!({"path": self.path, "bytes": self.bytes});
+        value["sha256"] = json!(self.sha256.as_ref().ok());
+        if let Err(reason) = &self.sha256 {
+            value["sha256_missing"] = json!(reason);
+        }
+        value
+    }
+}
+
+/// Reads models and text in a thread of its own, while stages are measured already: gigabytes take a
+/// while.
 pub(super) struct Hashing {
-    data: String,
-    thread: JoinHandle<Vec<JobDigests>>,
+    thread: JoinHandle<Digests>,
 }
 
 impl Hashing {
-    /// Reads the data, and begins to read the models.
-    ///
-    /// # Errors
-    /// The data cannot be read.
-    pub(super) fn start(jobs: &[Job], data: &Path) -> Result<Self> {
-        let data = sha256_files([data])?;
-        let files: Vec<(Job, PathBuf)> =
-            jobs.iter().map(|job| (job.clone(), job.tokenizer.clone())).collect();
+    /// Begins to read.
+    pub(super) fn start(jobs: &[Job], sources: &[Source], definition: &Definition) -> Self {
+        let files: Vec<(Job, Vec<PathBuf>)> = jobs
+            .iter()
+            .map(|job| (job.clone(), Tokenizer::files(&job.tokenizer, definition)))
+            .collect();
+        let sources = sources.to_vec();
         let thread = thread::spawn(move || {
-            let digests = |(job, tokenizer): &(Job, PathBuf)| JobDigests {
+            let digests = |(job, tokenizer): &(Job, Vec<PathBuf>)| JobDigests {
                 model: job.sha256().ok(),
-                tokenizer: sha256_files([tokenizer.as_path()]).ok(),
+                tokenizer: sha256_files(tokenizer.iter().map(PathBuf::as_path)).ok(),
             };
-            files.iter().map(digests).collect()
+            let mut left = HASHED;
+            Digests {
+                documents: String::new(),
+                files: sources.iter().map(|source| FileFacts::read(source, &mut left)).collect(),
+                jobs: files.iter().map(digests).collect(),
+            }
         });
-        Ok(Self { data, thread })
+        Self { thread }
     }
 
     pub(super) fn is_finished(&self) -> bool {
@@ -58,7 +105,7 @@ impl Hashing {
     }
 
     pub(super) fn wait(self) -> Digests {
-        Digests { data: self.data, jobs: self.thread.join().unwrap_or_default() }
+        self.thread.join().unwrap_or_default()
     }
 }
 
@@ -76,7 +123,7 @@ pub(super) struct Subject<'a> {
     pub options: &'a Options,
     pub chosen: &'a Chosen,
     pub runtime: &'a Runtime,
-    pub data: &'a Path,
+    pub data: &'a Text,
 }
 
 impl Subject<'_> {
@@ -84,8 +131,8 @@ impl Subject<'_> {
         let of = |index: usize| digests.jobs.get(index).cloned().unwrap_or_default();
         let jobs: Vec<_> =
             self.jobs.iter().enumerate().map(|(index, job)| (job, of(index))).collect();
-        let keys = jobs.iter().map(|(job, own)| self.keys(job, own, &digests.data)).collect();
-        Identity { keys, facts: self.facts(&jobs, &digests.data) }
+        let keys = jobs.iter().map(|(job, own)| self.keys(job, own, &digests.documents)).collect();
+        Identity { keys, facts: self.facts(&jobs, digests) }
     }
 
     /// Key of every stage of a job.
@@ -95,8 +142,12 @@ impl Subject<'_> {
         let platform = format!("{} {place} {:?}", self.runtime.version, options.threads);
         let mut figures = format!(
             "{} {} {} {:?}",
-            options.max_samples, options.seq_len, job.batch_size, options.rewrite
+            options.max_samples, options.definition, job.batch_size, options.rewrite
         );
+        if options.kl {
+            figures.push_str(" kl");
+        }
+        let _ = write!(figures, " {:?}", options.bootstrap);
         if options.documents {
             // Results without documents do not serve a run that keeps them.
             figures.push_str(" documents");
@@ -115,7 +166,21 @@ impl Subject<'_> {
         job.tasks.iter().map(key).collect()
     }
 
-    fn facts(&self, jobs: &[(&Job, JobDigests)], data: &str) -> Map<String, Value> {
+    /// The text: `path` and `sha256` are those of the only file, else null.
+    fn data(&self, digests: &Digests) -> Value {
+        let files: Vec<_> = digests.files.iter().map(FileFacts::json).collect();
+        let only = |field: &str| match files.as_slice() {
+            [file] => file[field].clone(),
+            _ => Value::Null,
+        };
+        json!({
+            "path": only("path"), "sha256": only("sha256"),
+            "documents_sha256": digests.documents,
+            "shuffle_seed": self.data.seed(), "files": files,
+        })
+    }
+
+    fn facts(&self, jobs: &[(&Job, JobDigests)], digests: &Digests) -> Map<String, Value> {
         let (options, rewrite) = (self.options, &self.options.rewrite);
         let model = |(job, own): &(&Job, JobDigests)| {
             json!({
@@ -135,9 +200,12 @@ impl Subject<'_> {
                 || json!(format!("default ({} available)", available_threads())), |t| json!(t)),
             "onnxruntime": {"version": self.runtime.version, "library": self.runtime.library},
             "models": jobs.iter().map(model).collect::<Vec<_>>(),
-            "data": {"path": self.data, "sha256": data},
+            "data": self.data(digests),
             "options": {
-                "max_samples": options.max_samples, "seq_len": options.seq_len,
+                "kl": options.kl, "seed": options.bootstrap.seed,
+                "resamples": options.bootstrap.resamples,
+                "max_samples": options.max_samples, "seq_len": options.definition.seq_len,
+                "definition": options.definition.short(),
                 "workers_per_device": options.workers_per_device,
                 "shard_documents": options.shard_documents,
                 "tier": rewrite.tier.name(), "block_size": rewrite.block_size,
@@ -145,7 +213,7 @@ impl Subject<'_> {
                 "base_dtype": rewrite.base_dtype.map_or("the model's", BaseDtype::name),
                 "include": rewrite.include, "exclude": rewrite.exclude,
             },
-            "definition": DEFINITION,
+            "definition": options.definition.text(),
         });
         facts.as_object().cloned().unwrap_or_default()
     }

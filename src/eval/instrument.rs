@@ -8,7 +8,8 @@ use super::error::{Error, Result};
 use super::feeds::{Feeds, Hints, LABELS, element, name, sizes};
 use crate::onnx::Model;
 use crate::onnx::proto::{
-    DataType, Dimension, DimensionValue, Node, TensorShape, TensorType, Type, ValueInfo,
+    Attribute, AttributeType, DataType, Dimension, DimensionValue, Node, TensorShape, TensorType,
+    Type, ValueInfo,
 };
 use crate::rewrite::base;
 use mx_custom_ops::contract;
@@ -153,13 +154,115 @@ pub fn append_scores(model: &mut Model, inspection: &Inspection) {
     model.import_opset(contract::DOMAIN, contract::DOMAIN_VERSION);
 }
 
+/// Makes the logits the graph's only output; their name and type there. Where a change of the base
+/// type cast them at the end, the value before the Cast is taken.
+pub fn keep_logits(model: &mut Model, inspection: &Inspection) -> (String, DataType) {
+    let graph = model.graph_mut();
+    let outputs: Vec<ValueInfo> = graph.outputs().cloned().collect();
+    let mut kept = outputs.iter().find(|output| name(output) == inspection.logits).cloned();
+    outputs.iter().for_each(|output| graph.remove_output(name(output)));
+    if let Some(logits) = &mut kept
+        && let Some((before, element)) = base::uncast(graph, &inspection.logits)
+    {
+        logits.name = Some(before);
+        if let Some(tensor) = logits.r#type.as_mut().and_then(|t| t.tensor_type.as_mut()) {
+            tensor.elem_type = Some(element as i32);
+        }
+    }
+    let found = kept.as_ref().map_or((inspection.logits.clone(), DataType::Float), |logits| {
+        (name(logits).to_owned(), element(logits))
+    });
+    kept.into_iter().for_each(|logits| graph.add_output(logits));
+    found
+}
+
+/// Inputs of [`judge`].
+pub const JUDGED: [&str; 2] = ["mx.logits", "mx.reference"];
+
+/// Outputs of [`judge`]: the variant's, then the reference's.
+pub const JUDGEMENT: [(&str, DataType); 6] = [
+    ("mx.nll", DataType::Float),
+    ("mx.entropy", DataType::Float),
+    ("mx.top1", DataType::Int64),
+    ("mx.kl", DataType::Float),
+    ("mx.reference_nll", DataType::Float),
+    ("mx.reference_top1", DataType::Int64),
+];
+
+/// The least that is a model: IR version 8, opset 17, an empty graph `g`.
+const EMPTY: [u8; 11] = [0x08, 8, 0x3a, 3, 0x12, 1, b'g', 0x42, 2, 0x10, 17];
+
+/// A model without weights that scores the logits of a variant and of its reference, [`JUDGED`], of
+/// these types, against [`LABELS`]: [`JUDGEMENT`]. Two models that ran apart meet in it on the device.
+///
+/// # Errors
+/// None that can be caused from outside.
+pub fn judge(types: [DataType; 2]) -> Result<Model> {
+    let bytes = bytes::Bytes::from_static(&EMPTY);
+    let mut model = Model::from_bytes(bytes, None)
+        .map_err(|e| Error::Model { model: "the judge".into(), reason: e.to_string() })?;
+    let graph = model.graph_mut();
+    for (input, element) in JUDGED.into_iter().zip(types) {
+        graph.add_input(value(input, element, &["mx.batch", "mx.sequence", "mx.vocabulary"]));
+    }
+    graph.add_input(matrix(LABELS, DataType::Int64));
+    JUDGEMENT.into_iter().for_each(|(output, element)| graph.add_output(matrix(output, element)));
+    // The operator wants both of one type; float32 holds the values of all.
+    let widened = JUDGED.map(|input| match types[0] == types[1] {
+        true => input.to_owned(),
+        false => format!("{input}.float"),
+    });
+    for ((input, to), element) in JUDGED.into_iter().zip(&widened).zip(types) {
+        if input == to {
+            continue;
+        }
+        let float = Attribute {
+            name: Some("to".into()),
+            i: Some(i64::from(DataType::Float as i32)),
+            r#type: Some(AttributeType::Int as i32),
+            ..Attribute::default()
+        };
+        let same = element == DataType::Float;
+        graph.push_node(Node {
+            input: vec![input.into()],
+            output: vec![to.clone()],
+            name: Some(format!("{to}.cast")),
+            op_type: Some(if same { "Identity" } else { "Cast" }.into()),
+            attribute: if same { vec![] } else { vec![float] },
+            ..Node::default()
+        });
+    }
+    let [variant, reference] = &widened;
+    let [nll, entropy, top1, kl, reference_nll, reference_top1] = JUDGEMENT.map(|(name, _)| name);
+    let scores = |name: &str, input: &[&str], output: &[&str]| Node {
+        input: input.iter().map(|&s| s.to_owned()).collect(),
+        output: output.iter().map(|&s| s.to_owned()).collect(),
+        name: Some(name.into()),
+        op_type: Some(contract::op::TOKEN_SCORES.into()),
+        domain: Some(contract::DOMAIN.into()),
+        ..Node::default()
+    };
+    let unused = ["mx.reference_alone", "mx.reference_entropy"];
+    let alone = [unused[0], unused[1], reference_top1];
+    graph.push_node(scores("mx.reference_scores", &[reference, LABELS], &alone));
+    let both = [nll, entropy, top1, kl, reference_nll];
+    graph.push_node(scores("mx.token_scores", &[variant, LABELS, reference], &both));
+    model.import_opset(contract::DOMAIN, contract::DOMAIN_VERSION);
+    Ok(model)
+}
+
 /// A value of rank 2 with open extents.
 fn matrix(name: &str, element: DataType) -> ValueInfo {
-    let dim = |symbol: &str| Dimension {
-        value: Some(DimensionValue::Param(symbol.into())),
+    value(name, element, &["mx.batch", "mx.sequence"])
+}
+
+/// A value with open extents of these names.
+fn value(name: &str, element: DataType, extents: &[&str]) -> ValueInfo {
+    let dim = |symbol: &&str| Dimension {
+        value: Some(DimensionValue::Param((*symbol).into())),
         denotation: None,
     };
-    let shape = TensorShape { dim: vec![dim("mx.batch"), dim("mx.sequence")] };
+    let shape = TensorShape { dim: extents.iter().map(dim).collect() };
     let tensor = TensorType { elem_type: Some(element as i32), shape: Some(shape) };
     let r#type = Type { tensor_type: Some(tensor), ..Type::default() };
     ValueInfo { name: Some(name.into()), r#type: Some(r#type), ..ValueInfo::default() }

@@ -3,19 +3,16 @@
 use super::describe::describe;
 use super::devices::{self, Chosen, Device};
 use super::error::{Error, Result};
-use super::gpus::MemoryProbe;
-use super::instrument;
 use super::job::{Job, Task};
-use super::loading::Loaded;
-use super::metrics::Metrics;
 use super::observer::Observer;
-use super::process::{PeakDeviceMemory, PeakMemory, sha256_text};
+use super::pair::Reference;
+use super::process::sha256_text;
 use super::record::{Record, Status};
 use super::run::Options;
 use super::runtime::Runtime;
 use super::schedule::Batch;
-use super::score::{self, Score, Scored};
-use super::session::{Scorer, SessionOptions, open_model};
+use super::scores;
+use super::session::open_model;
 use super::stage::Stage;
 use super::store::WorkFolder;
 use super::windows::Corpus;
@@ -23,9 +20,9 @@ use super::workers::Engine;
 use crate::onnx::{DataType, Model};
 use crate::rewrite::{Activation, BaseDtype, RewriteOptions, convert_file, rewrite_file};
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// One stage that is to be measured.
@@ -36,6 +33,19 @@ pub(super) struct Item<'a> {
     pub place: (usize, usize),
     pub corpus: Arc<Corpus>,
     pub batches: Arc<Vec<Batch>>,
+    /// Indices of the batches to run: all, or those of a shard.
+    pub todo: Vec<usize>,
+    /// What decides whether earlier scores hold.
+    pub key: &'a str,
+    /// The score file.
+    pub scores: PathBuf,
+}
+
+impl Item<'_> {
+    /// Whether every batch of the corpus is to be run.
+    pub fn is_whole(&self) -> bool {
+        self.todo.len() == self.batches.len()
+    }
 }
 
 /// What stages are measured with.
@@ -46,8 +56,19 @@ pub(super) struct Bench<'a> {
     /// Where rewritten models lie.
     pub work_root: PathBuf,
     pub observer: &'a dyn Observer,
+    pub jobs: &'a [Job],
     pub items: Vec<Item<'a>>,
+    /// The model that a job's stages are compared with, by job, once one of them asks.
+    pub references: Vec<OnceLock<std::result::Result<MadeReference, String>>>,
+    /// Whether stages are measured one after the other, so that the process's memory is the stage's.
+    pub one_by_one: bool,
     pub stop: AtomicBool,
+}
+
+/// A reference, and the folder that holds its graph where it had to be made.
+pub(super) struct MadeReference {
+    pub reference: Reference,
+    _folder: Option<WorkFolder>,
 }
 
 /// A stage whose graph is made, or is known not to be.
@@ -120,6 +141,12 @@ impl Engine for Bench<'_> {
             Ok(ended) => ended,
             Err(error) => (Status::Failed, Some(error.to_string())),
         };
+        if record.status == Status::Ok {
+            let end = json!({"record": record, "details": details});
+            if let Err(error) = scores::end(&self.items[number].scores, end) {
+                (record.status, record.reason) = (Status::Failed, Some(error.to_string()));
+            }
+        }
         self.observer.stage_finished(number, &record);
         Some(Done { number, record, details })
     }
@@ -217,100 +244,42 @@ impl Bench<'_> {
         self.chosen.on_gpu().then(|| cores.saturating_sub(self.chosen.devices.len()).max(1))
     }
 
-    /// Scores the graph at `path` and fills in `record`.
-    fn scored(
-        &self,
-        number: usize,
-        path: &Path,
-        team: &[Device],
-        record: &mut Record,
-        details: &mut Map<String, Value>,
-    ) -> Result<(Status, Option<String>)> {
-        let Item { job, task, corpus, batches, .. } = &self.items[number];
-        let peak = PeakMemory::start();
-        let device_peak = self.watch(team);
-        let model = open_model(path, &job.model)?;
-        let files = instrument::files(path, &model)?;
-        record.model_bytes = Some(files.iter().map(|(_, bytes)| bytes).sum());
-        drop(model);
-        let work = score::Work {
-            windows: &corpus.windows,
-            batches,
-            warm_up: self.chosen.on_gpu(),
-            progress: &|tokens| self.observer.progress(number, tokens),
-            warn: &|text| self.observer.warn(&format!("{}: {text}", task.name())),
-            interrupted: &|| self.stopped(),
-        };
-        let loaded = Loaded::default();
-        let open = |device| self.open(path, &task.name(), device, &loaded);
-        let scored = score::score(&work, team, &open)?;
-        record.peak_memory_bytes = match device_peak {
-            Some((watch, before)) => watch.bytes().map(|bytes| bytes.saturating_sub(before)),
-            None => peak.bytes(),
-        };
-        self.tell(&scored, &loaded, details);
-        let (status, remark) = conclude(&scored, record);
-        let fp8 = matches!(task, Task::Sweep(Stage::NvFp8)) && status == Status::Ok;
-        let without = fp8.then(|| loaded.without_fp8(record.sites_replaced.unwrap_or(0)));
-        let remarks: Vec<String> = remark.into_iter().chain(without.flatten()).collect();
-        Ok((status, (!remarks.is_empty()).then(|| remarks.join("; "))))
+    /// The model that a stage is compared with: the sweep's own, or the first of several graphs; none
+    /// for that one itself. A reason where there should be one and it cannot be had.
+    pub(super) fn reference(&self, number: usize) -> Option<std::result::Result<&Reference, &str>> {
+        let Item { task, place: (job, _), .. } = &self.items[number];
+        if !self.options.kl || matches!(task, Task::Sweep(Stage::Baseline)) {
+            return None;
+        }
+        let of = if matches!(task, Task::Graph(_)) { 0 } else { *job };
+        if matches!(task, Task::Graph(_)) && *job == 0 {
+            return None;
+        }
+        let made = self.references.get(of)?.get_or_init(|| {
+            Error::catch(|| self.make_reference(&self.jobs[of])).map_err(|e| e.to_string())
+        });
+        Some(made.as_ref().map(|made| &made.reference).map_err(String::as_str))
     }
 
-    /// Watches the memory of the team's GPUs; with it, what was in use before the run.
-    fn watch(&self, team: &[Device]) -> Option<(PeakDeviceMemory, u64)> {
-        let mut uuids: Vec<String> = Vec::new();
-        let mut before = 0;
-        for gpu in team.iter().filter_map(|&device| self.chosen.gpu(device)) {
-            if !uuids.contains(&gpu.uuid) {
-                before += gpu.memory.as_ref().ok()?.used();
-                uuids.push(gpu.uuid.clone());
+    fn make_reference(&self, job: &Job) -> Result<MadeReference> {
+        let stage = match job.tasks.first() {
+            Some(Task::Graph(name)) => name.clone(),
+            _ => Stage::Baseline.name(),
+        };
+        let sweep = matches!(job.tasks.first(), Some(Task::Sweep(_)));
+        let to = self.options.rewrite.base_dtype.filter(|_| sweep);
+        let to = match to {
+            Some(to) if !has_weights_in(&open_model(&job.path, &job.model)?, to) => to,
+            _ => {
+                let reference = Reference { path: job.path.clone(), stage };
+                return Ok(MadeReference { reference, _folder: None });
             }
-        }
-        let watch = if uuids.is_empty() { None } else { PeakDeviceMemory::start(uuids) };
-        watch.map(|watch| (watch, before))
-    }
-
-    /// Loads the graph on a device; notes in `loaded` what that showed.
-    fn open(
-        &self,
-        path: &Path,
-        stage: &str,
-        device: Device,
-        loaded: &Loaded,
-    ) -> Result<Box<dyn Score>> {
-        if let Device::Cuda(ordinal) = device {
-            // The context exists before memory is looked at. Without it the session fails, and says why.
-            let _ = mx_kernels::cuda::Gpu::get(ordinal);
-        }
-        let gpu = self.chosen.gpu(device);
-        let used = || gpu.and_then(|gpu| MemoryProbe::new()?.used(&gpu.uuid));
-        let before = used();
-        let options =
-            SessionOptions { device, threads: self.options.threads, debug: self.options.debug };
-        let scorer = Scorer::open(self.runtime, path, stage, &options)?;
-        if let Some((before, after)) = before.zip(used()) {
-            loaded.add_bytes(after.saturating_sub(before));
-        }
-        loaded.note(scorer.census());
-        Ok(Box::new(scorer))
-    }
-
-    fn tell(&self, scored: &Scored, loaded: &Loaded, details: &mut Map<String, Value>) {
-        details.insert("load_seconds".into(), json!(scored.load_seconds));
-        details.insert("outside_run_seconds".into(), json!(scored.outside_run_seconds));
-        details.insert("outside_run_share".into(), json!(scored.outside_run_share()));
-        if self.chosen.on_gpu() {
-            loaded.tell(details);
-        }
-        if let Some(rows) = scored.halved_to {
-            details.insert("batch_halved_to".into(), json!(rows));
-        }
-        if self.options.documents {
-            let nll: Vec<f64> = scored.documents.iter().map(|document| document.nll).collect();
-            let tokens: Vec<u64> =
-                scored.documents.iter().map(|document| document.tokens).collect();
-            details.insert("documents".into(), json!({"nll": nll, "tokens": tokens}));
-        }
+        };
+        let name = sha256_text(&format!("{} reference", job.model));
+        let folder = WorkFolder::new(&self.work_root, &name[..16])?;
+        let path = folder.path().join("model.onnx");
+        convert_file(&job.path, &path, to, true).map_err(|e| Error::Rewrite(e.to_string()))?;
+        Ok(MadeReference { reference: Reference { path, stage }, _folder: Some(folder) })
     }
 }
 
@@ -323,34 +292,11 @@ fn has_weights_in(model: &Model, to: BaseDtype) -> bool {
     types.next().is_some_and(|first| first == to.data_type() && types.all(|t| t == first))
 }
 
-/// The record's figures, and how the stage ended.
-fn conclude(scored: &Scored, record: &mut Record) -> (Status, Option<String>) {
-    let documents = &scored.documents;
-    let bad = documents.iter().filter(|d| !(d.nll.is_finite() && d.entropy.is_finite()));
-    match (bad.count(), Metrics::new(documents)) {
-        (0, Some(metrics)) => {
-            record.set_metrics(&metrics, scored.seconds);
-            let halved = scored
-                .halved_to
-                .map(|rows| format!("out of memory: batches cut to as few as {rows} documents"));
-            (Status::Ok, halved)
-        }
-        (0, None) => (Status::Failed, Some("no token was scored".into())),
-        (bad, _) => {
-            let documents = documents.len();
-            let text = format!(
-                "the loss is not finite in {bad} of {documents} documents: the model returns NaN or \
-                 Inf"
-            );
-            (Status::Failed, Some(text))
-        }
-    }
-}
-
 /// A record of a stage that has not ended.
 pub(super) fn blank(job: &Job, task: &Task, chosen: &Chosen, options: &Options) -> Record {
     let device = devices::name(&chosen.devices);
     let mut record = Record::new(&job.model, &task.name(), &device, Status::Failed);
+    record.definition = Some(options.definition.short());
     if let Task::Sweep(stage) = task {
         let rewrite = &options.rewrite;
         record.tier = stage.follows_tier().then(|| rewrite.tier.name().to_owned());
@@ -371,6 +317,7 @@ pub(super) fn blank(job: &Job, task: &Task, chosen: &Chosen, options: &Options) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn a_model_of_the_type_is_not_converted() {
@@ -380,30 +327,5 @@ mod tests {
         assert!(
             !has_weights_in(&model, BaseDtype::Bf16) && !has_weights_in(&model, BaseDtype::F16)
         );
-    }
-
-    #[test]
-    fn a_batch_that_was_cut_is_a_remark_and_nan_a_failure() {
-        let document = |nll| crate::eval::metrics::DocumentScore {
-            nll,
-            entropy: 1.0,
-            correct: 0,
-            tokens: 2,
-            bytes: 7,
-            against: None,
-        };
-        let scored = |nll, halved_to| Scored {
-            documents: vec![document(nll), document(3.0)],
-            seconds: 1.0,
-            halved_to,
-            ..Scored::default()
-        };
-        let mut record = Record::new("m", "baseline", "cuda:0", Status::Failed);
-        assert_eq!(conclude(&scored(1.0, None), &mut record), (Status::Ok, None));
-        assert_eq!(record.xent, Some(1.0));
-        let (status, reason) = conclude(&scored(1.0, Some(4)), &mut record);
-        assert!(status == Status::Ok && reason.unwrap().contains("as few as 4"));
-        let (status, reason) = conclude(&scored(f64::NAN, None), &mut record);
-        assert!(status == Status::Failed && reason.unwrap().contains("1 of 2 documents"));
     }
 }

@@ -37,6 +37,36 @@ pub struct DocumentScore {
     pub against: Option<Against>,
 }
 
+/// What one window contributes, and the divergence of each of its scored tokens, in order; none
+/// where no reference ran beside it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WindowScore {
+    /// Its sums.
+    pub score: DocumentScore,
+    /// KL(baseline || variant), in nats.
+    pub kl: Vec<f32>,
+}
+
+impl DocumentScore {
+    /// Adds what a further window of the document contributes.
+    pub fn add(&mut self, other: &Self) {
+        self.nll += other.nll;
+        self.entropy += other.entropy;
+        self.correct += other.correct;
+        self.tokens += other.tokens;
+        self.bytes += other.bytes;
+        if let Some(more) = &other.against {
+            let against = self.against.get_or_insert_default();
+            against.nll += more.nll;
+            against.correct += more.correct;
+            against.kl += more.kl;
+            against.agree += more.agree;
+            against.delta_p += more.delta_p;
+            against.delta_p_squared += more.delta_p_squared;
+        }
+    }
+}
+
 /// Figures of a corpus.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metrics {
@@ -139,5 +169,25 @@ mod tests {
         let m = Metrics::new(&docs).unwrap();
         assert!((m.xent - naive).abs() < 1e-12 * naive);
         assert_eq!(m.tokens, 20_000);
+    }
+
+    #[test]
+    fn sums_are_the_same_bits_after_a_journey_through_json() {
+        let mut state = 1u64;
+        let mut sum = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            3_000.0 * (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        for _ in 0..1_000 {
+            let against = Against { nll: sum(), kl: sum(), ..Against::default() };
+            let score = DocumentScore {
+                nll: sum(),
+                entropy: sum(),
+                against: Some(against),
+                ..DocumentScore::default()
+            };
+            let text = serde_json::to_string(&score).unwrap();
+            assert_eq!(serde_json::from_str::<DocumentScore>(&text).unwrap(), score);
+        }
     }
 }

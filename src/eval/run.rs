@@ -1,34 +1,36 @@
 //! A run: every job's stages, each independent of the others.
 
-use super::corpus::{self, Dataset};
+use super::corpus::Dataset;
 use super::devices::{self, Chosen, Device, Request};
 use super::error::{Error, Result};
 use super::gpus::Local;
 use super::identity::{Hashing, Identity, Subject};
-use super::instrument;
 use super::job::Job;
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
 use super::record::{Record, Status};
-use super::report;
+use super::report::{self, Report};
 use super::runtime::{self, Runtime};
 use super::schedule;
-use super::session::open_model;
+use super::scores;
+use super::statistics::Bootstrap;
 use super::store::{Entry, Store};
-use super::windows::{Corpus, Tokenizer};
+use super::texts::Texts;
+use super::windows::{Corpus, Definition};
 use super::workers;
 use crate::rewrite::{BaseDtype, RewriteOptions};
-use serde_json::Map;
+use serde_json::{Map, Value};
 use std::cell::{OnceCell, RefCell};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// Where the evaluation text comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
-    /// A file.
-    File(PathBuf),
+    /// Files, globs over files, and addresses of files, in this order.
+    Files(Vec<PathBuf>),
     /// A data set of the Hugging Face hub.
     Dataset(Dataset),
 }
@@ -38,10 +40,12 @@ pub enum Data {
 pub struct Options {
     /// The text.
     pub data: Data,
+    /// Seed of a random sample of the text; `None` takes documents from its beginning.
+    pub shuffle: Option<u64>,
     /// Documents to read.
     pub max_samples: usize,
-    /// Tokens of a document's window.
-    pub seq_len: usize,
+    /// What is scored, and from which context.
+    pub definition: Definition,
     /// Where to run.
     pub device: Request,
     /// Share of a GPU's memory that has to be free for `auto` to take it.
@@ -62,10 +66,14 @@ pub struct Options {
     pub resume: bool,
     /// Keep the loss of every document.
     pub documents: bool,
+    /// Run the baseline beside every other stage, for what only a comparison token by token shows.
+    pub kl: bool,
     /// ONNX Runtime's log on stderr.
     pub debug: bool,
     /// How sweeps rewrite; lowering and format are the stage's.
     pub rewrite: RewriteOptions,
+    /// How documents are resampled for intervals.
+    pub bootstrap: Bootstrap,
     /// The command line, for run.json.
     pub command: Vec<String>,
 }
@@ -75,6 +83,8 @@ pub struct Options {
 pub struct Outcome {
     /// One record a stage, in the order of jobs and stages.
     pub entries: Vec<Entry>,
+    /// Whether it was stopped before all stages had ended.
+    pub interrupted: bool,
 }
 
 impl Outcome {
@@ -95,22 +105,18 @@ impl Outcome {
 /// What concerns the run as a whole: no ONNX Runtime, no data, a locked folder, a model that is not
 /// there, or not a single model that can be fed. What concerns one stage becomes its record.
 pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<Outcome> {
-    let runtime = runtime::load(options.ort_lib.as_deref())?;
-    let chosen = devices::choose(&options.device, options.min_free_ratio, &Local(&runtime))?;
-    if let Some(note) = &chosen.note {
-        observer.note(note);
-    }
-    if options.workers_per_device > 1 && !chosen.on_gpu() {
+    let started = Instant::now();
+    let machine = Machine::load(options, observer)?;
+    if options.workers_per_device > 1 && !machine.chosen.on_gpu() {
         observer.note("--workers-per-device is for GPUs: the CPU has one worker");
     }
-    let data = fetch(&options.data, observer)?;
+    let texts = Texts::new(options, observer, started)?;
     let mut store = Store::open(&options.out, options.resume)?;
     observer.opened(&store.work_root());
-    check_base(options, &chosen)?;
-    let run = Run::new(jobs, options, &chosen, &runtime, data, observer)?;
+    let run = Run::new(jobs, options, &machine, &texts, observer);
     // A mistyped tokenizer or data file must not cost the results of an earlier run, so nothing is
     // written before it is known that something can be measured.
-    let mut prepared: Vec<_> = jobs.iter().map(|job| run.prepare(job)).collect();
+    let mut prepared: Vec<_> = jobs.iter().map(|job| texts.prepare(job)).collect();
     if prepared.iter().all(Result::is_err)
         && let Some(Err(error)) = prepared.drain(..).next()
     {
@@ -118,10 +124,6 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     }
     // Without --resume nothing is kept, and no key has to be known yet.
     store.keep(&if options.resume { run.wanted(jobs) } else { Vec::new() })?;
-    if options.resume || !chosen.on_gpu() {
-        // On the CPU reading gigabytes would slow down the measuring.
-        run.identity();
-    }
     let mut items = Vec::new();
     for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
         match corpus {
@@ -129,8 +131,8 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
             Err(error) => run.refuse(index, job, &error, &mut store)?,
         }
     }
-    run.measure(items, &mut store)?;
-    Ok(Outcome { entries: ordered(jobs, &store) })
+    let interrupted = run.measure(items, &mut store)?;
+    Ok(Outcome { entries: ordered(jobs, &store), interrupted })
 }
 
 /// Refuses a base type that the devices do not compute in.
@@ -143,23 +145,8 @@ fn check_base(options: &Options, chosen: &Chosen) -> Result<()> {
     Ok(())
 }
 
-/// The file of the evaluation text.
-pub(super) fn fetch(data: &Data, observer: &dyn Observer) -> Result<PathBuf> {
-    match data {
-        Data::File(path) => Ok(path.clone()),
-        Data::Dataset(dataset) => {
-            observer.note(&format!("fetching {dataset} from the Hugging Face hub"));
-            let fetched = dataset.fetch()?;
-            if let Some(warning) = &fetched.warning {
-                observer.warn(warning);
-            }
-            Ok(fetched.path)
-        }
-    }
-}
-
 /// Records in the order of jobs and tasks, which resuming may have disturbed in the file.
-fn ordered(jobs: &[Job], store: &Store) -> Vec<Entry> {
+pub(super) fn ordered(jobs: &[Job], store: &Store) -> Vec<Entry> {
     jobs.iter()
         .flat_map(|job| job.tasks.iter().map(move |task| (job, task.name())))
         .filter_map(|(job, stage)| store.get(&job.model, &stage).cloned())
@@ -170,43 +157,55 @@ fn records_of(entries: &[Entry]) -> Vec<Record> {
     entries.iter().map(|entry| entry.record.clone()).collect()
 }
 
-struct Run<'a> {
-    jobs: &'a [Job],
-    options: &'a Options,
-    chosen: &'a Chosen,
-    runtime: &'a Runtime,
-    data: PathBuf,
-    observer: &'a dyn Observer,
-    hashing: RefCell<Option<Hashing>>,
-    identity: OnceCell<Identity>,
-    /// The text as the last tokenizer saw it: graphs given side by side share one.
-    tokenised: RefCell<Option<Tokenised>>,
+/// ONNX Runtime and the devices that were chosen.
+pub(super) struct Machine {
+    pub runtime: Runtime,
+    pub chosen: Chosen,
 }
 
-#[derive(Clone)]
-struct Tokenised {
-    tokenizer: PathBuf,
-    /// Tokens that the tokenizer knows.
-    size: usize,
-    corpus: Arc<Corpus>,
+impl Machine {
+    /// Loads ONNX Runtime and chooses.
+    ///
+    /// # Errors
+    /// No ONNX Runtime, no such device, or a base type that it does not compute in.
+    pub fn load(options: &Options, observer: &dyn Observer) -> Result<Self> {
+        let runtime = runtime::load(options.ort_lib.as_deref())?;
+        let chosen = devices::choose(&options.device, options.min_free_ratio, &Local(&runtime))?;
+        if let Some(note) = &chosen.note {
+            observer.note(note);
+        }
+        check_base(options, &chosen)?;
+        Ok(Self { runtime, chosen })
+    }
+}
+
+/// Jobs on a machine.
+pub(super) struct Run<'a> {
+    jobs: &'a [Job],
+    options: &'a Options,
+    machine: &'a Machine,
+    observer: &'a dyn Observer,
+    texts: &'a Texts<'a>,
+    hashing: RefCell<Option<Hashing>>,
+    identity: OnceCell<Identity>,
 }
 
 impl<'a> Run<'a> {
-    fn new(
+    /// Begins to read the models for their digests.
+    pub fn new(
         jobs: &'a [Job],
         options: &'a Options,
-        chosen: &'a Chosen,
-        runtime: &'a Runtime,
-        data: PathBuf,
+        machine: &'a Machine,
+        texts: &'a Texts<'a>,
         observer: &'a dyn Observer,
-    ) -> Result<Self> {
-        let hashing = RefCell::new(Some(Hashing::start(jobs, &data)?));
-        let (identity, tokenised) = (OnceCell::new(), RefCell::new(None));
-        Ok(Self { jobs, options, chosen, runtime, data, observer, hashing, identity, tokenised })
+    ) -> Self {
+        let hashing = Hashing::start(jobs, texts.data().sources(), &options.definition);
+        let (hashing, identity) = (RefCell::new(Some(hashing)), OnceCell::new());
+        Self { jobs, options, machine, observer, texts, hashing, identity }
     }
 
     /// Keys and facts; waits for the models to be read.
-    fn identity(&self) -> &Identity {
+    pub fn identity(&self) -> &Identity {
         self.identity.get_or_init(|| {
             let digests = self.hashing.borrow_mut().take().map(|hashing| {
                 if !hashing.is_finished() {
@@ -214,14 +213,16 @@ impl<'a> Run<'a> {
                 }
                 hashing.wait()
             });
-            self.subject().identity(&digests.unwrap_or_default())
+            let mut digests = digests.unwrap_or_default();
+            digests.documents = self.texts.digest();
+            self.subject().identity(&digests)
         })
     }
 
     /// What is measured, with what.
     fn subject(&self) -> Subject<'_> {
-        let Self { jobs, options, chosen, runtime, data, .. } = self;
-        Subject { jobs, options, chosen, runtime, data }
+        let Self { jobs, options, machine: Machine { runtime, chosen }, texts, .. } = self;
+        Subject { jobs, options, chosen, runtime, data: texts.data() }
     }
 
     fn wanted(&self, jobs: &[Job]) -> Vec<(String, String, String)> {
@@ -230,42 +231,6 @@ impl<'a> Run<'a> {
             tasks.map(|(t, key)| (job.model.clone(), t.name(), key.clone())).collect::<Vec<_>>()
         };
         jobs.iter().zip(&self.identity().keys).flat_map(of).collect()
-    }
-
-    /// Tokenises the text for a job and checks that its model can be fed with it.
-    fn prepare(&self, job: &Job) -> Result<Arc<Corpus>> {
-        let model = open_model(&job.path, &job.model)?;
-        let inspection = instrument::inspect(&model, &job.model)?;
-        let tokenised = self.tokenise(&job.tokenizer)?;
-        let largest = tokenised.corpus.largest_id();
-        inspection.check_ids(&job.model, largest, tokenised.size)?;
-        Ok(tokenised.corpus)
-    }
-
-    fn tokenise(&self, path: &Path) -> Result<Tokenised> {
-        if let Some(tokenised) = self.tokenised.borrow().as_ref().filter(|t| t.tokenizer == path) {
-            return Ok(tokenised.clone());
-        }
-        let tokenizer = Tokenizer::open(path)?;
-        self.observer.note(&format!("tokenising {}", self.data.display()));
-        let documents = corpus::open(&self.data)?;
-        let options = self.options;
-        let workers = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.loader_workers)
-            .build()
-            .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
-        let corpus = workers
-            .install(|| tokenizer.tokenize(documents, options.seq_len, options.max_samples))?;
-        self.observer.note(&format!(
-            "{} documents read, {} with {} scored tokens",
-            corpus.read,
-            corpus.windows.len(),
-            corpus.tokens()
-        ));
-        let tokenised =
-            Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Arc::new(corpus) };
-        *self.tokenised.borrow_mut() = Some(tokenised.clone());
-        Ok(tokenised)
     }
 
     /// The stages of a job that no earlier run has measured.
@@ -284,29 +249,54 @@ impl<'a> Run<'a> {
                 continue;
             }
             let (corpus, batches) = (Arc::clone(&corpus), Arc::clone(&batches));
-            items.push(Item { job, task, place: (index, place), corpus, batches });
+            let todo = Vec::from_iter(0..batches.len());
+            let key = &self.identity().keys[index][place];
+            let scores = store.folder().join(scores::file_name(&job.model, &task.name()));
+            items.push(Item {
+                job,
+                task,
+                place: (index, place),
+                corpus,
+                batches,
+                todo,
+                key,
+                scores,
+            });
         }
         items
     }
 
-    /// Measures `items`, writing each record as its stage ends.
-    fn measure(&self, items: Vec<Item<'_>>, store: &mut Store) -> Result<()> {
-        let bench = Bench {
-            runtime: self.runtime,
-            chosen: self.chosen,
+    /// What `items` are measured with.
+    pub fn bench<'b>(
+        &'b self,
+        items: Vec<Item<'b>>,
+        work_root: PathBuf,
+        one_by_one: bool,
+    ) -> Bench<'b> {
+        Bench {
+            runtime: &self.machine.runtime,
+            chosen: &self.machine.chosen,
             options: self.options,
-            work_root: store.work_root(),
+            work_root,
             observer: self.observer,
+            jobs: self.jobs,
             items,
+            references: self.jobs.iter().map(|_| OnceLock::new()).collect(),
+            one_by_one,
             stop: AtomicBool::new(false),
-        };
+        }
+    }
+
+    /// Measures `items`, writing each record as its stage ends; whether it was interrupted.
+    fn measure(&self, items: Vec<Item<'_>>, store: &mut Store) -> Result<bool> {
         let teams = teams(
-            &self.chosen.devices,
+            &self.machine.chosen.devices,
             self.options.workers_per_device,
             self.options.shard_documents,
         );
+        let bench = self.bench(items, store.work_root(), teams.len() == 1);
         // On the CPU rewriting one stage would slow down the measuring of another.
-        let ahead = self.chosen.on_gpu();
+        let ahead = self.machine.chosen.on_gpu();
         let count = bench.items.len();
         let outcome = workers::run(&bench, count, &teams, ahead, |done| {
             let (job, task) = bench.items[done.number].place;
@@ -314,21 +304,26 @@ impl<'a> Run<'a> {
             store.append(done.record, &self.identity().keys[job][task], done.details)?;
             self.write_reports(store)
         });
+        drop(bench);
         store.clear_work()?;
         outcome?;
-        if self.observer.interrupted() {
-            return Err(Error::Interrupted);
+        let interrupted = self.observer.interrupted();
+        let mut facts = self.identity().facts.clone();
+        if interrupted {
+            let text = "the run was stopped before all of its stages had ended";
+            facts.insert("interrupted".into(), text.into());
         }
         // Also where everything was kept from an earlier run.
-        store.set_run(self.identity().facts.clone())?;
-        self.write_reports(store)
+        store.set_run(facts)?;
+        self.write_reports(store)?;
+        Ok(interrupted)
     }
 
     /// Records a job that cannot be run at all.
     fn refuse(&self, index: usize, job: &Job, error: &Error, store: &mut Store) -> Result<()> {
         store.set_run(self.identity().facts.clone())?;
         for (task, key) in job.tasks.iter().zip(&self.identity().keys[index]) {
-            let mut record = blank(job, task, self.chosen, self.options);
+            let mut record = blank(job, task, &self.machine.chosen, self.options);
             record.reason = Some(error.to_string());
             self.observer.stage_finished(usize::MAX, &record);
             store.append(record, key, Map::new())?;
@@ -337,11 +332,27 @@ impl<'a> Run<'a> {
     }
 
     fn write_reports(&self, store: &Store) -> Result<()> {
-        let records = records_of(&ordered(self.jobs, store));
-        let facts = &self.identity().facts;
-        store.write("report.md", report::markdown(&records, facts).as_bytes())?;
-        store.write("report.html", report::html(&records, facts).as_bytes())
+        write_reports(self.jobs, &self.identity().facts, self.options, store)
     }
+}
+
+/// The reports of what the store has.
+pub(super) fn write_reports(
+    jobs: &[Job],
+    facts: &Map<String, Value>,
+    options: &Options,
+    store: &Store,
+) -> Result<()> {
+    let records = records_of(&ordered(jobs, store));
+    let definition = options.definition.text();
+    let report =
+        Report { records: &records, facts, definition: &definition, sensitivity: None, front: &[] };
+    store.write("report.md", report::markdown(&report).as_bytes())?;
+    store.write("report.csv", report::csv(&records)?.as_bytes())?;
+    if let Some(subsets) = report::subsets_csv(&records)? {
+        store.write("subsets.csv", subsets.as_bytes())?;
+    }
+    store.write("report.html", report::html(&report).as_bytes())
 }
 
 /// Who measures together: a device alone, each as often as there are workers, or all of them.

@@ -36,6 +36,7 @@ const RESULTS: &str = "results.jsonl";
 const RUN: &str = "run.json";
 const LOCK: &str = ".lock";
 const WORK: &str = ".work";
+const SCORES: &str = "scores";
 
 impl Store {
     /// Opens or makes the folder and takes its lock. With `resume` earlier records are kept to be
@@ -69,6 +70,8 @@ impl Store {
         };
         // A run that was killed may have left a rewritten model.
         store.clear_work()?;
+        let scores = folder.join(SCORES);
+        std::fs::create_dir_all(&scores).map_err(Error::io(&scores))?;
         if resume {
             store.entries = read_entries(&folder.join(RESULTS))?;
             [store.keys, store.details] = read_run(&folder.join(RUN), ["keys", "stages"]);
@@ -165,13 +168,7 @@ impl Store {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.folder.join(name);
-        let written = tempfile::NamedTempFile::new_in(&self.folder).and_then(|mut file| {
-            file.write_all(bytes)?;
-            set_readable(file.as_file())?;
-            file.persist(&path).map_err(|e| e.error)
-        });
-        written.map(drop).map_err(Error::io(path))
+        write_whole(&self.folder.join(name), bytes)
     }
 
     /// Where rewritten models lie while they are measured.
@@ -196,6 +193,18 @@ impl Store {
     pub fn folder(&self) -> &Path {
         &self.folder
     }
+}
+
+/// Writes a file as a whole or not at all.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let written =
+        tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).and_then(|mut file| {
+            file.write_all(bytes)?;
+            set_readable(file.as_file())?;
+            file.persist(path).map_err(|e| e.error)
+        });
+    written.map(drop).map_err(Error::io(path))
 }
 
 /// Temporary files are private by default; results are not.

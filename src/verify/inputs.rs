@@ -22,7 +22,7 @@ use crate::{
         feeds::{Feeds, Hints, element, name, sizes},
         instrument,
         schedule::{Batch, Padded},
-        windows::{Tokenizer, Window},
+        windows::{Definition, Tokenizer, Window},
     },
     onnx::{Model, proto::ValueInfo},
 };
@@ -300,7 +300,8 @@ fn text(
     seq_len: usize,
 ) -> Result<Vec<Window>> {
     let tokenizer = Tokenizer::open(tokenizer)?;
-    let corpus = tokenizer.tokenize(corpus::open(data)?, seq_len, samples)?;
+    let corpus =
+        tokenizer.tokenize(corpus::open(data)?, &Definition::per_document(seq_len), samples)?;
     let shown = a.path.display().to_string();
     if let Ok(inspection) = instrument::inspect(&a.model, &shown) {
         inspection.check_ids(&shown, corpus.largest_id(), tokenizer.len())?;

@@ -5,6 +5,7 @@ mod checkpoint;
 mod cli;
 mod custom_ops;
 mod eval;
+mod eval_pairs;
 mod experts;
 mod hostile;
 mod judges;

@@ -53,11 +53,10 @@ fn list<'a>(value: &'a Value, field: &str) -> &'a Vec<Value> {
 /// KL and delta of every layer and format, by node and format.
 fn figures(result: &Value) -> Vec<(String, f64, f64)> {
     let of = |site: &Value| -> Vec<(String, f64, f64)> {
-        let format = |one: &Value| {
-            let name = format!("{} {}", site["node"], one["format"]);
-            (name, number(one, "kl"), number(one, "delta_xent"))
+        let format = |(format, one): (&String, &Value)| {
+            (format!("{} {format}", site["node"]), number(one, "kl"), number(one, "delta_xent"))
         };
-        list(site, "formats").iter().map(format).collect()
+        site["formats"].as_object().expect("formats").iter().map(format).collect()
     };
     list(result, "sites").iter().flat_map(of).collect()
 }
@@ -143,12 +142,13 @@ fn figures_agree_with_numpy() {
     let more = [&SMALL[..], &["--mx-format", "fp4_e2m1"]].concat();
     let result = result("sensitivity", "dynamo", dir.path(), &more);
     let tokenizer = root().join("fixtures/tinylm/tokenizer.json");
+    let definition = mxrewrite::eval::windows::Definition::per_document(48);
     let corpus = mxrewrite::eval::windows::Tokenizer::open(&tokenizer)
-        .and_then(|t| t.tokenize(mxrewrite::eval::corpus::open(&pile())?, 48, 1000))
+        .and_then(|t| t.tokenize(mxrewrite::eval::corpus::open(&pile())?, &definition, 1000))
         .unwrap();
     let windows: Vec<_> = list(&result, "documents")
         .iter()
-        .map(|document| &corpus.windows[document.as_u64().unwrap() as usize].ids)
+        .map(|document| corpus.windows[document.as_u64().unwrap() as usize].ids.to_vec())
         .collect();
     let json = dir.path().join("windows.json");
     std::fs::write(&json, serde_json::to_string(&windows).unwrap()).unwrap();
@@ -175,7 +175,7 @@ fn figures_agree_with_numpy() {
         let naive: Value = serde_json::from_slice(&naive.stdout).unwrap();
         let sites = list(&result, "sites");
         let site = sites.iter().find(|site| site["module_path"] == *path).expect("the layer");
-        let own = &site["formats"][0];
+        let own = &site["formats"]["fp4_e2m1"];
         assert_eq!(result["tokens"].as_f64(), naive["tokens"].as_f64());
         let (kl, expected) = (number(own, "kl"), number(&naive, "kl"));
         assert!((kl - expected).abs() <= 1e-3 * expected, "{path}: KL {kl}, NumPy {expected}");

@@ -3,7 +3,6 @@
 use super::{Console, RewriteArgs, positive, share, tokenizer};
 use clap::{ArgGroup, Args};
 use mx_kernels::ElementFormat;
-use mxrewrite::eval::Error;
 use mxrewrite::eval::corpus::Dataset;
 use mxrewrite::eval::devices::Request;
 use mxrewrite::eval::run::Data;
@@ -73,12 +72,19 @@ pub struct BenchArgs {
     /// The model's tokenizer.json [default: beside the model]
     #[arg(long, value_name = "tokenizer.json")]
     pub tokenizer: Option<PathBuf>,
-    /// Text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document)
+    /// Text: .parquet or .jsonl[.zst] with a `text` column, or .txt (one document); a path, a quoted
+    /// glob or an http(s) address. May be repeated
     #[arg(long, value_name = "FILE")]
-    pub data: Option<PathBuf>,
-    /// Text from the Hugging Face hub: pile or wikitext
-    #[arg(long)]
+    pub data: Vec<PathBuf>,
+    /// Text from the Hugging Face hub: pile, wikitext or OWNER/NAME[:PATH-OR-GLOB]
+    #[arg(long, value_name = "NAME")]
     pub dataset: Option<Dataset>,
+    /// Draw the documents at random from the whole text, instead of taking its first
+    #[arg(long)]
+    pub shuffle: bool,
+    /// Seed of --shuffle
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
     /// Documents to read, of which some are taken
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub max_samples: usize,
@@ -120,17 +126,15 @@ pub struct BenchArgs {
 impl BenchArgs {
     /// The library's form, for `model`.
     pub fn bench(&self, model: &Path) -> anyhow::Result<Bench> {
-        let data = match (&self.data, self.dataset) {
-            (Some(path), _) => Data::File(path.clone()),
-            (None, Some(dataset)) => Data::Dataset(dataset),
-            (None, None) => {
-                return Err(Error::Usage("--data or --dataset is needed".into()).into());
-            }
+        let data = match &self.dataset {
+            Some(dataset) => Data::Dataset(dataset.clone()),
+            None => Data::Files(self.data.clone()),
         };
         Ok(Bench {
             model: model.into(),
             tokenizer: tokenizer(self.tokenizer.as_ref(), model)?,
             data,
+            shuffle: self.shuffle.then_some(self.seed),
             max_samples: self.max_samples,
             seq_len: self.seq_len,
             batch_size: self.batch_size,

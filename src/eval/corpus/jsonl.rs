@@ -2,8 +2,16 @@
 
 use super::{Document, Documents, subset_of};
 use crate::eval::error::{Error, Result};
-use std::io::BufRead;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+use std::io::{BufRead, Read as _};
 use std::path::{Path, PathBuf};
+
+/// Bytes of the longest line. Real documents have a few megabytes; a line without an end, such as a
+/// few kilobytes of zstd can hold, must not fill the memory.
+const LONGEST: u64 = 64 << 20;
 
 /// Streams the documents of `reader`; `path` is for messages.
 pub(super) fn read(path: &Path, reader: impl BufRead + Send + 'static) -> Documents {
@@ -17,40 +25,67 @@ struct Lines<R> {
     failed: bool,
 }
 
+/// What a line says, without what else it says: that may be much larger.
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(borrow, default, deserialize_with = "present")]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    meta: Option<&'a RawValue>,
+}
+
+/// A value that is there, `null` included.
+fn present<'de, D: Deserializer<'de>>(
+    value: D,
+) -> std::result::Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(value).map(Some)
+}
+
 impl<R: BufRead> Lines<R> {
     fn next_document(&mut self) -> Result<Option<Document>> {
         let mut bytes = Vec::new();
         loop {
             bytes.clear();
             self.line += 1;
-            let read = self.reader.read_until(b'\n', &mut bytes);
+            let read = (&mut self.reader).take(LONGEST + 1).read_until(b'\n', &mut bytes);
             if read.map_err(|e| self.error(format!("cannot read: {e}")))? == 0 {
                 return Ok(None);
             }
+            if bytes.len() as u64 > LONGEST {
+                let limit = LONGEST >> 20;
+                return Err(self.error(format!("longer than {limit} MiB: not one document a line")));
+            }
             // Windows editors start a UTF-8 file with a byte order mark, which JSON does not allow.
             let bom: &[u8] = if self.line == 1 { b"\xef\xbb\xbf" } else { b"" };
-            let line = bytes.strip_prefix(bom).unwrap_or(&bytes);
-            if !line.trim_ascii().is_empty() {
+            let line = bytes.strip_prefix(bom).unwrap_or(&bytes).trim_ascii();
+            if !line.is_empty() {
                 return self.document(line).map(Some);
             }
         }
     }
 
     fn document(&self, bytes: &[u8]) -> Result<Document> {
-        let value: serde_json::Value =
-            serde_json::from_slice(bytes).map_err(|e| self.error(format!("invalid JSON: {e}")))?;
-        let serde_json::Value::Object(mut object) = value else {
+        let line = std::str::from_utf8(bytes)
+            .map_err(|e| self.error(format!("not UTF-8 at byte {}", e.valid_up_to())))?;
+        if !line.starts_with('{') {
+            serde_json::from_str::<IgnoredAny>(line)
+                .map_err(|e| self.error(format!("invalid JSON: {e}")))?;
             return Err(self.error("expected a JSON object with a `text` key".into()));
-        };
-        let subset = object.get("meta").and_then(subset_of);
-        match object.remove("text") {
-            Some(serde_json::Value::String(text)) => Ok(Document { text, subset }),
-            Some(_) => Err(self.error("`text` is not a string".into())),
-            None => {
-                let keys: Vec<_> = object.keys().map(String::as_str).collect();
-                Err(self.error(format!("no `text` key; found {}", list(&keys))))
-            }
         }
+        let Line { text, meta } =
+            serde_json::from_str(line).map_err(|e| self.error(format!("invalid JSON: {e}")))?;
+        let Some(text) = text else {
+            let keys: BTreeMap<&str, IgnoredAny> = serde_json::from_str(line).unwrap_or_default();
+            let keys: Vec<_> = keys.into_keys().take(20).collect();
+            return Err(self.error(format!("no `text` key; found {}", list(&keys))));
+        };
+        if !text.get().starts_with('"') {
+            return Err(self.error("`text` is not a string".into()));
+        }
+        let text = serde_json::from_str(text.get())
+            .map_err(|e| self.error(format!("`text` is no valid string: {e}")))?;
+        let meta = meta.and_then(|meta| serde_json::from_str(meta.get()).ok());
+        Ok(Document { text, subset: meta.as_ref().and_then(subset_of) })
     }
 
     fn error(&self, reason: String) -> Error {

@@ -33,11 +33,8 @@ pub(crate) fn recipe(
         let chosen = sensitivity.sites.iter().zip(assignment).filter(|(_, own)| *own == format);
         let sites: Vec<&SiteSensitivity> = chosen.map(|(site, _)| site).collect();
         let Some(first) = sites.first() else { continue };
-        let activation = first
-            .formats
-            .iter()
-            .find(|one| one.format == *format)
-            .map_or("same", |one| one.activation_format.as_str());
+        let activation =
+            first.formats.get(format).map_or("same", |one| one.activation_format.as_str());
         let include = patterns(&sites);
         let select = Select { include, ..Select::default() };
         let format = Some(site_format(sensitivity, format, activation)?);
@@ -168,8 +165,9 @@ pub(crate) fn check(
 mod tests {
     use super::*;
 
-    pub(crate) fn site(path: Option<&str>, node: &str) -> SiteSensitivity {
+    fn site(path: Option<&str>, node: &str) -> SiteSensitivity {
         SiteSensitivity {
+            site: path.unwrap_or(node).into(),
             node: node.into(),
             initializer: format!("{node}.w"),
             module_path: path.map(str::to_owned),
@@ -181,7 +179,7 @@ mod tests {
             input: "x".into(),
             bits_as_is: 32.0,
             bytes_as_is: 128,
-            formats: Vec::new(),
+            formats: BTreeMap::new(),
         }
     }
 

@@ -13,10 +13,9 @@ use super::error::{Error, Result};
 use super::observer::Observer;
 use super::process::now;
 use super::sensitivity::result::Sensitivity;
-use super::sensitivity::sample;
+use super::sensitivity::sample::{self, Part};
 use super::sensitivity::setup::{Bench, Setup};
 use super::store::{Store, WorkFolder};
-use super::windows::Window;
 use crate::rewrite::Recipe;
 use assign::Assignment;
 use heldout::Bar;
@@ -122,14 +121,15 @@ pub fn run(
     let solution = match options.target {
         Target::Bits(bits) => problem.within(bits)?,
         Target::DeltaPpl(limit) => {
-            let bar = Bar::new((&setup, bench), &parts.validation.0, folder.path(), observer)?;
+            let bar =
+                Bar::new((&setup, bench), &parts.validation.windows, folder.path(), observer)?;
             problem.up_to(limit, &bar, &mut tried)?
         }
     };
     let (assignment, recipe) = write_recipe(&problem, &solution.taken, options, &store)?;
     observer
         .note(&format!("{}: the recipe does what was chosen", recipe_path(&bench.out).display()));
-    let bar = Bar::new((&setup, bench), &parts.heldout.0, folder.path(), observer)?;
+    let bar = Bar::new((&setup, bench), &parts.heldout.windows, folder.path(), observer)?;
     let measured = problem.measure(&bar, &recipe, &also, options)?;
     let result = Search {
         mxeval: env!("CARGO_PKG_VERSION").into(),
@@ -147,9 +147,8 @@ pub fn run(
         assignment: problem.named(&assignment),
         seq_len: bench.seq_len,
         search_documents: sensitivity.documents.clone(),
-        validation_documents: if tried.is_empty() { Vec::new() } else { parts.validation.1 },
-        heldout_documents: parts.heldout.1,
-        overlap_known: parts.overlap_known,
+        validation_documents: parts.validation.documents,
+        heldout_documents: parts.heldout.documents,
         baseline_xent: bar.baseline_xent(),
         baseline: bar.baseline.clone(),
         tried,
@@ -216,11 +215,10 @@ impl Target {
     }
 }
 
-/// Documents of a search: windows, and their numbers in the text.
+/// Documents of a search.
 struct Parts {
-    validation: (Vec<Window>, Vec<usize>),
-    heldout: (Vec<Window>, Vec<usize>),
-    overlap_known: bool,
+    validation: Part,
+    heldout: Part,
 }
 
 /// Documents that the measurement has not seen.
@@ -230,40 +228,31 @@ fn documents(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Parts> {
-    let overlap_known = setup.data.sha256 == sensitivity.data.sha256;
-    if !overlap_known {
-        observer.warn(
-            "the layers were measured on another text: whether it shares documents with this one is \
-             not known",
-        );
-    }
-    let mut taken = if overlap_known { sensitivity.documents.clone() } else { Vec::new() };
+    let mut taken = sensitivity.beginnings.clone();
     let mut next = |count: usize| {
-        let chosen = sample::spread(&setup.corpus, count, &taken);
-        let part = sample::windows(&setup.corpus, &chosen);
-        taken.extend(&part.1);
+        let part = Part::new(&setup.corpus, &sample::spread(&setup.corpus, count, &taken));
+        taken.extend(part.beginnings.iter().cloned());
         part
     };
-    let validation = match options.target {
-        Target::Bits(_) => (Vec::new(), Vec::new()),
-        Target::DeltaPpl(_) => next(options.validation),
-    };
-    let heldout = next(options.heldout);
-    let wanted = match options.target {
+    let tries = match options.target {
         Target::Bits(_) => 0,
         Target::DeltaPpl(_) => options.validation,
-    } + options.heldout;
-    let found = validation.0.len() + heldout.0.len();
-    if heldout.0.len() < 2 {
+    };
+    let (validation, heldout) = (next(tries), next(options.heldout));
+    let found = validation.windows.len() + heldout.windows.len();
+    if heldout.windows.len() < 2 {
         return Err(Error::Usage(format!(
             "{found} documents are left beside those that layers were measured on; raise --max-samples, \
              or bring more text"
         )));
     }
-    if found < wanted {
-        observer.warn(&format!("{found} documents are held out, not {wanted}: there are no more"));
+    if found < tries + options.heldout {
+        observer.warn(&format!(
+            "{found} documents are held out, not {}: there are no more",
+            tries + options.heldout
+        ));
     }
-    Ok(Parts { validation, heldout, overlap_known })
+    Ok(Parts { validation, heldout })
 }
 
 /// Where the recipe of a search lies.

@@ -208,7 +208,7 @@ impl<'a> Problem<'a> {
 /// Bytes, divergence and difference of cross-entropy of a site in a format.
 fn cost(sensitivity: &Sensitivity, site: usize, format: &str) -> (u64, f64, f64) {
     let site = &sensitivity.sites[site];
-    match site.formats.iter().find(|one| one.format == format) {
+    match site.formats.get(format) {
         Some(one) => (one.bytes, one.kl, one.delta_xent),
         None => (site.bytes_as_is, 0.0, 0.0),
     }

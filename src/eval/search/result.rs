@@ -68,10 +68,8 @@ pub struct Search {
     pub search_documents: Vec<usize>,
     /// Documents that recipes were tried on.
     pub validation_documents: Vec<usize>,
-    /// Documents of the figures below.
+    /// Documents of the figures below, none of which begins as one of those.
     pub heldout_documents: Vec<usize>,
-    /// Whether it is known that these share none with the first.
-    pub overlap_known: bool,
     /// The baseline's cross-entropy on them.
     pub baseline_xent: f64,
     /// Its losses by document.

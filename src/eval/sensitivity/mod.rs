@@ -26,7 +26,7 @@ use super::observer::Observer;
 use super::process::{now, sha256_text};
 use super::record::{Record, Status};
 use super::store::{Store, WorkFolder};
-use super::windows::DEFINITION;
+use super::windows::Definition;
 use crate::rewrite::{Activation, RewriteOptions};
 use chooser::RowScore;
 use journal::Journal;
@@ -34,6 +34,7 @@ use measure::{Taken, Work};
 use mx_kernels::ElementFormat;
 use plans::Plans;
 use result::{Cost, FormatSensitivity, Sensitivity, SiteSensitivity};
+use sample::Part;
 use setup::Setup;
 use std::time::Instant;
 
@@ -77,10 +78,9 @@ pub fn run(options: &Options, observer: &dyn Observer) -> Result<Sensitivity> {
     observer.opened(&store.work_root());
     let plans = Plans::new(&bench.model, &options.rewrite, &options.formats)?;
     let setup = Setup::new(bench, observer)?;
-    let chosen = sample::spread(&setup.corpus, options.samples, &[]);
-    let (windows, documents) = sample::windows(&setup.corpus, &chosen);
-    let batches = setup.batches(&windows, bench.batch_size)?;
-    let key = key(options, &setup, &documents);
+    let part = Part::new(&setup.corpus, &sample::spread(&setup.corpus, options.samples, &[]));
+    let batches = setup.batches(&part.windows, bench.batch_size)?;
+    let key = key(options, &setup, &part.documents);
     let mut journal = Journal::open(&bench.out.join(JOURNAL), &key, bench.resume)?;
     if !journal.done.is_empty() {
         observer.note(&format!("{} parts are kept from an earlier run", journal.done.len()));
@@ -88,7 +88,8 @@ pub fn run(options: &Options, observer: &dyn Observer) -> Result<Sensitivity> {
     let start = Instant::now();
     let folder = WorkFolder::new(&store.work_root(), "sensitivity")?;
     let (sites, formats) = (plans.sites().len(), plans.plans.len());
-    observer.note(&format!("{sites} layers in {formats} formats on {} documents", windows.len()));
+    observer
+        .note(&format!("{sites} layers in {formats} formats on {} documents", part.windows.len()));
     let prepared = prepare::prepare(&plans, &setup, options, folder.path())?;
     let prepare_seconds = start.elapsed().as_secs_f64();
     let tokens: usize = batches.iter().map(|(_, padded)| padded.labels.len()).sum();
@@ -108,8 +109,8 @@ pub fn run(options: &Options, observer: &dyn Observer) -> Result<Sensitivity> {
     let mut record = Record::new(&model, "sensitivity", &setup.device().to_string(), Status::Ok);
     record.seconds = Some(taken.seconds);
     observer.stage_finished(0, &record);
-    let scores = gather(&journal, &work, windows.len());
-    let result = summarise(options, &setup, &work, documents, &scores, &taken, prepare_seconds)?;
+    let scores = gather(&journal, &work, part.windows.len());
+    let result = summarise(options, &work, part, &scores, &taken, prepare_seconds)?;
     let mut text =
         serde_json::to_string_pretty(&result).map_err(|e| Error::Output(format!("{FILE}: {e}")))?;
     text.push('\n');
@@ -159,9 +160,8 @@ fn gather(journal: &Journal, work: &Work<'_>, windows: usize) -> Scores {
 
 fn summarise(
     options: &Options,
-    setup: &Setup,
     work: &Work<'_>,
-    documents: Vec<usize>,
+    part: Part,
     scores: &Scores,
     taken: &Taken,
     prepare_seconds: f64,
@@ -172,7 +172,7 @@ fn summarise(
         let text = "no token was scored: the documents are shorter than --positions";
         return Err(Error::NothingToScore(text.into()));
     }
-    let rewrite = &options.rewrite;
+    let (rewrite, setup) = (&options.rewrite, work.setup);
     let choices = (work.plans.sites().len() * work.plans.plans.len()) as u64;
     let evaluations = taken.work / taken.evaluation;
     let positions = work.prepared.shape.positions;
@@ -184,7 +184,7 @@ fn summarise(
         model: setup.model.clone(),
         tokenizer: setup.tokenizer.clone(),
         data: setup.data.clone(),
-        definition: definition(every),
+        definition: definition(every, options.bench.seq_len),
         device: setup.device().to_string(),
         onnxruntime: setup.runtime.version.clone(),
         formats: options.formats.iter().map(|format| format.name().to_owned()).collect(),
@@ -206,14 +206,15 @@ fn summarise(
             runs: taken.runs,
             evaluations,
             evaluations_per_choice: evaluations / choices as f64,
-            evaluations_of_200_documents: evaluations * documents.len() as f64 / 200.0,
+            evaluations_of_200_documents: evaluations * part.documents.len() as f64 / 200.0,
             seconds: taken.seconds,
             evaluation_seconds: taken.evaluation_seconds,
             prepare_seconds,
             load_seconds: taken.load_seconds,
         },
         sites: sites(work.plans, scores),
-        documents,
+        documents: part.documents,
+        beginnings: part.beginnings,
     })
 }
 
@@ -227,8 +228,8 @@ fn sites(plans: &Plans, scores: &Scores) -> Vec<SiteSensitivity> {
             let (kl, kl_stderr) = ratio(rows.iter().map(|row| (row.kl, row.tokens)));
             let deltas = rows.iter().map(|row| (row.nll - row.baseline_nll, row.tokens));
             let (delta_xent, delta_xent_stderr) = ratio(deltas);
-            FormatSensitivity {
-                format: planned.format.weight_name().into(),
+            let format = planned.format.weight_name().to_owned();
+            let figures = FormatSensitivity {
                 activation_format: planned.format.activation_name().into(),
                 bits_per_weight: per_weight(planned.bytes_after),
                 bytes: planned.bytes_after,
@@ -236,9 +237,11 @@ fn sites(plans: &Plans, scores: &Scores) -> Vec<SiteSensitivity> {
                 kl_stderr,
                 delta_xent,
                 delta_xent_stderr,
-            }
+            };
+            (format, figures)
         });
         SiteSensitivity {
+            site: site.module_path.clone().unwrap_or_else(|| site.node_name.clone()),
             node: site.node_name.clone(),
             initializer: site.weight.initializer.clone(),
             module_path: site.module_path.clone(),
@@ -270,7 +273,7 @@ pub(crate) fn ratio(documents: impl Iterator<Item = (f64, u64)> + Clone) -> (f64
     (mean, (count > 1).then_some(stderr))
 }
 
-fn definition(every: usize) -> String {
+fn definition(every: usize, seq_len: usize) -> String {
     let positions = match every {
         1 => "every position is scored".to_owned(),
         every => format!("one of {every} positions is scored, the same ones in every run"),
@@ -279,7 +282,8 @@ fn definition(every: usize) -> String {
         "sensitivity: one layer in one format, weight and activation as the recipe's rule has them, all \
          others as in the baseline; kl = mean KL(baseline || this) over scored tokens, delta_xent = \
          difference of the mean -ln p of the text's own tokens, both in nats; {positions}. \
-         {DEFINITION}"
+         {}",
+        Definition::per_document(seq_len).text()
     )
 }
 

@@ -4,6 +4,7 @@ use super::setup::FileId;
 use crate::eval::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -44,6 +45,8 @@ pub struct Sensitivity {
     pub every: usize,
     /// The documents, numbered among those of the text that have two tokens.
     pub documents: Vec<usize>,
+    /// The first tokens of each, by which a search knows them in any text.
+    pub beginnings: Vec<Vec<u32>>,
     /// Scored tokens.
     pub tokens: u64,
     /// The baseline's cross-entropy on them, nats a token.
@@ -82,6 +85,8 @@ pub struct Cost {
 /// A layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SiteSensitivity {
+    /// Its module path; its node where it has none.
+    pub site: String,
     /// Its node.
     pub node: String,
     /// Its weight's name.
@@ -104,15 +109,13 @@ pub struct SiteSensitivity {
     pub bits_as_is: f64,
     /// Bytes of the weight as it is.
     pub bytes_as_is: u64,
-    /// In each format.
-    pub formats: Vec<FormatSensitivity>,
+    /// By format.
+    pub formats: BTreeMap<String, FormatSensitivity>,
 }
 
 /// A layer in a format, all others as they are.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FormatSensitivity {
-    /// Weight format.
-    pub format: String,
     /// Activation format.
     pub activation_format: String,
     /// Bits of a weight, scales included.
@@ -132,7 +135,7 @@ pub struct FormatSensitivity {
 impl SiteSensitivity {
     /// What tables call it.
     pub fn shown(&self) -> &str {
-        self.module_path.as_deref().unwrap_or(&self.node)
+        &self.site
     }
 }
 
@@ -151,7 +154,7 @@ impl Sensitivity {
     /// The layers as a table, the one that suffers most first.
     pub fn table(&self) -> String {
         let worst = |site: &SiteSensitivity| {
-            site.formats.iter().map(|one| one.kl).fold(f64::NEG_INFINITY, f64::max)
+            site.formats.values().map(|one| one.kl).fold(f64::NEG_INFINITY, f64::max)
         };
         let mut sites: Vec<&SiteSensitivity> = self.sites.iter().collect();
         sites.sort_by(|a, b| worst(b).total_cmp(&worst(a)));
@@ -166,11 +169,11 @@ impl Sensitivity {
         text.push('\n');
         for site in sites {
             let _ = write!(text, "{:width$} {:>12}", site.shown(), site.weights);
-            for one in &site.formats {
+            for one in self.formats.iter().filter_map(|format| site.formats.get(format)) {
                 let cell = figure(one.kl, one.kl_stderr, false);
                 let _ = write!(text, " {cell:>21}");
             }
-            for one in &site.formats {
+            for one in self.formats.iter().filter_map(|format| site.formats.get(format)) {
                 let cell = figure(one.delta_xent, one.delta_xent_stderr, true);
                 let _ = write!(text, " {cell:>21}");
             }
@@ -204,10 +207,10 @@ impl Sensitivity {
                 (&one.node, &one.initializer) == (&site.node, &site.initializer)
             };
             let Some(theirs) = other.sites.iter().find(same) else { continue };
-            for own in &site.formats {
-                if let Some(one) = theirs.formats.iter().find(|one| one.format == own.format) {
+            for (format, own) in &site.formats {
+                if let Some(one) = theirs.formats.get(format) {
                     let delta_xent = [own.delta_xent, one.delta_xent];
-                    pairs.push(Pair { format: &own.format, kl: [own.kl, one.kl], delta_xent });
+                    pairs.push(Pair { format, kl: [own.kl, one.kl], delta_xent });
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! What sensitivity and search begin with: a runtime, a device, the text.
 
-use crate::eval::corpus;
+use crate::eval::corpus::{self, Text, TextDigest};
 use crate::eval::devices::{self, Chosen, Device, Request};
 use crate::eval::error::{Error, Result};
 use crate::eval::gpus::Local;
@@ -8,11 +8,11 @@ use crate::eval::instrument::{self, Inspection};
 use crate::eval::job::Job;
 use crate::eval::observer::Observer;
 use crate::eval::process::sha256_files;
-use crate::eval::run::{self, Data};
+use crate::eval::run::Data;
 use crate::eval::runtime::{self, Runtime};
 use crate::eval::schedule::{self, Batch, Padded};
 use crate::eval::session::{SessionOptions, open_model};
-use crate::eval::windows::{Corpus, Tokenizer, Window};
+use crate::eval::windows::{Corpus, Definition, Tokenizer, Window};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -25,6 +25,8 @@ pub struct Bench {
     pub tokenizer: PathBuf,
     /// The text.
     pub data: Data,
+    /// Seed of a random sample of the text, in place of its first documents.
+    pub shuffle: Option<u64>,
     /// Documents to read at most.
     pub max_samples: usize,
     /// Tokens of a document that are used.
@@ -56,7 +58,7 @@ pub struct Bench {
 pub struct FileId {
     /// Its path.
     pub path: PathBuf,
-    /// SHA-256 of it and its external data.
+    /// SHA-256 of it and its external data; of a text, of the documents that were read.
     pub sha256: String,
 }
 
@@ -87,8 +89,7 @@ impl Setup {
         }
         let shown = bench.model.display().to_string();
         let inspection = instrument::inspect(&open_model(&bench.model, &shown)?, &shown)?;
-        let data = run::fetch(&bench.data, observer)?;
-        let (corpus, size) = tokenise(bench, &data, observer)?;
+        let (corpus, size, data) = tokenise(bench, observer)?;
         inspection.check_ids(&shown, corpus.largest_id(), size)?;
         let job = Job::graphs(std::slice::from_ref(&bench.model), &bench.tokenizer, 1);
         let digest = job.first().map(Job::sha256).transpose()?.unwrap_or_default();
@@ -98,7 +99,7 @@ impl Setup {
         Ok(Self {
             model: FileId { path: bench.model.clone(), sha256: digest },
             tokenizer: id(&bench.tokenizer)?,
-            data: id(&data)?,
+            data,
             runtime,
             chosen,
             corpus,
@@ -136,16 +137,36 @@ impl Setup {
     }
 }
 
-/// The tokens of the text, and how many the tokenizer knows.
-fn tokenise(bench: &Bench, data: &Path, observer: &dyn Observer) -> Result<(Corpus, usize)> {
+/// The tokens of the text, how many the tokenizer knows, and what the text is.
+fn tokenise(bench: &Bench, observer: &dyn Observer) -> Result<(Corpus, usize, FileId)> {
     let tokenizer = Tokenizer::open(&bench.tokenizer)?;
-    observer.note(&format!("tokenising {}", data.display()));
-    let documents = corpus::open(data)?;
+    let sources = match &bench.data {
+        Data::Files(names) => corpus::resolve(names)?,
+        Data::Dataset(dataset) => {
+            observer.note(&format!("looking for {dataset} on the Hugging Face hub"));
+            let fetched = dataset.fetch()?;
+            if let Some(warning) = &fetched.warning {
+                observer.warn(warning);
+            }
+            fetched.sources
+        }
+    };
+    let text = Text::new(sources, bench.shuffle);
+    observer.note(&format!("tokenising {}", text.describe()));
+    let mut digest = TextDigest::default();
+    let documents = text.documents(bench.max_samples, observer)?.inspect(|document| {
+        if let Ok(document) = document {
+            digest.update(document);
+        }
+    });
     let workers = rayon::ThreadPoolBuilder::new()
         .num_threads(bench.loader_workers)
         .build()
         .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
+    let definition = Definition::per_document(bench.seq_len);
     let corpus =
-        workers.install(|| tokenizer.tokenize(documents, bench.seq_len, bench.max_samples))?;
-    Ok((corpus, tokenizer.len()))
+        workers.install(|| tokenizer.tokenize(documents, &definition, bench.max_samples))?;
+    observer.note(&corpus.summary(&definition));
+    let id = FileId { path: text.describe().into(), sha256: digest.finish() };
+    Ok((corpus, tokenizer.len(), id))
 }
