@@ -3,6 +3,10 @@
 
 #[path = "mxeval/compare.rs"]
 mod compare;
+#[path = "mxeval/search.rs"]
+mod search;
+#[path = "mxeval/sensitivity.rs"]
+mod sensitivity;
 #[path = "mxeval/tasks.rs"]
 mod tasks;
 
@@ -153,6 +157,8 @@ struct DefinitionArgs {
 /// What is not a measurement. A graph called `compare` is `./compare`.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Sensitivity(Box<sensitivity::SensitivityArgs>),
+    Search(Box<search::SearchArgs>),
     Compare(compare::CompareArgs),
     Plan(Box<tasks::PlanArgs>),
     RunTask(tasks::RunTaskArgs),
@@ -266,6 +272,8 @@ fn share(text: &str) -> Result<f64, String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
+        Some(Command::Sensitivity(args)) => args.run(),
+        Some(Command::Search(args)) => args.run(),
         Some(Command::Compare(args)) => args.run().map(|text| {
             print!("{text}");
             ExitCode::SUCCESS
@@ -359,17 +367,22 @@ fn jobs(cli: &RunArgs, stages: &[Stage]) -> anyhow::Result<Vec<Job>> {
     }
     let batch_size = cli.batch_size.unwrap_or(8);
     match &cli.sweep {
-        Some(model) => Ok(vec![Job::sweep(model, &tokenizer(cli, model)?, batch_size, stages)]),
+        Some(model) => Ok(vec![Job::sweep(
+            model,
+            &tokenizer(cli.tokenizer.as_ref(), model)?,
+            batch_size,
+            stages,
+        )]),
         None => {
             let first = cli.graphs.first().context("no graph to measure")?;
-            Ok(Job::graphs(&cli.graphs, &tokenizer(cli, first)?, batch_size))
+            Ok(Job::graphs(&cli.graphs, &tokenizer(cli.tokenizer.as_ref(), first)?, batch_size))
         }
     }
 }
 
 /// `--tokenizer`, else tokenizer.json in the model's folder or the one above.
-fn tokenizer(cli: &RunArgs, model: &Path) -> anyhow::Result<PathBuf> {
-    if let Some(path) = &cli.tokenizer {
+fn tokenizer(named: Option<&PathBuf>, model: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(path) = named {
         return Ok(path.clone());
     }
     let folder = model.parent().unwrap_or(Path::new(""));
@@ -456,8 +469,10 @@ impl Observer for Console {
             }
             eprintln!("stopping after this batch; Ctrl-C again stops at once");
         });
-        if let Err(error) = handler {
-            self.warn(&format!("Ctrl-C is not handled: {error}"));
+        match handler {
+            // A search that measures layers first opens its folder twice.
+            Ok(()) | Err(ctrlc::Error::MultipleHandlers) => {}
+            Err(error) => self.warn(&format!("Ctrl-C is not handled: {error}")),
         }
     }
 

@@ -32,6 +32,8 @@ pub mod schedule;
 pub mod score;
 pub mod scores;
 mod scoring;
+pub mod search;
+pub mod sensitivity;
 pub mod session;
 pub mod stage;
 pub mod statistics;

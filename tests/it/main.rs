@@ -16,6 +16,7 @@ mod models;
 mod modes;
 mod packed;
 mod recipes;
+mod sensitivity;
 mod shell;
 mod size;
 mod support;

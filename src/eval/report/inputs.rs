@@ -36,6 +36,7 @@ pub struct FormatSensitivity {
     /// Mean KL(baseline || variant), nats a token.
     pub kl: Option<f64>,
     /// Bits a weight, scales included.
+    #[serde(alias = "bits_per_weight")]
     pub bits: Option<f64>,
 }
 
