@@ -350,7 +350,7 @@ pub(super) fn write_reports(
     let definition = options.definition.text();
     // What `mxeval sensitivity` and `mxeval search` left in the same folder is shown with it.
     let sensitivity = Sensitivity::read(&store.folder().join("sensitivity.json"))?;
-    let front = ParetoPoint::read(&store.folder().join("front.json"))?;
+    let front = ParetoPoint::read(&store.folder().join("search.json"))?;
     let report = Report {
         records: &records,
         facts,

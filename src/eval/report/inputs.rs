@@ -51,6 +51,7 @@ pub struct ParetoPoint {
     /// Difference of xent to the baseline, nats a token.
     pub delta_xent: Option<f64>,
     /// What to call it.
+    #[serde(alias = "name")]
     pub label: String,
 }
 
@@ -65,12 +66,19 @@ impl Sensitivity {
 }
 
 impl ParetoPoint {
-    /// Reads a list of points; empty where there is no file.
+    /// The recipes that `mxeval search` has measured, out of its search.json; empty where there is no
+    /// file.
     ///
     /// # Errors
     /// It cannot be read, or is something else.
     pub fn read(path: &Path) -> Result<Vec<Self>> {
-        Ok(read(path, "a list of points of `mxeval search`")?.unwrap_or_default())
+        /// What is wanted of the file.
+        #[derive(Deserialize)]
+        struct Found {
+            measured: Vec<ParetoPoint>,
+        }
+        let found: Option<Found> = read(path, "a search.json of `mxeval search`")?;
+        Ok(found.map(|found| found.measured).unwrap_or_default())
     }
 }
 

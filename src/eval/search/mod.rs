@@ -6,6 +6,7 @@
 mod assign;
 mod heldout;
 mod knapsack;
+mod page;
 mod problem;
 mod result;
 
@@ -33,6 +34,8 @@ pub const RECIPE: &str = "recipe.toml";
 pub const FRONT: &str = "front.json";
 /// What was found and what it measures.
 pub const FILE: &str = "search.json";
+/// The same for people.
+pub const PAGE: &str = "search.html";
 
 /// What adds up to what the recipe is expected to cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -155,6 +158,7 @@ pub fn run(
         measured,
     };
     write_json(&store, FILE, &result)?;
+    store.write(PAGE, page::html(&result, sensitivity)?.as_bytes())?;
     drop(folder);
     store.clear_work()?;
     Ok(result)
