@@ -3,13 +3,18 @@
 use super::error::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 /// Minimum version of ONNX Runtime, the operator library's: older ones have the API but crash on
 /// operators whose optional inputs are left out.
 const MINIMUM: &str = "1.24";
 
+/// The one that the process has loaded. It is kept: ONNX Runtime allows one environment a process, also
+/// after that one is gone.
+static LOADED: Mutex<Option<Runtime>> = Mutex::new(None);
+
 /// A loaded ONNX Runtime.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Runtime {
     /// The environment that sessions are made in.
     pub environment: ort::environment::Environment,
@@ -103,6 +108,10 @@ pub fn load(library: Option<&Path>) -> Result<Runtime> {
     if let Some(old) = file_version(&library).filter(|version| too_old(version)) {
         return Err(failed(format!("it is version {old}")));
     }
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(runtime) = &*loaded {
+        return Ok(runtime.clone());
+    }
     let builder = ort::init_from(&library).map_err(|e| failed(e.to_string()))?;
     let environment = builder
         .with_name("mxeval")
@@ -110,7 +119,7 @@ pub fn load(library: Option<&Path>) -> Result<Runtime> {
         .build()
         .map_err(|e| failed(e.to_string()))?;
     let version = file_version(&library).unwrap_or_else(|| ort::info().to_owned());
-    Ok(Runtime { environment, library, version })
+    Ok(loaded.insert(Runtime { environment, library, version }).clone())
 }
 
 fn find(given: Option<&Path>) -> Result<PathBuf> {
