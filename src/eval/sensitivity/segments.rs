@@ -253,10 +253,11 @@ mod tests {
     #[test]
     fn what_jumps_over_a_value_makes_it_no_cut() {
         let mut jumping = nodes();
-        // The second block also reads the first one's inside.
-        jumping[7] = node("Mul", &["c1", "b0"], "b1");
-        let segments = divided(jumping, &[&[2], &[5, 6]]);
-        assert_eq!(segments.segments, [segment(&[2, 3, 4, 5, 6, 7, 9, 10], &[0, 1], None)]);
+        // The last site reads the second block's inside as well as its end.
+        jumping[10] = node("MatMul", &["h2", "c1"], "logits");
+        let segments = divided(jumping, &[&[2], &[5, 6], &[10]]);
+        let first = segment(&[2, 3, 4], &[0], Some("h1"));
+        assert_eq!(segments.segments, [first, segment(&[5, 6, 7, 9, 10], &[1, 2], None)]);
     }
 
     #[test]
