@@ -71,7 +71,10 @@ const MEMORY_LIMIT: &str = "MX_GPU_MEM_LIMIT";
 /// the sizes needed, so that weights take what they are; convolutions are not chosen by timing them,
 /// so that two runs compute the same.
 pub(super) fn cuda(ordinal: u32) -> ort::ep::ExecutionProviderDispatch {
-    use ort::ep::{ArenaExtendStrategy, cuda::ConvAlgorithmSearch};
+    use ort::ep::{
+        ArbitrarilyConfigurableExecutionProvider as _, ArenaExtendStrategy,
+        cuda::ConvAlgorithmSearch,
+    };
     let limit = std::env::var(MEMORY_LIMIT).ok().and_then(|bytes| bytes.parse().ok());
     let provider = match limit {
         Some(bytes) => ort::ep::CUDA::default().with_memory_limit(bytes),
@@ -82,6 +85,9 @@ pub(super) fn cuda(ordinal: u32) -> ort::ep::ExecutionProviderDispatch {
         .with_tf32(false)
         .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
         .with_conv_algorithm_search(ConvAlgorithmSearch::Heuristic)
+        // One stream a session. Otherwise each body of an If has its own, with its own cuBLAS and a
+        // workspace of some 100 MB: hundreds of them exhaust a GPU.
+        .with_arbitrary_config("use_ep_level_unified_stream", "1")
         .build()
         .error_on_failure()
 }

@@ -48,6 +48,9 @@ pub trait Score: Send {
 /// Loads the model on a device.
 pub(super) type Open<'a, 'm> = dyn Fn(Device) -> Result<Box<dyn Score + 'm>> + Sync + 'a;
 
+/// Told of a batch's index, its windows' scores and its seconds.
+pub(super) type OnDone<'a> = dyn Fn(usize, &[WindowScore], f64) -> Result<()> + Sync + 'a;
+
 /// What is to be scored, and who is told.
 pub(super) struct Work<'a> {
     pub windows: &'a [Window],
@@ -60,7 +63,7 @@ pub(super) struct Work<'a> {
     pub loaded: &'a (dyn Fn() + Sync),
     /// A batch is done: its index, the scores of its windows, the seconds it took without the
     /// reference's. Called from one thread at a time.
-    pub done: &'a (dyn Fn(usize, &[WindowScore], f64) -> Result<()> + Sync),
+    pub done: &'a OnDone<'a>,
     /// Tokens that have been scored.
     pub progress: &'a (dyn Fn(u64) + Sync),
     pub warn: &'a (dyn Fn(&str) + Sync),
