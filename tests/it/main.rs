@@ -6,6 +6,7 @@ mod cli;
 mod custom_ops;
 mod eval;
 mod eval_pairs;
+mod eval_tasks;
 mod experts;
 mod hostile;
 mod judges;
