@@ -49,6 +49,8 @@ pub struct Header {
 pub struct Scores {
     /// The batches that are there.
     pub done: BTreeSet<usize>,
+    /// Windows and seconds of every batch that is there.
+    pub batches: BTreeMap<usize, (Vec<usize>, f64)>,
     /// Document and scores of every window that is there, by window.
     pub windows: BTreeMap<usize, (usize, WindowScore)>,
     /// Seconds that the batches took.
@@ -167,7 +169,11 @@ impl Scores {
         if !self.done.insert(line.batch) {
             return Err(format!("batch {} is there twice", line.batch));
         }
+        // A stage that goes on has not come to its end, whatever an earlier attempt left.
+        self.end = None;
         self.seconds += line.seconds;
+        let windows = line.windows.iter().map(|row| row.window).collect();
+        self.batches.insert(line.batch, (windows, line.seconds));
         for row in line.windows {
             let (window, document) = (row.window, row.document);
             if window >= header.windows || document >= header.subset_of.len() {

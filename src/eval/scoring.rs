@@ -65,11 +65,14 @@ impl Bench<'_> {
         let (status, further) = self.conclude(number, &scored, &scores, baseline, record);
         let fp8 = matches!(task, Task::Sweep(Stage::NvFp8)) && status == Status::Ok;
         let without = fp8.then(|| loaded.without_fp8(record.sites_replaced.unwrap_or(0)));
-        let mut remarks: Vec<String> = further.into_iter().chain(remark).collect();
-        remarks.extend(without.flatten());
-        if status == Status::Partial {
-            remarks.insert(0, self.interrupted_after(number, &scores, corpus));
+        let own: Vec<String> = remark.into_iter().chain(without.flatten()).collect();
+        if !own.is_empty() {
+            // Merging shards keeps these, and finds the others anew.
+            details.insert("remarks".into(), json!(own));
         }
+        let partial = status == Status::Partial;
+        let partial = partial.then(|| self.interrupted_after(number, &scores, corpus));
+        let remarks: Vec<String> = partial.into_iter().chain(further).chain(own).collect();
         Ok((status, (!remarks.is_empty()).then(|| remarks.join("; "))))
     }
 
@@ -271,11 +274,13 @@ impl Bench<'_> {
     fn interrupted_after(&self, number: usize, scores: &Scores, corpus: &Corpus) -> String {
         format!(
             "interrupted after {} of {} batches, the longest documents first: the figures are of {} of \
-             {} windows; the same command with --resume goes on from here",
+             {} windows; the same command{} goes on from here",
             scores.done.len(),
             self.items[number].batches.len(),
             scores.windows.len(),
-            corpus.windows.len()
+            corpus.windows.len(),
+            // A task of a plan always goes on.
+            if self.options.resume { "" } else { " with --resume" }
         )
     }
 }

@@ -8,6 +8,7 @@ mod custom_ops;
 mod data;
 mod eval;
 mod eval_pairs;
+mod eval_tasks;
 mod experts;
 mod hostile;
 mod judges;

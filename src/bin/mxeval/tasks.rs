@@ -2,6 +2,7 @@
 
 use super::{Console, RunArgs, show};
 use clap::{Args, Parser};
+use mxrewrite::eval::Error;
 use mxrewrite::eval::devices::Request;
 use mxrewrite::eval::job::Job;
 use mxrewrite::eval::run::Options;
@@ -43,8 +44,11 @@ pub struct RunTaskArgs {
     #[arg(value_name = "PLAN.json")]
     plan: PathBuf,
     /// The task's id in the plan
-    #[arg(value_name = "ID")]
-    id: String,
+    #[arg(value_name = "ID", required_unless_present = "index")]
+    id: Option<String>,
+    /// Its place in the plan instead, from 0: the index that a scheduler gives an array's job
+    #[arg(long, value_name = "N", conflicts_with = "id")]
+    index: Option<usize>,
     /// Another device than the plan's: cpu, cuda, cuda:0
     #[arg(long)]
     device: Option<Request>,
@@ -74,6 +78,9 @@ struct Elsewhere {
     /// Another folder than the plan's; tasks lie below it
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Where relative paths of the plan start on this machine [default: where the plan was made]
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
     /// libonnxruntime on this machine
     #[arg(long, value_name = "PATH")]
     ort_lib: Option<PathBuf>,
@@ -98,29 +105,61 @@ impl PlanArgs {
     }
 }
 
-/// The run that a plan was made of.
+/// The run that a plan was made of. Its relative paths are read where it was made.
 fn planned(plan: &Plan, place: &Elsewhere) -> anyhow::Result<(Vec<Job>, Options)> {
+    let here = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+    let (out, ort_lib) = (here(&place.out)?, here(&place.ort_lib)?);
+    let folder = place.folder.as_ref().unwrap_or(&plan.folder);
+    std::env::set_current_dir(folder).map_err(|e| {
+        let text = "the plan's relative paths start there; pass --folder where that is elsewhere";
+        Error::Usage(format!("{}: {e}: {text}", folder.display()))
+    })?;
     let arguments = std::iter::once("mxeval plan".to_owned()).chain(plan.arguments.clone());
-    let again = Again::try_parse_from(arguments)?;
+    let again = Again::try_parse_from(arguments).map_err(|e| {
+        Error::Usage(format!("the plan's arguments are none of mxeval plan: {}", e.kind()))
+    })?;
     let (jobs, mut options) = again.args.run.resolve()?;
-    if let Some(out) = &place.out {
-        options.out.clone_from(out);
-    }
-    if place.ort_lib.is_some() {
-        options.ort_lib.clone_from(&place.ort_lib);
+    options.command = single_run(&plan.arguments);
+    options.out = std::path::absolute(out.unwrap_or(options.out))?;
+    if ort_lib.is_some() {
+        options.ort_lib = ort_lib;
     }
     Ok((jobs, options))
+}
+
+/// The command that does the whole plan at once: what a report says repeats it.
+fn single_run(arguments: &[String]) -> Vec<String> {
+    let mut command = vec!["mxeval".to_owned()];
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        match argument.split_once('=').map_or(argument.as_str(), |(name, _)| name) {
+            "--shards" | "--plan" if argument.contains('=') => {}
+            "--shards" | "--plan" => drop(rest.next()),
+            _ => command.push(argument.clone()),
+        }
+    }
+    command
 }
 
 impl RunTaskArgs {
     /// Does the task and prints its record.
     pub fn run(&self) -> anyhow::Result<ExitCode> {
         let plan = Plan::read(&self.plan)?;
+        let id = match (&self.id, self.index) {
+            (Some(id), _) => id,
+            (None, index) => plan.at(index.unwrap_or(0))?,
+        };
         let (jobs, mut options) = planned(&plan, &self.place)?;
         if let Some(device) = &self.device {
             options.device = device.clone();
         }
-        let record = tasks::run_task(&plan, &self.id, &jobs, &options, &Console::default())?;
+        let record = match tasks::run_task(&plan, id, &jobs, &options, &Console::default()) {
+            Err(Error::Interrupted) => {
+                eprintln!("task {id}: interrupted; the same command goes on from here");
+                return Ok(ExitCode::from(130));
+            }
+            other => other?,
+        };
         println!("{}", serde_json::to_string(&record)?);
         let failed = record.status == mxrewrite::eval::record::Status::Failed;
         Ok(ExitCode::from(u8::from(failed)))
