@@ -131,12 +131,16 @@ impl Subject<'_> {
         let of = |index: usize| digests.jobs.get(index).cloned().unwrap_or_default();
         let jobs: Vec<_> =
             self.jobs.iter().enumerate().map(|(index, job)| (job, of(index))).collect();
-        let keys = jobs.iter().map(|(job, own)| self.keys(job, own, &digests.documents)).collect();
+        let first = of(0).model.unwrap_or_default();
+        let keys =
+            |(job, own): &(&Job, JobDigests)| self.keys(job, own, &digests.documents, &first);
+        let keys = jobs.iter().map(keys).collect();
         Identity { keys, facts: self.facts(&jobs, digests) }
     }
 
-    /// Key of every stage of a job.
-    fn keys(&self, job: &Job, own: &JobDigests, data: &str) -> Vec<String> {
+    /// Key of every stage of a job. `first` is the digest of the first job's model, which graphs are
+    /// compared with.
+    fn keys(&self, job: &Job, own: &JobDigests, data: &str, first: &str) -> Vec<String> {
         let options = self.options;
         let place = place(self.chosen, mx_kernels::cpu::variant());
         let platform = format!("{} {place} {:?}", self.runtime.version, options.threads);
@@ -146,6 +150,9 @@ impl Subject<'_> {
         );
         if options.kl {
             figures.push_str(" kl");
+            if job.tasks.iter().any(|task| matches!(task, Task::Graph(_))) {
+                figures.push_str(first);
+            }
         }
         let _ = write!(figures, " {:?}", options.bootstrap);
         if options.documents {

@@ -46,8 +46,9 @@ fn what_was_not_measured_alike_is_not_subtracted() {
     assert!(said(&text, Kind::NotComparable, "the text differs (sha256 dddddddddddd and"));
     assert_eq!(delta_of(&text, "int8"), None);
     assert!(text.text().contains("NOT COMPARABLE: a and b"), "{}", text.text());
+    let rolling = json!("rolling, seq-len 512, bos first");
     for (name, value) in
-        [("max_samples", json!(100)), ("seq_len", json!(256)), ("mode", json!("rolling"))]
+        [("max_samples", json!(100)), ("seq_len", json!(256)), ("definition", rolling)]
     {
         let options = compared(|run, records| {
             run["options"][name] = value.clone();
@@ -56,6 +57,16 @@ fn what_was_not_measured_alike_is_not_subtracted() {
         assert!(said(&options, Kind::NotComparable, name), "{name}: {:?}", options.remarks);
         assert_eq!(delta_of(&options, "int8"), None);
     }
+    // The documents measured say more than how many were asked for, or the file's digest.
+    let documents = |one: &str| json!({"sha256": one, "documents_sha256": "f".repeat(64)});
+    let folders = ["a", "b"].map(|name| {
+        folder(name, |run, _| {
+            run["data"] = documents(name);
+            run["options"]["max_samples"] = json!(name.len() + 1000);
+        })
+    });
+    let same = compare(&folders).unwrap();
+    assert!(!same.remarks.iter().any(|r| r.kind == Kind::NotComparable), "{:?}", same.remarks);
     let definition = compared(|run, _| run["definition"] = json!("rolling"));
     assert!(said(&definition, Kind::NotComparable, "definitions"));
     let short = compared(|_, records| records[9].tokens = Some(10));

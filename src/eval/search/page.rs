@@ -1,13 +1,13 @@
 //! search.html: the recipe found beside the formats alone, with the intervals and verdicts of any
 //! report, the front, and the map of layers.
 
+use super::DocumentLosses;
 use super::result::Search;
-use super::{DocumentLosses, Measured};
 use crate::eval::error::Result;
 use crate::eval::figures::Statistics;
 use crate::eval::metrics::DocumentScore;
 use crate::eval::record::{Record, Status};
-use crate::eval::report::{self, ParetoPoint, Report};
+use crate::eval::report::{self, Report};
 use crate::eval::sensitivity::result::Sensitivity;
 use crate::eval::statistics::{Bootstrap, Reference, Sample, statistics};
 use crate::eval::windows::Definition;
@@ -30,7 +30,6 @@ pub(super) fn html(search: &Search, sensitivity: &Sensitivity) -> Result<String>
         made.model_bytes = Some(one.bytes);
         records.push(made);
     }
-    let front: Vec<ParetoPoint> = search.measured.iter().map(point).collect();
     let layers = serde_json::to_value(sensitivity).ok();
     let layers = layers.and_then(|value| serde_json::from_value(value).ok());
     let definition = format!(
@@ -44,7 +43,8 @@ pub(super) fn html(search: &Search, sensitivity: &Sensitivity) -> Result<String>
         facts: &facts,
         definition: &definition,
         sensitivity: layers.as_ref(),
-        front: &front,
+        // The rows are the points.
+        front: &[],
     }))
 }
 
@@ -94,15 +94,6 @@ pub(super) fn paired(
     let accuracy = &mut found.all.accuracy;
     (accuracy.value, accuracy.low, accuracy.high) = (None, None, None);
     Some(found)
-}
-
-fn point(one: &Measured) -> ParetoPoint {
-    ParetoPoint {
-        bits_per_weight: Some(one.bits_per_weight),
-        bytes: Some(one.bytes),
-        delta_xent: Some(one.delta_xent),
-        label: one.name.clone(),
-    }
 }
 
 fn facts(search: &Search) -> Map<String, Value> {
