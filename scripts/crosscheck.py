@@ -271,10 +271,10 @@ def compare(results: dict[str, dict], path: Path, limits: dict) -> bool:
 
 
 def compare_divergence(results: dict[str, dict], theirs: dict) -> bool:
-    """The figures against the baseline, each within 1e-3."""
+    """The figures against the baseline: int8 within 1e-3 of its size, formats that round activations within 2e-2."""
     rows = [(stage, r, theirs[stage]) for stage, r in results.items() if "kl" in r and stage in theirs]
     if not rows:
-        return True
+        return not any("kl" in r for r in results.values())
     print("\n| stage | figure | PyTorch | mxeval | difference | |\n|---|---|---|---|---|---|")
     good = True
     for stage, r, record in rows:
@@ -284,7 +284,10 @@ def compare_divergence(results: dict[str, dict], theirs: dict) -> bool:
                  "agreement": (versus.get("agreement") or {}).get("value"),
                  "delta_p_rms": (versus.get("delta_p_rms") or {}).get("value")}
         for name, value in found.items():
-            ok = value is not None and abs(value - r[name]) <= 1e-3
+            # A share of tokens absolutely, nats and probabilities relatively: where activations are quantised, values
+            # next to a rounding boundary go either way, and figures differ by some 1e-2 of their size.
+            bound = 2e-3 if name == "agreement" else max((1e-3 if stage == "int8" else 2e-2) * abs(r[name]), 1e-6)
+            ok = value is not None and abs(value - r[name]) <= bound
             good = good and ok
             shown = "missing | " if value is None else f"{value:.6f} | {value - r[name]:+.1e}"
             print(f"| {stage} | {name} | {r[name]:.6f} | {shown} | {'ok' if ok else 'FAIL'} |")

@@ -108,7 +108,7 @@ struct RunArgs {
     /// Reuse the stages that an earlier run into --out finished
     #[arg(long)]
     resume: bool,
-    /// Keep the loss of every document in run.json: differences then have a standard error
+    /// Keep the loss of every document in run.json, too; scores/ has it in any case
     #[arg(long)]
     documents: bool,
     /// Do not run the baseline beside every other stage: no divergence, agreement and change of
@@ -116,8 +116,9 @@ struct RunArgs {
     #[arg(long)]
     no_kl: bool,
     /// Resamples of the bootstrap behind every interval
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = positive)]
-    resamples: usize,
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    resamples: u32,
     /// Seed of the bootstrap
     #[arg(long, value_name = "N", default_value_t = 0)]
     bootstrap_seed: u64,
@@ -346,7 +347,7 @@ impl RunArgs {
             resume: self.resume,
             documents: self.documents,
             kl: !self.no_kl,
-            bootstrap: Bootstrap { seed: self.bootstrap_seed, resamples: self.resamples },
+            bootstrap: Bootstrap { seed: self.bootstrap_seed, resamples: self.resamples as usize },
             debug: self.debug,
             rewrite,
             command: std::env::args().collect(),

@@ -4,13 +4,12 @@ use super::corpus::{Source, Text};
 use super::devices::{self, Chosen, Device};
 use super::gpus::Gpu;
 use super::job::{Job, KeyParts, Task};
-use super::process::{now, sha256_files};
+use super::process::{now, sha256_files, sha256_text};
 use super::run::Options;
 use super::runtime::Runtime;
 use super::windows::{Definition, Tokenizer};
 use crate::rewrite::BaseDtype;
 use serde_json::{Map, Value, json};
-use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
@@ -71,7 +70,7 @@ impl FileFacts {
     }
 }
 
-/// Reads models and text in a thread of its own, while stages are measured already: gigabytes take a
+/// Reads models and text in a thread of its own, while the text is tokenised: gigabytes take a
 /// while.
 pub(super) struct Hashing {
     thread: JoinHandle<Digests>,
@@ -111,8 +110,10 @@ impl Hashing {
 
 /// Keys and facts of a run.
 pub(super) struct Identity {
-    /// Key of every stage, by job and task.
+    /// Key of every stage's record, by job and task.
     pub keys: Vec<Vec<String>>,
+    /// Key of its scores, which other intervals are made of as well.
+    pub scores: Vec<Vec<String>>,
     /// What run.json says.
     pub facts: Map<String, Value>,
 }
@@ -132,13 +133,16 @@ impl Subject<'_> {
         let jobs: Vec<_> =
             self.jobs.iter().enumerate().map(|(index, job)| (job, of(index))).collect();
         let first = of(0).model.unwrap_or_default();
-        let keys =
-            |(job, own): &(&Job, JobDigests)| self.keys(job, own, &digests.documents, &first);
-        let keys = jobs.iter().map(keys).collect();
-        Identity { keys, facts: self.facts(&jobs, digests) }
+        let scores: Vec<Vec<String>> =
+            jobs.iter().map(|(job, own)| self.keys(job, own, &digests.documents, &first)).collect();
+        // Results without documents do not serve a run that keeps them.
+        let further = format!("{:?} {}", self.options.bootstrap, self.options.documents);
+        let record = |key: &String| sha256_text(&format!("{key}\n{further}"));
+        let keys = scores.iter().map(|keys| keys.iter().map(record).collect()).collect();
+        Identity { keys, scores, facts: self.facts(&jobs, digests) }
     }
 
-    /// Key of every stage of a job. `first` is the digest of the first job's model, which graphs are
+    /// Key of the scores of every stage of a job. `first` is the digest of the first job's model, which graphs are
     /// compared with.
     fn keys(&self, job: &Job, own: &JobDigests, data: &str, first: &str) -> Vec<String> {
         let options = self.options;
@@ -153,11 +157,6 @@ impl Subject<'_> {
             if job.tasks.iter().any(|task| matches!(task, Task::Graph(_))) {
                 figures.push_str(first);
             }
-        }
-        let _ = write!(figures, " {:?}", options.bootstrap);
-        if options.documents {
-            // Results without documents do not serve a run that keeps them.
-            figures.push_str(" documents");
         }
         let key = |task: &Task| {
             let parts = KeyParts {

@@ -57,6 +57,8 @@ pub(super) struct Bench<'a> {
     pub work_root: PathBuf,
     pub observer: &'a dyn Observer,
     pub jobs: &'a [Job],
+    /// Key of the scores of every stage, by job and task.
+    pub keys: &'a [Vec<String>],
     pub items: Vec<Item<'a>>,
     /// The model that a job's stages are compared with, by job, once one of them asks.
     pub references: Vec<OnceLock<std::result::Result<MadeReference, String>>>,

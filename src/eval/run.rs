@@ -9,7 +9,7 @@ use super::job::Job;
 use super::measure::{Bench, Item, blank};
 use super::observer::Observer;
 use super::record::{Record, Status};
-use super::report::{self, ParetoPoint, Report, Sensitivity};
+use super::report::{self, Report, Sensitivity};
 use super::runtime::{self, Runtime};
 use super::schedule;
 use super::scores;
@@ -125,7 +125,7 @@ pub fn run(jobs: &[Job], options: &Options, observer: &dyn Observer) -> Result<O
     {
         return Err(error);
     }
-    // Without --resume nothing is kept, and no key has to be known yet.
+    // Without --resume nothing is kept.
     store.keep(&if options.resume { run.wanted(jobs) } else { Vec::new() })?;
     let mut items = Vec::new();
     for (index, (job, corpus)) in jobs.iter().zip(prepared).enumerate() {
@@ -253,7 +253,7 @@ impl<'a> Run<'a> {
             }
             let (corpus, batches) = (Arc::clone(&corpus), Arc::clone(&batches));
             let todo = Vec::from_iter(0..batches.len());
-            let key = &self.identity().keys[index][place];
+            let key = &self.identity().scores[index][place];
             let scores = store.folder().join(scores::file_name(&job.model, &task.name()));
             items.push(Item {
                 job,
@@ -283,6 +283,7 @@ impl<'a> Run<'a> {
             work_root,
             observer: self.observer,
             jobs: self.jobs,
+            keys: &self.identity().scores,
             items,
             references: self.jobs.iter().map(|_| OnceLock::new()).collect(),
             one_by_one,
@@ -348,20 +349,25 @@ pub(super) fn write_reports(
 ) -> Result<()> {
     let records = records_of(&ordered(jobs, store));
     let definition = options.definition.text();
-    // What `mxeval sensitivity` and `mxeval search` left in the same folder is shown with it.
-    let sensitivity = Sensitivity::read(&store.folder().join("sensitivity.json"))?;
-    let front = ParetoPoint::read(&store.folder().join("search.json"))?;
+    // What `mxeval sensitivity` left in the same folder is shown with it, if it is of this model alone. A
+    // search has a page of its own: its sizes are of layers, its figures of other documents.
+    let sensitivity = Sensitivity::read(&store.folder().join("sensitivity.json")).ok().flatten();
+    let model = facts.get("models").and_then(|models| models.get(0)?.get("sha256")?.as_str());
+    let sensitivity = sensitivity
+        .filter(|found| jobs.len() == 1 && model.is_some_and(|model| found.model.sha256 == model));
     let report = Report {
         records: &records,
         facts,
         definition: &definition,
         sensitivity: sensitivity.as_ref(),
-        front: &front,
+        front: &[],
     };
     store.write("report.md", report::markdown(&report).as_bytes())?;
     store.write("report.csv", report::csv(&records)?.as_bytes())?;
-    if let Some(subsets) = report::subsets_csv(&records)? {
-        store.write("subsets.csv", subsets.as_bytes())?;
+    match report::subsets_csv(&records)? {
+        Some(subsets) => store.write("subsets.csv", subsets.as_bytes())?,
+        // Those of an earlier run would stand beside other figures.
+        None => store.remove("subsets.csv")?,
     }
     store.write("report.html", report::html(&report).as_bytes())
 }

@@ -228,7 +228,9 @@ impl Shared<'_, '_> {
     /// Whether it was interrupted.
     fn batches(&self, model: &mut dyn Score, fit: &mut Fit, device: Device) -> Result<bool> {
         while !self.failed.load(Ordering::SeqCst) {
-            if (self.work.interrupted)() {
+            // After the last batch there is nothing to stop.
+            if self.next.load(Ordering::SeqCst) < self.work.todo.len() && (self.work.interrupted)()
+            {
                 return Ok(true);
             }
             let place = self.next.fetch_add(1, Ordering::SeqCst);

@@ -347,7 +347,13 @@ impl Writer {
 /// # Errors
 /// The file is not there or cannot be written.
 pub fn end(path: &Path, end: serde_json::Value) -> Result<()> {
-    let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path))?;
+    let mut file = OpenOptions::new().read(true).write(true).open(path).map_err(Error::io(path))?;
+    // A line that was cut off would swallow it.
+    let text = std::fs::read(path).map_err(Error::io(path))?;
+    let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
+    file.set_len(whole as u64)
+        .and_then(|()| file.seek(SeekFrom::End(0)))
+        .map_err(Error::io(path))?;
     file.write_all(line(&End { end })?.as_bytes())
         .and_then(|()| file.sync_data())
         .map_err(Error::io(path))

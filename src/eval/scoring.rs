@@ -153,7 +153,13 @@ impl Bench<'_> {
         let name = scores::file_name(&self.jobs.get(of)?.model, &stage);
         let path = scores.parent()?.join(Path::new(&name).file_name()?);
         let (header, scores) = scores::read(&path).ok()?;
-        let same = header.subset_of == own.subset_of
+        // Of this run's baseline: a file of an older model or text has another key.
+        let key = self.keys.get(of).and_then(|keys| {
+            let tasks = self.jobs[of].tasks.iter().zip(keys);
+            tasks.into_iter().find(|(task, _)| task.name() == stage).map(|(_, key)| key)
+        });
+        let same = key == Some(&header.key)
+            && header.subset_of == own.subset_of
             && header.definition == own.definition
             && scores.done.len() == header.batches;
         same.then(|| (stage, scores.documents(header.subset_of.len()).0))
@@ -265,8 +271,9 @@ impl Bench<'_> {
             record.statistics =
                 summary.statistics(self.options.bootstrap, self.options.definition.unit());
         }
-        if status == Status::Ok && scored.interrupted {
-            return (Status::Partial, remark);
+        if scored.interrupted {
+            // Also where no document is whole yet: it did not fail.
+            return (Status::Partial, remark.filter(|_| status == Status::Ok));
         }
         (status, remark)
     }

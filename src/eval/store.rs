@@ -171,6 +171,18 @@ impl Store {
         write_whole(&self.folder.join(name), bytes)
     }
 
+    /// Removes a file of the folder, if it is there.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let path = self.folder.join(name);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+            _ => Ok(()),
+        }
+    }
+
     /// Where rewritten models lie while they are measured.
     pub fn work_root(&self) -> PathBuf {
         self.folder.join(WORK)

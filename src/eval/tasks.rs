@@ -63,7 +63,7 @@ pub fn run_task(
     let corpus = texts.prepare(job)?;
     let facts = &run.identity().facts;
     check(plan, planned, facts, &corpus)?;
-    let key = &run.identity().keys[place.0][place.1];
+    let key = &run.identity().scores[place.0][place.1];
     let batches = schedule::plan(&corpus.windows, job.batch_size);
     let todo = plan::share(batches.len(), planned.shard, plan.shards);
     let names = [planned.model.as_str(), &planned.stage, key, &options.definition.short()];

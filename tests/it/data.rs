@@ -86,7 +86,7 @@ fn the_same_documents_give_the_same_results_wherever_they_lie() {
     {
         let Some(first) = measure("file", places[0], more) else { return };
         assert_eq!(first.code, Some(0), "{}", first.stderr);
-        assert!(first.stderr.contains("first batch ready after 0."), "{}", first.stderr);
+        assert!(first.stderr.contains("first batch ready after "), "{}", first.stderr);
         for place in &places[1..] {
             let Some(ran) = measure("other", place, more) else { return };
             assert_eq!(ran.code, Some(0), "{}", ran.stderr);

@@ -207,6 +207,7 @@ fn an_interruption_leaves_partial_figures_and_goes_on_to_the_same() {
         files.find(|path| path.to_string_lossy().contains("fp6"))
     };
     while scores(&out).is_none_or(|p| std::fs::read_to_string(p).unwrap().lines().count() < 3) {
+        assert!(child.try_wait().unwrap().is_none(), "mxeval ended before it could be stopped");
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     assert!(
@@ -254,5 +255,35 @@ fn without_the_baseline_beside_it_a_stage_scores_the_same() {
         if let (Some(one), Some(other)) = (one["value"].as_f64(), other["value"].as_f64()) {
             assert!((one - other).abs() < 1e-6, "{one} {other}");
         }
+    }
+}
+
+#[test]
+fn two_runs_are_compared_document_by_document_and_other_intervals_take_no_new_scores() {
+    if !ready() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let first = records(&sweep(&a, "4", &[]));
+    assert!(sweep(&b, "4", &["--rounding", "nearest"]).status.success());
+    let compared = Command::new(env!("CARGO_BIN_EXE_mxeval"))
+        .arg("compare")
+        .args([&a, &b])
+        .arg("--json")
+        .output()
+        .unwrap();
+    assert!(compared.status.success(), "{}", stderr(&compared));
+    let compared: Value = serde_json::from_slice(&compared.stdout).unwrap();
+    let text = compared.to_string();
+    // Out of scores/: an interval, not a bare difference.
+    assert!(text.contains("\"low\":-") || text.contains("\"low\":0."), "{text}");
+
+    let again = sweep(&a, "4", &["--resume", "--resamples", "500"]);
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert!(stderr(&again).contains("mx-fp4_e2m1: 5 of 5 batches kept"), "{}", stderr(&again));
+    for (one, other) in first.iter().zip(records(&again)) {
+        assert_eq!(one["xent"], other["xent"]);
+        assert_eq!(other["statistics"]["resamples"], 500);
     }
 }

@@ -74,6 +74,15 @@ impl SearchArgs {
             (None, limit) => Target::DeltaPpl(limit.unwrap_or_default()),
         };
         let bench = self.bench.bench(&self.model)?;
+        let there = self.bench.out.join("sensitivity.json");
+        if self.sensitivity.is_none() && !self.bench.resume && there.is_file() {
+            let text = format!(
+                "{} is there already: pass --sensitivity with it, or --resume to measure what it lacks, or \
+                 another --out",
+                there.display()
+            );
+            return Err(mxrewrite::eval::Error::Usage(text).into());
+        }
         let sensitivity = match &self.sensitivity {
             Some(path) => Sensitivity::open(path)?,
             None => {

@@ -62,6 +62,10 @@ fn scored(folder: &Folder, name: &str) -> Result<Vec<(u64, DocumentScore)>> {
         return Ok(Vec::new());
     }
     let (header, scores) = scores::read(&path)?;
+    if scores.windows.len() != header.windows {
+        // Of a stage that was interrupted; which documents are whole, the file does not say.
+        return Ok(Vec::new());
+    }
     let (documents, _) = scores.documents(header.subset_of.len());
     // What is compared here is the other run's, not the baseline that ran beside.
     let alone = |document: DocumentScore| DocumentScore { against: None, ..document };

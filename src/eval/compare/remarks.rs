@@ -152,13 +152,13 @@ pub(super) fn stages(
             format!("defined as {} and {}", a.as_deref().unwrap_or(""), b.as_deref().unwrap_or("")),
         );
     }
-    if !is_whole(base) || !is_whole(record) {
-        if base.tokens != record.tokens {
-            add(
-                Kind::NotComparable,
-                format!("{} was interrupted: the two saw different text", record.stage),
-            );
-        }
+    let partial = !is_whole(base) || !is_whole(record);
+    let differ = (base.tokens, base.bytes) != (record.tokens, record.bytes);
+    if partial && (other_tokens || differ) {
+        add(
+            Kind::NotComparable,
+            format!("{} was interrupted: the two saw different text", record.stage),
+        );
     } else if other_tokens {
         add(
             Kind::OnlyBitsPerByte,

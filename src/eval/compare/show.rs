@@ -24,8 +24,8 @@ const COLUMNS: [(&str, Alignment); 13] = [
 ];
 
 /// What the columns mean.
-const LEGEND: &str = "Differences are to run A. A ± is half of a 95 % interval, paired by document, where both runs kept their \
-documents (--documents); without one there is no verdict. - is what is not there or cannot be compared.";
+const LEGEND: &str = "Differences are to run A. A ± is half of a 95 % interval, paired by document (scores/ of both \
+runs); without one there is no verdict. - is what is not there or cannot be compared.";
 
 impl Compared {
     /// A table with its remarks first.

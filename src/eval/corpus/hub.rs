@@ -189,7 +189,13 @@ impl Hub {
             files.extend(entries.into_iter().filter(|e| e.r#type == "file").map(|e| e.path));
             let link = headers.get("link").and_then(|value| value.to_str().ok());
             // The token goes with the request: pages elsewhere are not followed.
-            url = link.and_then(next).filter(|next| within(next, &self.endpoint));
+            url = link.and_then(next);
+            if let Some(next) = url.as_ref().filter(|next| !within(next, &self.endpoint)) {
+                return Err(Error::Dataset(format!(
+                    "{repository}: the listing goes on at {next}, outside {}: name the file",
+                    self.endpoint
+                )));
+            }
         }
         Err(Error::Dataset(format!("{repository} has too many files to list: name the file")))
     }

@@ -216,7 +216,7 @@ pub(crate) fn sensitivity() -> Sensitivity {
         role: "head".into(),
         formats: head,
     });
-    Sensitivity { sites }
+    Sensitivity { sites, ..Sensitivity::default() }
 }
 
 /// What a search may find.

@@ -9,8 +9,18 @@ use std::path::Path;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Sensitivity {
+    /// The model that was measured.
+    pub model: SensitivityModel,
     /// One entry a site.
     pub sites: Vec<SiteSensitivity>,
+}
+
+/// The model that sites were measured in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SensitivityModel {
+    /// SHA-256 of the model and its external data.
+    pub sha256: String,
 }
 
 /// One site.

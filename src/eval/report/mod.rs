@@ -22,7 +22,7 @@ mod tests;
 
 pub use csv::{stages as csv, subsets as subsets_csv};
 pub use html::html;
-pub use inputs::{FormatSensitivity, ParetoPoint, Sensitivity, SiteSensitivity};
+pub use inputs::{FormatSensitivity, ParetoPoint, Sensitivity, SensitivityModel, SiteSensitivity};
 pub use markdown::markdown;
 pub(super) use number::{clean, plain, plus_minus, signed};
 pub use terminal::terminal;

@@ -116,7 +116,11 @@ pub(super) fn groups(records: &[Record]) -> Vec<Group<'_>> {
     }
     // Graphs given one by one are each a model of their own, but belong side by side.
     let single = |model: &&str| records.iter().filter(|r| r.model == **model).count() == 1;
-    if models.len() > 1 && models.iter().all(single) {
+    // A sweep of one stage over several models is not such a list: its stages have one name.
+    let mut stages: Vec<&str> = records.iter().map(|r| r.stage.as_str()).collect();
+    stages.sort_unstable();
+    let distinct = stages.windows(2).all(|pair| pair[0] != pair[1]);
+    if models.len() > 1 && models.iter().all(single) && distinct {
         return vec![Group::new("graphs", records.iter().collect())];
     }
     let of = |model: &str| records.iter().filter(|r| r.model == model).collect::<Vec<_>>();
@@ -126,11 +130,16 @@ pub(super) fn groups(records: &[Record]) -> Vec<Group<'_>> {
 impl<'a> Group<'a> {
     fn new(name: &'a str, records: Vec<&'a Record>) -> Self {
         let measured = |record: &&&Record| record.xent.is_some();
+        // What stages ran beside, where they did: the sweep's model need not be a stage of its own.
+        let named = records.iter().find_map(|record| {
+            let versus = record.statistics.as_ref()?.all.versus.as_ref()?;
+            Some(versus.stage.as_str())
+        });
         let baseline = records
             .iter()
             .filter(measured)
-            .find(|r| r.stage == "baseline")
-            .or_else(|| records.iter().find(measured))
+            .find(|r| r.stage == named.unwrap_or("baseline"))
+            .or_else(|| records.iter().find(measured).filter(|_| named.is_none()))
             .copied();
         let rows = records.into_iter().map(|record| Row::new(record, baseline)).collect();
         Self { name, baseline, rows }
@@ -217,7 +226,6 @@ fn ratio(ours: Option<f64>, theirs: Option<f64>) -> Option<f64> {
 
 impl<'a> Delta<'a> {
     fn new(record: &'a Record, baseline: Option<&'a Record>) -> Option<Self> {
-        let baseline = baseline?;
         record.xent?;
         if let Some(versus) = record.statistics.as_ref().and_then(|s| s.all.versus.as_ref()) {
             return Some(Self {
@@ -228,6 +236,7 @@ impl<'a> Delta<'a> {
                 versus: Some(versus),
             });
         }
+        let baseline = baseline?;
         // A stage that was interrupted has seen other text than the baseline.
         if record.tokens != baseline.tokens {
             return None;

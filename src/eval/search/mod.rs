@@ -133,8 +133,7 @@ pub fn run(
     observer
         .note(&format!("{}: the recipe does what was chosen", recipe_path(&bench.out).display()));
     let bar = Bar::new((&setup, bench), &parts.heldout.windows, folder.path(), observer)?;
-    let measured = problem.measure(&bar, &recipe, &also, options)?;
-    let result = Search {
+    let mut result = Search {
         mxeval: env!("CARGO_PKG_VERSION").into(),
         date: now(),
         command: bench.command.clone(),
@@ -155,8 +154,16 @@ pub fn run(
         baseline_xent: bar.baseline_xent(),
         baseline: bar.baseline.clone(),
         tried,
-        measured,
+        complete: false,
+        measured: Vec::new(),
     };
+    // Each row as it comes: an interruption leaves those measured so far.
+    let mut partial = result.clone();
+    let measured = problem.measure(&bar, &recipe, &also, options, &mut |rows| {
+        partial.measured = rows.to_vec();
+        write_json(&store, FILE, &partial)
+    })?;
+    (result.measured, result.complete) = (measured, true);
     write_json(&store, FILE, &result)?;
     store.write(PAGE, page::html(&result, sensitivity)?.as_bytes())?;
     drop(folder);
@@ -174,6 +181,15 @@ fn same_model(setup: &Setup, sensitivity: &Sensitivity) -> Result<()> {
             sensitivity.model.sha256
         )));
     }
+    // Documents that were seen are known by their tokens.
+    if setup.tokenizer.sha256 != sensitivity.tokenizer.sha256 {
+        return Err(Error::Usage(format!(
+            "{} is not the tokenizer that was measured with (SHA-256 {}, measured {})",
+            setup.tokenizer.path.display(),
+            setup.tokenizer.sha256,
+            sensitivity.tokenizer.sha256
+        )));
+    }
     Ok(())
 }
 
@@ -189,6 +205,9 @@ fn write_recipe(
     let recipe = assign::recipe(problem.sensitivity, &assignment, &name)?;
     let toml = recipe.to_toml();
     assign::check(&options.bench.model, problem.sensitivity, &assignment, &toml)?;
+    // The figures of an earlier search would stand beside this one's recipe.
+    store.remove(FILE)?;
+    store.remove(PAGE)?;
     store.write(RECIPE, toml.as_bytes())?;
     write_json(store, FRONT, &problem.points(taken))?;
     Ok((assignment, recipe))

@@ -79,7 +79,13 @@ impl<'a> Problem<'a> {
             let assignment = self.assignment(&self.front.point(index));
             let name = format!("point {index}");
             let recipe = recipe_of(self.sensitivity, &assignment, &name)?;
-            let measured = bar.recipe(&recipe, &|report| self.size(report))?;
+            let measured = match bar.recipe(&recipe, &|report| self.size(report)) {
+                // A point at which the model returns NaN does not keep to anything.
+                Err(Error::Model { reason, .. }) if reason.contains("not finite") => {
+                    return Ok(false);
+                }
+                other => other?,
+            };
             let keeps = measured.delta_ppl_percent <= limit;
             tried.push(measured);
             Ok(keeps)
@@ -190,16 +196,31 @@ impl<'a> Problem<'a> {
         recipe: &Recipe,
         also: &[Recipe],
         options: &Options,
+        done: &mut dyn FnMut(&[Measured]) -> Result<()>,
     ) -> Result<Vec<Measured>> {
         let size = |report: &RewriteReport| self.size(report);
         let mut measured = vec![bar.recipe(recipe, &size)?];
+        done(&measured)?;
+        // What fails beside the recipe found costs its own row alone.
+        let mut row =
+            |recipe: &Recipe, measured: &mut Vec<Measured>| match bar.recipe(recipe, &size) {
+                Ok(one) => {
+                    measured.push(one);
+                    done(measured)
+                }
+                Err(Error::Interrupted) => Err(Error::Interrupted),
+                Err(error) => {
+                    bar.observer.warn(&format!("{}: {error}", recipe.name));
+                    Ok(())
+                }
+            };
         for format in self.formats.iter().filter(|format| *format != NONE && !options.no_uniform) {
             let all = vec![format.clone(); self.sensitivity.sites.len()];
             let uniform = recipe_of(self.sensitivity, &all, &format!("uniform {format}"))?;
-            measured.push(bar.recipe(&uniform, &size)?);
+            row(&uniform, &mut measured)?;
         }
         for other in also {
-            measured.push(bar.recipe(other, &size)?);
+            row(other, &mut measured)?;
         }
         Ok(measured)
     }

@@ -76,6 +76,9 @@ pub struct Search {
     pub baseline: DocumentLosses,
     /// Points of the front tried on the validation documents.
     pub tried: Vec<Measured>,
+    /// Whether the search came to its end; else rows of `measured` are missing.
+    #[serde(default)]
+    pub complete: bool,
     /// The recipe found, the formats alone, other recipes.
     pub measured: Vec<Measured>,
 }

@@ -77,6 +77,11 @@ impl Journal {
             Err(e) => return Err(Error::io(path)(e)),
         };
         let (done, valid) = read(&text, key);
+        if valid == 0 && !text.is_empty() {
+            // Of other options, another model or text: hours of work that the user may still want.
+            let aside = path.with_extension("old.jsonl");
+            std::fs::rename(path, &aside).map_err(Error::io(path))?;
+        }
         let file = OpenOptions::new().create(true).append(true).open(path);
         let mut journal = Self { path: path.into(), file: file.map_err(Error::io(path))?, done };
         // Nothing is appended to half a line.

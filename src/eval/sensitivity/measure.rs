@@ -41,7 +41,8 @@ pub(super) struct Taken {
 
 /// Positions along a sequence of `length` that are scored: the last of every `every`.
 pub(super) fn positions(length: usize, every: usize) -> Vec<usize> {
-    let every = every.clamp(1, length.max(1));
+    // The last position predicts nothing.
+    let every = every.clamp(1, length.saturating_sub(1).max(1));
     (every - 1..length).step_by(every).collect()
 }
 
@@ -223,10 +224,8 @@ impl Work<'_> {
                 if (Error::Ort { doing: doing.clone(), reason: reason.clone() })
                     .is_out_of_memory() =>
             {
-                let reason = format!(
-                    "{reason}; pass a --batch-size below {} or a larger --positions",
-                    self.bench.batch_size
-                );
+                let reason =
+                    format!("{reason}; pass a --batch-size below {}", self.bench.batch_size);
                 Error::Ort { doing, reason }
             }
             other => other,
@@ -244,6 +243,6 @@ mod tests {
         assert_eq!(positions(6, 2), [1, 3, 5]);
         assert_eq!(positions(5, 2), [1, 3]);
         // A text shorter than a step keeps one.
-        assert_eq!(positions(3, 8), [2]);
+        assert_eq!(positions(3, 8), [1]);
     }
 }

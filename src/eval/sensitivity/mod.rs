@@ -218,6 +218,15 @@ fn summarise(
     })
 }
 
+/// A divergence or difference that JSON can hold and no search will choose: a layer that makes the model
+/// return NaN or Inf costs [`BROKEN`].
+fn finite(value: f64) -> f64 {
+    if value.is_finite() { value } else { BROKEN }
+}
+
+/// What a layer costs in a format in which the model returns NaN or Inf, nats a token.
+pub const BROKEN: f64 = 1e6;
+
 fn sites(plans: &Plans, scores: &Scores) -> Vec<SiteSensitivity> {
     let site = |(number, planned): (usize, &crate::rewrite::PlannedSite)| {
         let site = &planned.site;
@@ -233,9 +242,9 @@ fn sites(plans: &Plans, scores: &Scores) -> Vec<SiteSensitivity> {
                 activation_format: planned.format.activation_name().into(),
                 bits_per_weight: per_weight(planned.bytes_after),
                 bytes: planned.bytes_after,
-                kl,
+                kl: finite(kl),
                 kl_stderr,
-                delta_xent,
+                delta_xent: finite(delta_xent),
                 delta_xent_stderr,
             };
             (format, figures)

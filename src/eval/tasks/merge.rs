@@ -82,6 +82,17 @@ impl Merging<'_> {
     /// Sees that every task is there and that the shards of every stage fit. Returns what run.json says
     /// about the run. Scores are not kept: those of one stage at a time are enough to hold.
     fn check(&self) -> Result<Map<String, Value>> {
+        // A model of a list that this machine does not see must not vanish from the results.
+        let known = |planned: &PlannedTask| {
+            let mut jobs = self.jobs.iter().filter(|job| job.model == planned.model);
+            jobs.any(|job| job.tasks.iter().any(|task| task.name() == planned.stage))
+        };
+        if let Some(lost) = self.plan.tasks.iter().find(|planned| !known(planned)) {
+            return Err(Error::Usage(format!(
+                "task {}: {} with stage {} is not among what the plan's arguments name here",
+                lost.id, lost.model, lost.stage
+            )));
+        }
         let (mut missing, mut misfit) = (Vec::new(), None);
         let mut facts: Option<Map<String, Value>> = None;
         let mut models: Vec<Value> = Vec::new();

@@ -55,21 +55,25 @@ fn spans(definition: &Definition, count: usize) -> Vec<Span> {
         }
         Mode::Rolling => {
             let mut spans = Vec::new();
-            let mut first = 1;
+            let mut first = 1_usize;
             while first < count {
                 // A full window predicts seq_len tokens and begins with the one before them; the
                 // last one reaches back as far as seq_len inputs go.
-                let end = (first + seq_len).min(count);
-                spans.push(Span { start: end.saturating_sub(seq_len + 1), end, first });
+                let end = first.saturating_add(seq_len).min(count);
+                spans.push(Span {
+                    start: end.saturating_sub(seq_len.saturating_add(1)),
+                    end,
+                    first,
+                });
                 first = end;
             }
             spans
         }
         Mode::Stride => {
             let stride = definition.stride.unwrap_or(1).max(1);
-            let (mut spans, mut start, mut first) = (Vec::new(), 0, 1);
+            let (mut spans, mut start, mut first) = (Vec::new(), 0_usize, 1_usize);
             while first < count {
-                let end = (start + seq_len).min(count);
+                let end = start.saturating_add(seq_len).min(count);
                 spans.push(Span { start, end, first });
                 (start, first) = (start + stride, end);
             }

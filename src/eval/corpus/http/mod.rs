@@ -176,12 +176,13 @@ impl Remote {
     /// Asks for the first bytes.
     pub(super) fn open(&self) -> Result<Opened> {
         let mut head = Vec::new();
-        let answer = self.retrying(|progress| {
+        // Every try begins anew, so that what an earlier one read is no progress.
+        let answer = self.retrying(|_| {
             head.clear();
             match self.request(0, Some(HEAD))? {
                 Answer::Range(body, version) => {
                     let length = version.length.unwrap_or(0);
-                    read_part(body, length.min(HEAD), &mut head, progress)?;
+                    read_part(body, length.min(HEAD), &mut head, &mut false)?;
                     Ok((Some(version), None))
                 }
                 Answer::Whole(body, version) => Ok((Some(version), Some(body))),
