@@ -284,9 +284,10 @@ def compare_divergence(results: dict[str, dict], theirs: dict) -> bool:
                  "agreement": (versus.get("agreement") or {}).get("value"),
                  "delta_p_rms": (versus.get("delta_p_rms") or {}).get("value")}
         for name, value in found.items():
-            # A share of tokens absolutely, nats and probabilities relatively: where activations are quantised, values
-            # next to a rounding boundary go either way, and figures differ by some 1e-2 of their size.
-            bound = 2e-3 if name == "agreement" else max((1e-3 if stage == "int8" else 2e-2) * abs(r[name]), 1e-6)
+            # Where activations are quantised, values next to a rounding boundary go either way and a few layers later
+            # the two run apart: sums differ by some 1e-2 of their size, shares of 81,594 tokens by 5e-3 (three standard errors).
+            sums, shares = (1e-3, 1e-3) if stage == "int8" else (2e-2, 5e-3)
+            bound = shares if name == "agreement" else max(sums * abs(r[name]), 1e-6)
             ok = value is not None and abs(value - r[name]) <= bound
             good = good and ok
             shown = "missing | " if value is None else f"{value:.6f} | {value - r[name]:+.1e}"
