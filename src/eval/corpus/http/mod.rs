@@ -176,13 +176,17 @@ impl Remote {
     /// Asks for the first bytes.
     pub(super) fn open(&self) -> Result<Opened> {
         let mut head = Vec::new();
-        // Every try begins anew, so that what an earlier one read is no progress.
-        let answer = self.retrying(|_| {
+        // Every try begins anew: only more than any has brought is progress.
+        let mut most = 0;
+        let answer = self.retrying(|progress| {
             head.clear();
             match self.request(0, Some(HEAD))? {
                 Answer::Range(body, version) => {
                     let length = version.length.unwrap_or(0);
-                    read_part(body, length.min(HEAD), &mut head, &mut false)?;
+                    let read = read_part(body, length.min(HEAD), &mut head, &mut false);
+                    *progress = head.len() > most;
+                    most = most.max(head.len());
+                    read?;
                     Ok((Some(version), None))
                 }
                 Answer::Whole(body, version) => Ok((Some(version), Some(body))),

@@ -109,8 +109,8 @@ fn breaks_and_passing_errors_are_tried_again_where_they_happened() {
             let server = Server::new([(path, bytes.clone())]);
             server.state().no_ranges = no_ranges;
             server.state().statuses.extend([503, 429]);
-            // Without ranges every break is at the same place, which counts as no progress.
-            server.state().cuts = if no_ranges { 2 } else { 3 };
+            // Breaks of the first answer are at the same place, which counts as no progress.
+            server.state().cuts = 2;
             let documents = read(&source(&server, path), usize::MAX).unwrap();
             assert!(documents.iter().map(|d| &d.text).eq(&texts), "{path}, {no_ranges}");
             let left = server.seen(|state| state.cuts + state.statuses.len());
@@ -127,6 +127,16 @@ fn breaks_and_passing_errors_are_tried_again_where_they_happened() {
     let message = read(&source(&server, "a.jsonl"), 1).unwrap_err().to_string();
     assert!(message.contains("/a.jsonl: HTTP 500") && message.contains("3 tries"), "{message}");
     assert_eq!(server.state().requests.len(), 3);
+}
+
+#[test]
+fn a_server_that_always_breaks_at_one_place_is_given_up() {
+    let texts = texts(3_000);
+    let server = Server::new([("a.parquet", parquet(&texts, 700))]);
+    server.state().cuts = 1_000;
+    let message = read(&source(&server, "a.parquet"), 1).unwrap_err().to_string();
+    assert!(message.contains("the connection broke"), "{message}");
+    assert!(server.state().requests.len() < 20, "{}", server.state().requests.len());
 }
 
 #[test]
