@@ -1,7 +1,7 @@
 //! What each layer costs in each format, all others at the baseline.
 //!
-//! One graph holds the model and every layer in every format ([`choices`]); a run computes the model
-//! from the segment in which the chosen layer lies ([`segments`]), fed with what the baseline's run
+//! One graph holds the model and every layer in every format (`choices`); a run computes the model
+//! from the segment in which the chosen layer lies (`segments`), fed with what the baseline's run
 //! left there, and compares its logits with the baseline's on the device. Nothing is approximated: a
 //! figure is that of the model rewritten in this one layer, up to the rounding of sums.
 
