@@ -48,10 +48,12 @@ fn were(names: &[String]) -> String {
 /// The verdicts on the stages of a model.
 pub(super) fn summary(group: &Group<'_>) -> Vec<String> {
     let mut out = Vec::new();
-    let Some(baseline) = group.baseline else {
+    // The model that stages ran beside need not be a stage of its own.
+    let beside = || group.rows.iter().find_map(Row::versus).map(|versus| versus.stage.as_str());
+    let named = group.baseline.map(|baseline| baseline.stage.as_str()).or_else(beside);
+    let Some(name) = named.map(clean) else {
         return vec!["No stage has figures.".into()];
     };
-    let name = clean(&baseline.stage);
     let of = |wanted: fn(Level) -> bool| -> Vec<&Row<'_>> {
         group.rows.iter().filter(|row| row.delta.is_some() && wanted(row.level())).collect()
     };

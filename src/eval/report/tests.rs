@@ -286,3 +286,17 @@ fn single_graphs_share_a_table() {
     assert_eq!(text.lines().next(), Some("graphs"));
     assert!(text.contains("+0.25000"), "{text}");
 }
+
+#[test]
+fn a_baseline_that_was_no_stage_is_named_and_no_stage_takes_its_place() {
+    let mut records = fake::records();
+    records.retain(|record| record.stage != "baseline");
+    let facts = facts();
+    let text = markdown(&report(&records, &facts));
+    assert!(text.contains("than baseline, Δxent"), "{text}");
+    // The first stage keeps its own comparison.
+    let first = records.iter().find(|record| record.xent.is_some()).unwrap();
+    let row = text.lines().find(|line| line.starts_with(&format!("| {} |", first.stage))).unwrap();
+    assert!(row.contains("difference") || row.contains("worse") || row.contains("better"), "{row}");
+    assert!(html(&report(&records, &facts)).contains("<svg"));
+}
