@@ -12,12 +12,11 @@ use super::runtime::Runtime;
 use super::schedule::{Batch, Padded};
 use super::score::Score;
 use super::session::{
-    Extents, SessionOptions, Tokens, TokensAgainst, commit, host_memory, open_model,
+    Extents, SessionOptions, Tokens, TokensAgainst, commit, device_memory, host_memory, open_model,
 };
 use super::windows::Window;
 use crate::onnx::DataType;
 use mx_custom_ops::census::Census;
-use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::value::DynValue;
 use std::path::{Path, PathBuf};
@@ -73,19 +72,6 @@ impl Logits {
             model: self.shown.clone(),
             reason: format!("ONNX Runtime returned no `{}`", self.output),
         })
-    }
-}
-
-/// Where a device keeps its values.
-fn device_memory(device: Device) -> ort::Result<MemoryInfo<'static>> {
-    match device {
-        Device::Cpu => host_memory(),
-        Device::Cuda(ordinal) => MemoryInfo::new(
-            AllocationDevice::CUDA,
-            ordinal.cast_signed(),
-            AllocatorType::Device,
-            MemoryType::Default,
-        ),
     }
 }
 

@@ -246,8 +246,16 @@ impl Tokens<'_> {
 
 /// Where scores are read.
 pub(super) fn host_memory() -> ort::Result<MemoryInfo<'static>> {
-    let kind = (AllocatorType::Device, MemoryType::Default);
-    MemoryInfo::new(AllocationDevice::CPU, 0, kind.0, kind.1)
+    device_memory(Device::Cpu)
+}
+
+/// Where a device keeps its values.
+pub(super) fn device_memory(device: Device) -> ort::Result<MemoryInfo<'static>> {
+    let (at, ordinal) = match device {
+        Device::Cpu => (AllocationDevice::CPU, 0),
+        Device::Cuda(ordinal) => (AllocationDevice::CUDA, ordinal.cast_signed()),
+    };
+    MemoryInfo::new(at, ordinal, AllocatorType::Device, MemoryType::Default)
 }
 
 /// Refuses a session on a GPU of which a node of domain `mx` fell back to the CPU: its figures would

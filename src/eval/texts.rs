@@ -7,7 +7,7 @@ use super::job::Job;
 use super::observer::Observer;
 use super::run::{Data, Options};
 use super::session::open_model;
-use super::windows::{Corpus, Tokenizer, stated_context};
+use super::windows::{Corpus, Definition, Tokenizer, stated_context};
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +39,7 @@ impl<'a> Texts<'a> {
     /// # Errors
     /// A file or pattern that names nothing, or a data set that the hub does not give.
     pub fn new(options: &'a Options, observer: &'a dyn Observer, started: Instant) -> Result<Self> {
-        let data = fetch(options, observer)?;
+        let data = fetch(&options.data, options.shuffle, observer)?;
         let (documents, tokenised) = (OnceCell::new(), RefCell::new(None));
         Ok(Self { options, observer, data, started, documents, tokenised })
     }
@@ -83,40 +83,32 @@ impl<'a> Texts<'a> {
         if let Some(tokenised) = self.tokenised.borrow().as_ref().filter(|t| t.tokenizer == path) {
             return Ok(tokenised.clone());
         }
-        let tokenizer = Tokenizer::open(path)?;
-        self.observer.note(&format!("tokenising {}", self.data.describe()));
         let options = self.options;
-        let mut digest = TextDigest::default();
-        let documents = self.data.documents(options.max_samples, self.observer)?;
-        let documents = documents.inspect(|document| {
-            if let Ok(document) = document {
-                digest.update(document);
-            }
-        });
-        let workers = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.loader_workers)
-            .build()
-            .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
-        let corpus = workers
-            .install(|| tokenizer.tokenize(documents, &options.definition, options.max_samples))?;
-        self.observer.note(&corpus.summary(&options.definition));
-        let digest = digest.finish();
+        let (corpus, size, digest) = tokenised(
+            &self.data,
+            path,
+            &options.definition,
+            (options.max_samples, options.loader_workers),
+            self.observer,
+        )?;
         if *self.documents.get_or_init(|| digest.clone()) != digest {
             let text = "the evaluation text has changed since the first model was prepared";
             return Err(Error::NothingToScore(text.into()));
         }
         let seconds = self.started.elapsed().as_secs_f64();
         self.observer.note(&format!("first batch ready after {seconds:.2} s"));
-        let tokenised =
-            Tokenised { tokenizer: path.into(), size: tokenizer.len(), corpus: Arc::new(corpus) };
+        let tokenised = Tokenised { tokenizer: path.into(), size, corpus: Arc::new(corpus) };
         *self.tokenised.borrow_mut() = Some(tokenised.clone());
         Ok(tokenised)
     }
 }
 
-/// The evaluation text.
-fn fetch(options: &Options, observer: &dyn Observer) -> Result<Text> {
-    let sources = match &options.data {
+/// Finds the evaluation text; nothing of it is read yet.
+///
+/// # Errors
+/// A file or pattern that names nothing, or a data set that the hub does not give.
+pub(super) fn fetch(data: &Data, shuffle: Option<u64>, observer: &dyn Observer) -> Result<Text> {
+    let sources = match data {
         Data::Files(names) => corpus::resolve(names)?,
         Data::Dataset(dataset) => {
             observer.note(&format!("looking for {dataset} on the Hugging Face hub"));
@@ -127,5 +119,34 @@ fn fetch(options: &Options, observer: &dyn Observer) -> Result<Text> {
             fetched.sources
         }
     };
-    Ok(Text::new(sources, options.shuffle))
+    Ok(Text::new(sources, shuffle))
+}
+
+/// Reads and tokenises a text: its tokens, how many the tokenizer knows, and the digest of the
+/// documents.
+///
+/// # Errors
+/// A fault of the text or the tokenizer, or nothing to score.
+pub(super) fn tokenised(
+    text: &Text,
+    tokenizer: &Path,
+    definition: &Definition,
+    (max_samples, workers): (usize, usize),
+    observer: &dyn Observer,
+) -> Result<(Corpus, usize, String)> {
+    let tokenizer = Tokenizer::open(tokenizer)?;
+    observer.note(&format!("tokenising {}", text.describe()));
+    let mut digest = TextDigest::default();
+    let documents = text.documents(max_samples, observer)?.inspect(|document| {
+        if let Ok(document) = document {
+            digest.update(document);
+        }
+    });
+    let workers = rayon::ThreadPoolBuilder::new()
+        .num_threads(workers)
+        .build()
+        .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
+    let corpus = workers.install(|| tokenizer.tokenize(documents, definition, max_samples))?;
+    observer.note(&corpus.summary(definition));
+    Ok((corpus, tokenizer.len(), digest.finish()))
 }

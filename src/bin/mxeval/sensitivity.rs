@@ -112,7 +112,7 @@ pub struct BenchArgs {
     /// Output folder
     #[arg(long, value_name = "DIR", default_value = "mxeval_out")]
     pub out: PathBuf,
-    /// Go on where an earlier run into --out was interrupted
+    /// Go on where an earlier measurement of layers into --out was interrupted
     #[arg(long)]
     pub resume: bool,
     /// Print JSON instead of a table

@@ -61,7 +61,6 @@ pub struct ParetoPoint {
     /// Difference of xent to the baseline, nats a token.
     pub delta_xent: Option<f64>,
     /// What to call it.
-    #[serde(alias = "name")]
     pub label: String,
 }
 
@@ -72,23 +71,6 @@ impl Sensitivity {
     /// It cannot be read, or is something else.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         read(path, "a file of `mxeval sensitivity`")
-    }
-}
-
-impl ParetoPoint {
-    /// The recipes that `mxeval search` has measured, out of its search.json; empty where there is no
-    /// file.
-    ///
-    /// # Errors
-    /// It cannot be read, or is something else.
-    pub fn read(path: &Path) -> Result<Vec<Self>> {
-        /// What is wanted of the file.
-        #[derive(Deserialize)]
-        struct Found {
-            measured: Vec<ParetoPoint>,
-        }
-        let found: Option<Found> = read(path, "a search.json of `mxeval search`")?;
-        Ok(found.map(|found| found.measured).unwrap_or_default())
     }
 }
 
@@ -118,7 +100,11 @@ mod tests {
         assert_eq!((read.sites[0].layer, read.sites[0].role.as_str()), (None, ""));
         let of = read.sites[0].formats["fp4_e2m1"];
         assert_eq!((of.kl, of.delta_xent), (Some(0.5), None));
-        let error = ParetoPoint::read(&path).unwrap_err().to_string();
-        assert!(error.contains("sensitivity.json") && error.contains("search"), "{error}");
+        std::fs::write(&path, "7").unwrap();
+        let error = Sensitivity::read(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("sensitivity.json") && error.contains("mxeval sensitivity"),
+            "{error}"
+        );
     }
 }

@@ -6,9 +6,8 @@ use crate::eval::error::{Error, Result};
 use crate::eval::feeds::{Feeds, LABELS, numbers};
 use crate::eval::runtime::Runtime;
 use crate::eval::schedule::{MASKED, Padded};
-use crate::eval::session::{SessionOptions, builder};
+use crate::eval::session::{SessionOptions, builder, device_memory, host_memory};
 use crate::onnx::proto::DataType;
-use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::IoBinding;
 use ort::value::DynValue;
 use std::collections::HashMap;
@@ -202,11 +201,11 @@ impl Chooser {
         self.choose_by(&mut bound, choice, baseline).map_err(Error::ort(&doing))?;
         // ONNX Runtime keeps the outputs of the last run.
         bound.binding.clear_outputs();
-        let host = memory(Device::Cpu).map_err(Error::ort(&doing))?;
+        let host = host_memory().map_err(Error::ort(&doing))?;
         for name in names::SCORES {
             bound.binding.bind_output_to_device(name, &host).map_err(Error::ort(&doing))?;
         }
-        let own = memory(self.device).map_err(Error::ort(&doing))?;
+        let own = device_memory(self.device).map_err(Error::ort(&doing))?;
         for name in keep {
             bound.binding.bind_output_to_device(name, &own).map_err(Error::ort(&doing))?;
         }
@@ -289,15 +288,6 @@ impl Chooser {
 
 fn missing(name: &str) -> Error {
     Error::Runtime(format!("the run gave no `{name}`"))
-}
-
-/// Memory of a device.
-pub(super) fn memory(device: Device) -> ort::Result<MemoryInfo<'static>> {
-    let (at, ordinal) = match device {
-        Device::Cpu => (AllocationDevice::CPU, 0),
-        Device::Cuda(ordinal) => (AllocationDevice::CUDA, ordinal),
-    };
-    MemoryInfo::new(at, ordinal as i32, AllocatorType::Device, MemoryType::Default)
 }
 
 /// Sums by row over the labelled positions: loss, the baseline's loss, divergence.

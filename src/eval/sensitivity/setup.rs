@@ -1,6 +1,5 @@
 //! What sensitivity and search begin with: a runtime, a device, the text.
 
-use crate::eval::corpus::{self, Text, TextDigest};
 use crate::eval::devices::{self, Chosen, Device, Request};
 use crate::eval::error::{Error, Result};
 use crate::eval::gpus::Local;
@@ -12,7 +11,8 @@ use crate::eval::run::Data;
 use crate::eval::runtime::{self, Runtime};
 use crate::eval::schedule::{self, Batch, Padded};
 use crate::eval::session::{SessionOptions, open_model};
-use crate::eval::windows::{Corpus, Definition, Tokenizer, Window};
+use crate::eval::texts;
+use crate::eval::windows::{Corpus, Definition, Window};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -139,34 +139,13 @@ impl Setup {
 
 /// The tokens of the text, how many the tokenizer knows, and what the text is.
 fn tokenise(bench: &Bench, observer: &dyn Observer) -> Result<(Corpus, usize, FileId)> {
-    let tokenizer = Tokenizer::open(&bench.tokenizer)?;
-    let sources = match &bench.data {
-        Data::Files(names) => corpus::resolve(names)?,
-        Data::Dataset(dataset) => {
-            observer.note(&format!("looking for {dataset} on the Hugging Face hub"));
-            let fetched = dataset.fetch()?;
-            if let Some(warning) = &fetched.warning {
-                observer.warn(warning);
-            }
-            fetched.sources
-        }
-    };
-    let text = Text::new(sources, bench.shuffle);
-    observer.note(&format!("tokenising {}", text.describe()));
-    let mut digest = TextDigest::default();
-    let documents = text.documents(bench.max_samples, observer)?.inspect(|document| {
-        if let Ok(document) = document {
-            digest.update(document);
-        }
-    });
-    let workers = rayon::ThreadPoolBuilder::new()
-        .num_threads(bench.loader_workers)
-        .build()
-        .map_err(|e| Error::Usage(format!("--loader-workers: {e}")))?;
-    let definition = Definition::per_document(bench.seq_len);
-    let corpus =
-        workers.install(|| tokenizer.tokenize(documents, &definition, bench.max_samples))?;
-    observer.note(&corpus.summary(&definition));
-    let id = FileId { path: text.describe().into(), sha256: digest.finish() };
-    Ok((corpus, tokenizer.len(), id))
+    let text = texts::fetch(&bench.data, bench.shuffle, observer)?;
+    let (corpus, size, sha256) = texts::tokenised(
+        &text,
+        &bench.tokenizer,
+        &Definition::per_document(bench.seq_len),
+        (bench.max_samples, bench.loader_workers),
+        observer,
+    )?;
+    Ok((corpus, size, FileId { path: text.describe().into(), sha256 }))
 }

@@ -3,7 +3,7 @@
 //!
 //! What cannot be skipped to is measured this way, and what a search has found.
 
-use super::chooser::{RowScore, memory, sums};
+use super::chooser::{RowScore, sums};
 use super::names;
 use crate::eval::devices::Device;
 use crate::eval::error::{Error, Result};
@@ -11,7 +11,7 @@ use crate::eval::feeds::{LABELS, element, name};
 use crate::eval::instrument::{self, Inspection};
 use crate::eval::runtime::Runtime;
 use crate::eval::schedule::{MASKED, Padded};
-use crate::eval::session::{SessionOptions, builder, open_model};
+use crate::eval::session::{SessionOptions, commit, device_memory, host_memory, open_model};
 use crate::onnx::Model;
 use crate::onnx::proto::{DataType, Node, TensorType, Type, ValueInfo};
 use mx_custom_ops::contract;
@@ -51,21 +51,7 @@ impl Whole {
         let mut model = open_model(path, shown)?;
         let inspection = instrument::inspect(&model, shown)?;
         score(&mut model, &inspection, against);
-        let bytes = model
-            .to_bytes()
-            .map_err(|e| Error::Model { model: shown.into(), reason: e.to_string() })?;
-        drop(model);
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        mx_custom_ops::census::reset();
-        let session = builder(runtime, folder, options)
-            .and_then(|mut builder| builder.commit_from_memory(&bytes))
-            .map_err(Error::ort(format!("loading {shown} on {}", options.device)))?;
-        let made = mx_custom_ops::census::made();
-        if options.device != Device::Cpu && made.cpu > 0 {
-            let reason =
-                format!("{} of its MX nodes have no kernel on {}", made.cpu, options.device);
-            return Err(Error::Model { model: shown.into(), reason });
-        }
+        let (session, _) = commit(runtime, model, path, shown, options)?;
         let (shown, device) = (shown.to_owned(), options.device);
         Ok(Self { session, inspection, shown, against, device })
     }
@@ -97,12 +83,12 @@ impl Whole {
         if let Some(baseline) = baseline.filter(|_| self.against == Against::Logits) {
             binding.bind_input(names::BASELINE, baseline).map_err(Error::ort(&doing))?;
         }
-        let host = memory(Device::Cpu).map_err(Error::ort(&doing))?;
+        let host = host_memory().map_err(Error::ort(&doing))?;
         for name in outputs(self.against) {
             binding.bind_output_to_device(*name, &host).map_err(Error::ort(&doing))?;
         }
         if keep {
-            let own = memory(self.device).map_err(Error::ort(&doing))?;
+            let own = device_memory(self.device).map_err(Error::ort(&doing))?;
             let logits = self.inspection.logits.as_str();
             binding.bind_output_to_device(logits, &own).map_err(Error::ort(&doing))?;
         }
