@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
-use mxrewrite::{
+use crate::{
     eval::devices::Request,
     verify::{Size, Source, VerifyOptions, VerifyReport, verify},
 };
+use clap::Args;
 
 /// Run two models side by side and compare what they compute
 ///

@@ -1,15 +1,14 @@
 //! `mxeval sensitivity`.
 
 use super::{Console, RewriteArgs, positive, share, tokenizer};
+use crate::eval::corpus::Dataset;
+use crate::eval::devices::Request;
+use crate::eval::run::Data;
+use crate::eval::sensitivity::result::Sensitivity;
+use crate::eval::sensitivity::{self, Bench, Options};
 use clap::{ArgGroup, Args};
 use mx_kernels::ElementFormat;
-use mxrewrite::eval::corpus::Dataset;
-use mxrewrite::eval::devices::Request;
-use mxrewrite::eval::run::Data;
-use mxrewrite::eval::sensitivity::result::Sensitivity;
-use mxrewrite::eval::sensitivity::{self, Bench, Options};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 /// Rank every layer x format by what it costs alone
 ///
@@ -146,7 +145,7 @@ impl BenchArgs {
             out: self.out.clone(),
             resume: self.resume,
             debug: self.debug,
-            command: std::env::args().collect(),
+            command: crate::cli::command_line(),
         })
     }
 }
@@ -160,7 +159,7 @@ fn every(text: &str) -> Result<usize, String> {
 
 impl SensitivityArgs {
     /// Measures and prints.
-    pub fn run(&self) -> anyhow::Result<ExitCode> {
+    pub fn run(&self) -> anyhow::Result<u8> {
         // A mistyped name must not cost the measurement.
         let other = self.compare.as_deref().map(Sensitivity::open).transpose()?;
         let options = self.measure.options(&self.bench, self.bench.bench(&self.model)?)?;
@@ -180,6 +179,6 @@ impl SensitivityArgs {
         }
         let file = self.bench.out.join(sensitivity::FILE);
         console.say(&format!("written: {}", file.display()));
-        Ok(ExitCode::SUCCESS)
+        Ok(0)
     }
 }

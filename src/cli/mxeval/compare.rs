@@ -1,7 +1,7 @@
 //! `mxeval compare`.
 
+use crate::eval::compare::{Folder, Kind, compare};
 use clap::Args;
-use mxrewrite::eval::compare::{Folder, Kind, compare};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 

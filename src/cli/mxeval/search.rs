@@ -2,11 +2,10 @@
 
 use super::sensitivity::{BenchArgs, MeasureArgs};
 use super::{Console, positive};
+use crate::eval::search::{self, Objective, Options, Target};
+use crate::eval::sensitivity::result::Sensitivity;
 use clap::{ArgGroup, Args};
-use mxrewrite::eval::search::{self, Objective, Options, Target};
-use mxrewrite::eval::sensitivity::result::Sensitivity;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 /// Find a format for each layer within a budget, and measure the recipe
 ///
@@ -67,7 +66,7 @@ fn percent(text: &str) -> Result<f64, String> {
 
 impl SearchArgs {
     /// Searches and prints.
-    pub fn run(&self) -> anyhow::Result<ExitCode> {
+    pub fn run(&self) -> anyhow::Result<u8> {
         let console = Console::default();
         let target = match (self.budget_bits, self.max_delta_ppl) {
             (Some(bits), _) => Target::Bits(bits),
@@ -81,13 +80,13 @@ impl SearchArgs {
                  another --out",
                 there.display()
             );
-            return Err(mxrewrite::eval::Error::Usage(text).into());
+            return Err(crate::eval::Error::Usage(text).into());
         }
         let sensitivity = match &self.sensitivity {
             Some(path) => Sensitivity::open(path)?,
             None => {
                 let options = self.measure.options(&self.bench, bench.clone())?;
-                mxrewrite::eval::sensitivity::run(&options, &console)?
+                crate::eval::sensitivity::run(&options, &console)?
             }
         };
         let options = Options {
@@ -109,6 +108,6 @@ impl SearchArgs {
         }
         let recipe = search::recipe_path(&self.bench.out);
         console.say(&format!("mxrewrite {} --recipe {}", self.model.display(), recipe.display()));
-        Ok(ExitCode::SUCCESS)
+        Ok(0)
     }
 }

@@ -1,14 +1,13 @@
 //! `mxeval plan`, `mxeval run-task`, `mxeval merge`.
 
 use super::{Console, RunArgs, show};
+use crate::eval::Error;
+use crate::eval::devices::Request;
+use crate::eval::job::Job;
+use crate::eval::run::Options;
+use crate::eval::tasks::{self, Plan};
 use clap::{Args, Parser};
-use mxrewrite::eval::Error;
-use mxrewrite::eval::devices::Request;
-use mxrewrite::eval::job::Job;
-use mxrewrite::eval::run::Options;
-use mxrewrite::eval::tasks::{self, Plan};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 /// Cut a run into tasks that any number of machines do (docs/scale.md)
 ///
@@ -88,9 +87,12 @@ struct Elsewhere {
 
 impl PlanArgs {
     /// Plans and prints the tasks' ids.
-    pub fn run(&self) -> anyhow::Result<ExitCode> {
+    pub fn run(&self) -> anyhow::Result<u8> {
         let (jobs, options) = self.run.resolve()?;
-        let arguments = std::env::args().skip_while(|argument| argument != "plan").skip(1);
+        let arguments = crate::cli::command_line()
+            .into_iter()
+            .skip_while(|argument| argument != "plan")
+            .skip(1);
         let console = Console::default();
         let plan = Plan::new(&jobs, &options, self.shards, arguments.collect(), &console)?;
         let path = self.plan.clone().unwrap_or_else(|| options.out.join("plan.json"));
@@ -101,7 +103,7 @@ impl PlanArgs {
             plan.tasks.iter().for_each(|task| println!("{}", task.id));
         }
         console.say(&format!("{} tasks: {}", plan.tasks.len(), path.display()));
-        Ok(ExitCode::SUCCESS)
+        Ok(0)
     }
 }
 
@@ -143,7 +145,7 @@ fn single_run(arguments: &[String]) -> Vec<String> {
 
 impl RunTaskArgs {
     /// Does the task and prints its record.
-    pub fn run(&self) -> anyhow::Result<ExitCode> {
+    pub fn run(&self) -> anyhow::Result<u8> {
         let plan = Plan::read(&self.plan)?;
         let id = match (&self.id, self.index) {
             (Some(id), _) => id,
@@ -156,24 +158,24 @@ impl RunTaskArgs {
         let record = match tasks::run_task(&plan, id, &jobs, &options, &Console::default()) {
             Err(Error::Interrupted) => {
                 eprintln!("task {id}: interrupted; the same command goes on from here");
-                return Ok(ExitCode::from(130));
+                return Ok(130);
             }
             other => other?,
         };
         println!("{}", serde_json::to_string(&record)?);
-        let failed = record.status == mxrewrite::eval::record::Status::Failed;
-        Ok(ExitCode::from(u8::from(failed)))
+        let failed = record.status == crate::eval::record::Status::Failed;
+        Ok(u8::from(failed))
     }
 }
 
 impl MergeArgs {
     /// Merges and prints.
-    pub fn run(&self) -> anyhow::Result<ExitCode> {
+    pub fn run(&self) -> anyhow::Result<u8> {
         let plan = Plan::read(&self.plan)?;
         let (jobs, options) = planned(&plan, &self.place)?;
         let console = Console::default();
         let outcome = tasks::merge(&plan, &jobs, &options, &console)?;
         show(&outcome, &options, self.json, &console)?;
-        Ok(ExitCode::from(u8::from(outcome.failed())))
+        Ok(u8::from(outcome.failed()))
     }
 }
