@@ -15,6 +15,7 @@ mod judges;
 mod lowerings;
 mod models;
 mod modes;
+mod package;
 mod packed;
 mod recipes;
 mod sensitivity;
