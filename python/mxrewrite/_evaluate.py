@@ -68,7 +68,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="mxeval-") as scratch:
         folder = Path(scratch) / "out" if out is None else Path(out)
         given = {"sweep": sweep, "data": data, "dataset": dataset, "tokenizer": tokenizer, **options}
-        arguments = [*_arguments(given), "--out", os.fspath(folder), "--json", "--", *map(os.fspath, graphs)]
+        arguments = [*_arguments(given), "--out", os.fspath(folder), "--json", "--", *(os.fspath(graph) for graph in graphs)]
         lines = _run(arguments, progress)
     records = [json.loads(line) for line in lines.splitlines() if line.strip()]
     by_stage = {record["stage"]: record for record in records}

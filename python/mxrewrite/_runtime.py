@@ -115,7 +115,7 @@ def session(
     model = path if isinstance(path, bytes) else os.fspath(path)
     with _CREATING:
         before = {kernel["id"] for kernel in _kernels()}
-        created: ort.InferenceSession = ort.InferenceSession(model, options, providers=chosen, **kwargs)
+        created = ort.InferenceSession(model, options, providers=chosen, **kwargs)
         here = threading.get_native_id()
         made = [k for k in _kernels() if k["id"] not in before and k["thread"] == here]
     _GROUPS[created] = frozenset(kernel["session"] for kernel in made)
