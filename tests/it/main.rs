@@ -6,6 +6,7 @@ mod cli;
 mod compare;
 mod custom_ops;
 mod data;
+mod docs;
 mod eval;
 mod eval_pairs;
 mod eval_tasks;

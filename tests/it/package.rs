@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::support;
 
 /// A folder for PYTHONPATH, or a skip with the reason.
-fn package(folder: &Path) -> bool {
+pub(crate) fn package(folder: &Path) -> bool {
     let native = support::mxrewrite().with_file_name("lib_native.so");
     if !native.is_file() {
         support::skip("ort", "no lib_native.so beside the binaries (cargo build --workspace)");
