@@ -52,7 +52,6 @@ REASONS = (
 RUN = {"python", "sh"}
 OTHERS = {"toml", "json", "text", "bash", "yaml", "c", "c++", "cmake", "rust"}
 KINDS = {"skip", "continues", "alternatives", "file", "before", "env", "with", "exit", "output", "usage", "from"}
-SUBCOMMANDS = {"mxrewrite": ["verify"], "mxeval": ["compare", "sensitivity", "search", "plan", "run-task", "merge"]}
 SECONDS = 120
 DOCUMENTS, LETTERS = 40, 120
 
@@ -65,34 +64,6 @@ class Outcome:
     skipped: list[str] = field(default_factory=list)
     ran: dict[str, int] = field(default_factory=dict)
     slow: list[tuple[float, str]] = field(default_factory=list)
-
-
-class Options:
-    """Options that the two commands have, by their own help."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str], set[str]] = {}
-        for command, subcommands in SUBCOMMANDS.items():
-            for sub in ["", *subcommands]:
-                arguments = [command, *([sub] if sub else []), "--help"]
-                text = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-                self._known[command, sub] = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) | {"--help", "--version"}
-
-    def unknown(self, text: str) -> list[str]:
-        """Options in a line of shell, or in a usage line, that the command in it does not have."""
-        found = []
-        command: tuple[str, str] | None = None
-        words = re.sub(r"[\[\]|]", " ", text).split()
-        for place, word in enumerate(words):
-            name = word.rsplit("/", 1)[-1]
-            if name in SUBCOMMANDS and words[max(place - 1, 0)] != "-p":
-                after = words[place + 1] if place + 1 < len(words) else ""
-                command = (name, after if after in SUBCOMMANDS[name] else "")
-            elif word in ("&&", ";", ">", ")"):
-                command = None
-            elif command and (option := re.match(r"--[a-z][a-z0-9-]*", word)) and option[0] not in self._known[command]:
-                found.append(f"{' '.join(command).strip()} has no option {option[0]}")
-        return found
 
 
 def commands(text: str) -> list[str]:
@@ -170,7 +141,7 @@ class Runner:
     def _block(self, block: Block) -> str | None:
         if reasons := block.values("skip"):
             self.outcome.skipped.append(f"{block}: {reasons[0].strip('()')}")
-            return None
+            return _syntax(block)
         if paths := block.values("from"):
             self._count("from a file")
             return _part_of(block, ROOT / paths[0])
@@ -255,6 +226,16 @@ class Runner:
         return None
 
 
+def _syntax(block: Block) -> str | None:
+    """What is wrong with a block that is not run."""
+    if block.language == "python":
+        compile(block.text, str(block), "exec")
+    if block.language in ("sh", "bash"):
+        done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
+        return done.stderr or None
+    return None
+
+
 def _substituted(block: Block) -> str:
     text = block.text
     for value in block.values("with"):
@@ -271,20 +252,6 @@ def _part_of(block: Block, path: Path) -> str | None:
     whole = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     found = any(whole[at : at + len(lines)] == lines for at in range(len(whole)))
     return None if found else f"these lines are not in {path.relative_to(ROOT)}, one after the other"
-
-
-def check_options(pages: list[Page]) -> tuple[list[str], int]:
-    """Options of mxrewrite and mxeval in every block, run or not, and in the prose's code."""
-    options, wrong, count = Options(), [], 0
-    for page in pages:
-        texts = [(str(block), line) for block in page.blocks if block.language in ("sh", "bash") for line in commands(block.text)]
-        texts += [(str(block), " ".join(block.text.split())) for block in page.blocks if block.has("usage")]
-        texts += [(page.path, span) for span in page.spans()]
-        for place, text in texts:
-            if "mxrewrite" in text or "mxeval" in text:
-                count += 1
-                wrong += [f"{place}: {reason}" for reason in options.unknown(text)]
-    return wrong, count
 
 
 def prepare(folder: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import docs_errors
 import docs_links
+import docs_names
 import docs_snippets
 from docs_markdown import Page, all_pages, is_documentation
 
@@ -37,8 +38,7 @@ def snippets(pages: list[Page]) -> list[str]:
         os.environ["PATH"] = f"{tools}:{os.environ['PATH']}"
         prepared.mkdir()
         docs_snippets.prepare(prepared)
-        unknown, checked = docs_snippets.check_options(pages)
-        wrong += unknown
+        wrong += docs_names.check(pages)
         # The longest first, so that none of them is alone at the end.
         order = sorted(pages, key=lambda page: -sum(len(block.text) for block in page.blocks if block.language == "sh"))
         with ThreadPoolExecutor(2) as pool:
@@ -52,7 +52,7 @@ def snippets(pages: list[Page]) -> list[str]:
     for seconds, block in sorted(slow, reverse=True)[:5]:
         print(f"{seconds:6.1f} s  {block}")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ran.items()))
-    print(f"snippets: {kinds}; {len(skipped)} skipped; options of {checked} command lines exist")
+    print(f"snippets: {kinds}; {len(skipped)} skipped")
     return wrong
 
 
