@@ -4,6 +4,8 @@
 // 8-column one: few rows of X leave no part of the tensor cores' 16 rows empty. A block of eight
 // warps takes 128 or 256 features and 8 to 128 rows of X over its share of k; copies of the next
 // 128-wide steps run behind the products. Shares of k are added by finish.cu in a fixed order.
+#include "exact.cuh"
+#include "hopper.cuh"
 #include "weights.cuh"
 
 struct Linear {
@@ -272,19 +274,19 @@ DEVICE void linear(const Linear& p) {
 // Few rows of X: the codes go straight from memory to registers, DEPTH steps ahead, and no warp waits
 // for another. Rows of W are aligned to 16 bytes and whole steps, blocks are 32 wide or absent.
 const int STREAM_WARPS = 4;
+const int STREAM_FEATURES = STREAM_WARPS * 16;
 
+// The sums of this warp's 16 features, from n0 on, over one share of k; and whether a row of W was met
+// that has to be taken again.
 template <int NT>
-DEVICE void stream(const Linear& p) {
-    __shared__ float shared[STREAM_WARPS][8 * 17];
+DEVICE void stream(const Linear& p, int n0, int split, float (&acc)[1][NT][4], u32 (&bad)[2]) {
     const int DEPTH = BITS == 4 ? 4 : BITS == 6 ? 3 : 2;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int n0 = (blockIdx.x * STREAM_WARPS + warp) * 16, row = n0 + g;
-    int split = blockIdx.z;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = n0 + g;
     int step = int((long long)p.steps * split / p.splits);
     int left = int((long long)p.steps * (split + 1) / p.splits) - step;
     const u8* from[2];
     const u32* scale_from[2];
-    u32 w[DEPTH][2][LANE_WORDS], scales[DEPTH][2], bad[2] = {};
+    u32 w[DEPTH][2][LANE_WORDS], scales[DEPTH][2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         long long r = min(row + i * 8, p.n - 1);
@@ -305,7 +307,7 @@ DEVICE void stream(const Linear& p) {
     wait_for_previous();
     launch_dependents();
     const uint4* x = p.x + (long long)step * p.tiles * 128 + lane;
-    float acc[1][NT][4] = {}, odd[NT][4] = {};
+    float odd[NT][4] = {};
     int first = BITS < 8 ? t : t / 2, second = BITS < 8 ? t : 2 + t / 2;
 #pragma unroll 1
     while (left > 0) {
@@ -349,9 +351,83 @@ DEVICE void stream(const Linear& p) {
     }
 #pragma unroll
     for (int i = 0; i < NT * 4; i++) acc[0][i / 4][i % 4] += odd[i / 4][i % 4];
-    u32 wild = store<NT, 1>(p, acc, shared[warp], (long long)split * p.rows * p.n, n0, 0);
-    mark(p, bad, p.partial ? 0 : __any_sync(0xffffffffu, wild), split, row, t);
 }
+
+// Sums or partial sums to memory. Block (features, 1, share of k).
+template <int NT>
+DEVICE void stream_shares(const Linear& p) {
+    __shared__ float shared[STREAM_WARPS][8 * 17];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n0 = blockIdx.x * STREAM_FEATURES + warp * 16;
+    float acc[1][NT][4] = {};
+    u32 bad[2] = {};
+    stream<NT>(p, n0, blockIdx.z, acc, bad);
+    u32 wild = store<NT, 1>(p, acc, shared[warp], (long long)blockIdx.z * p.rows * p.n, n0, 0);
+    mark(p, bad, p.partial ? 0 : __any_sync(0xffffffffu, wild), blockIdx.z, n0 + lane / 4, lane % 4);
+}
+
+#if __CUDA_ARCH__ >= 900
+// The word at this place in the shared memory of block `rank` of the cluster.
+DEVICE u32 cluster_word(const void* place, u32 rank) {
+    u32 word;
+    asm volatile("{.reg .b32 remote;\n"
+                 "mapa.shared::cluster.u32 remote, %1, %2;\n"
+                 "ld.shared::cluster.u32 %0, [remote];}"
+                 : "=r"(word)
+                 : "r"(shared_address(place)), "r"(rank)
+                 : "memory");
+    return word;
+}
+
+// The whole product: the blocks of a cluster take one share of k each, read each other's sums in
+// finish.cu's order and write Y, so that no kernel has to be started for that.
+template <int NT>
+DEVICE void stream_whole(const Linear& p, const Finish& f) {
+    __shared__ float sums[NT * 8][STREAM_FEATURES];
+    __shared__ u32 marks[STREAM_FEATURES];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int rank = cluster_rank(), block_n = blockIdx.x / p.splits * STREAM_FEATURES;
+    float acc[1][NT][4] = {};
+    u32 bad[2] = {};
+    stream<NT>(p, block_n + warp * 16, rank, acc, bad);
+#pragma unroll
+    for (int i = 0; i < NT * 4; i++)
+        sums[i / 4 * 8 + t * 2 + i % 2][warp * 16 + g + i / 2 % 2 * 8] = acc[0][i / 4][i % 4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 any = bad[i];
+        any |= __shfl_xor_sync(0xffffffffu, any, 1);
+        any |= __shfl_xor_sync(0xffffffffu, any, 2);
+        if (t == 0) marks[warp * 16 + g + i * 8] = any;
+    }
+    cluster_sync();
+#pragma unroll 1
+    for (int i = rank * STREAM_WARPS * 32 + threadIdx.x; i < f.m * STREAM_FEATURES; i += p.splits * STREAM_WARPS * 32) {
+        int m = i / STREAM_FEATURES, column = i % STREAM_FEATURES, n = block_n + column;
+        if (n >= f.n) continue;
+        float total = 0;
+        u32 again = 0;
+        for (int term = f.terms - 1; term >= 0; term--) {
+            float sum = 0;
+#pragma unroll 4
+            for (int s = 0; s < p.splits; s++) sum += bits_float(cluster_word(&sums[term * f.m + m][column], s));
+            total += sum;
+        }
+#pragma unroll 4
+        for (int s = 0; s < p.splits; s++) again |= cluster_word(&marks[column], s);
+        for (int j = 0; j < f.parts_m; j++) again |= f.bad_m[(long long)m * f.parts_m + j];
+        // A sum that left fp32 on its way may come back; fp64 tells.
+        if (again || (float_bits(total) & 0x7fffffffu) >= INFINITY_BITS) {
+            write(f, 0, m, n, exact_sum(f, 0, 0, m, n));
+            continue;
+        }
+        float y = f.alpha * total;
+        if (f.bias) y += f.beta * load_float(f.bias, f.type, n);
+        store_float(f.y, f.type, (long long)m * f.n + n, y);
+    }
+    // Until then others may read this block's sums.
+    cluster_sync();
+}
+#endif
 
 #define KERNEL(NAME, NT, MT, PER_SM)                                                   \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) NAME(const __grid_constant__ Linear p) { \
@@ -364,11 +440,17 @@ KERNEL(linear_64, 8, 1, 2)
 KERNEL(linear_128, 16, 2, 1)
 
 extern "C" __global__ void __launch_bounds__(STREAM_WARPS * 32, 5) stream_8(const __grid_constant__ Linear p) {
-    stream<1>(p);
+    stream_shares<1>(p);
 }
 extern "C" __global__ void __launch_bounds__(STREAM_WARPS * 32, 4) stream_16(const __grid_constant__ Linear p) {
-    stream<2>(p);
+    stream_shares<2>(p);
 }
+#if __CUDA_ARCH__ >= 900
+extern "C" __global__ void __launch_bounds__(STREAM_WARPS * 32, 5)
+    whole_8(const __grid_constant__ Linear p, const __grid_constant__ Finish f) {
+    stream_whole<1>(p, f);
+}
+#endif
 
 struct Dequantise {
     const u8* codes;

@@ -10,7 +10,7 @@ use super::{
     batches::{Run, runs},
     linear::{FINISH, FOLD, FOLD_K, launch_finish},
     params::{Finish, Fold, FoldB, FoldLayout, Linear, Operand, Quant},
-    tiles::{FRAGMENT_ROWS, STEP, Tiling},
+    tiles::{FRAGMENT_ROWS, Route, STEP, Tiling},
 };
 use crate::{ActMatMulProblem, ElementFormat, QuantSpec};
 
@@ -125,7 +125,7 @@ impl ActMatMulPlan {
         let most = if m > MOST_ROWS { 1 } else { (MOST_SCRATCH / one).clamp(1, MOST_PRODUCTS) };
         for run in runs(problem.batches, most) {
             let sizes = (plan.piece_rows(), n, k, run.count);
-            let tiling = Tiling::new(gpu, ElementFormat::Bf16, sizes, false)?;
+            let tiling = Tiling::new(gpu, ElementFormat::Bf16, sizes, Route::Shared)?;
             plan.scratch_bytes = plan.scratch_bytes.max(plan.layout(&run, &tiling).total);
             plan.runs.push((run, tiling));
         }

@@ -15,7 +15,7 @@ use super::{
     Choice, CudaError, DevicePtr, FloatType, Gpu, Stream, Unit,
     blas::{self, Dense, DenseProblem, Factor},
     fp8::{self, Fp8},
-    tiles::{self, STEP, Tiling},
+    tiles::{self, Route, STEP, Tiling},
     wide::Wide,
 };
 use crate::{ElementFormat, LinearProblem, QuantSpec, ScaleKind};
@@ -204,7 +204,7 @@ impl LinearPlan {
             gpu,
             problem.weight.format,
             (rows, problem.n, problem.k, 1),
-            streams(&problem),
+            route(&problem),
         )?);
         plan.lay_out();
         Ok(plan)
@@ -272,7 +272,10 @@ impl LinearPlan {
     /// [`Self::path_name`] with the tile and the shares of k, for tests and measurements.
     pub fn path(&self) -> String {
         match &self.path {
-            Path::Fused(tiling) => format!("fused_{}, {} splits", tiling.rows, tiling.splits),
+            Path::Fused(tiling) => {
+                let end = if tiling.whole { ", whole" } else { "" };
+                format!("fused_{}, {} splits{end}", tiling.rows, tiling.splits)
+            }
             Path::Wide(wide) => format!("wide_{}, {} splits", wide.tile, wide.splits),
             _ => self.path_name().into(),
         }
@@ -354,13 +357,19 @@ impl LinearPlan {
         match &self.path {
             Path::Fp8(fp8) => fp8.partial(),
             Path::Dense(_) => self.dense_partial(),
+            Path::Fused(tiling) if tiling.whole => false,
             _ => self.splits() > 1 || self.terms() > 1 || self.tensor_scale(),
         }
     }
 
     /// The word that says whether Y needs a repair; 0 where the last kernel looks at every sum.
     fn any_bad(&self, b: &LinearBuffers) -> DevicePtr {
-        if self.partial() { 0 } else { b.scratch + self.layout.any_bad as u64 }
+        if self.partial() || self.whole() { 0 } else { b.scratch + self.layout.any_bad as u64 }
+    }
+
+    /// Whether the product kernel ends the product.
+    fn whole(&self) -> bool {
+        matches!(self.path, Path::Fused(tiling) if tiling.whole)
     }
 
     fn tensor_scale(&self) -> bool {
@@ -407,19 +416,26 @@ impl LinearPlan {
                 } else {
                     self.bf16_product(stream, &piece, rows)?;
                 }
-                self.finish(stream, &piece, rows)?;
+                if !self.whole() {
+                    self.finish(stream, &piece, rows)?;
+                }
             }
         }
         Ok(())
     }
 }
 
-/// Whether the kernels that take codes straight from memory can have this weight.
-fn streams(problem: &LinearProblem) -> bool {
+/// How this weight can reach the tensor cores.
+fn route(problem: &LinearProblem) -> Route {
     let weight = &problem.weight;
-    problem.k.is_multiple_of(STEP)
+    let streams = problem.k.is_multiple_of(STEP)
         && weight.row_bytes(problem.k).is_multiple_of(16)
-        && (weight.scale != ScaleKind::E8M0 || weight.block_size == 32)
+        && (weight.scale != ScaleKind::E8M0 || weight.block_size == 32);
+    match weight.scale {
+        _ if !streams => Route::Shared,
+        ScaleKind::Tensor => Route::Registers,
+        _ => Route::Whole,
+    }
 }
 
 /// How `fold` orders X for weights of a format.

@@ -59,6 +59,26 @@ const STREAMS: [Kernel; 2] = [
     Kernel { name: "stream_16", rows: 16, features: 64, per_multiprocessor: 4, threads: 128 },
 ];
 
+/// The first of them, which also adds the shares of k and writes Y: a cluster of blocks reads each
+/// other's sums. With sixteen rows clusters wait for room longer than the other kernel takes.
+#[rustfmt::skip]
+const WHOLE: Kernel =
+    Kernel { name: "whole_8", rows: 8, features: 64, per_multiprocessor: 5, threads: 128 };
+/// Blocks that a cluster has on every device with clusters.
+const MOST_CLUSTER: usize = 8;
+
+/// How a weight can reach the tensor cores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route {
+    /// Through shared memory, whatever its rows look like.
+    Shared,
+    /// Straight to registers too, where rows are few: the weight is constant, in whole steps, its
+    /// rows aligned to 16 bytes, with scales for 32 codes each or none.
+    Registers,
+    /// The same, and no factor comes from memory: one kernel can end the product.
+    Whole,
+}
+
 /// A kernel with its division of the work.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
@@ -71,16 +91,17 @@ pub(super) struct Tiling {
     pub splits: usize,
     pub shared: u32,
     pub threads: u32,
+    /// Whether the kernel ends the product, with the blocks of all shares in a cluster.
+    pub whole: bool,
 }
 
 impl Tiling {
-    /// For `rows` rows of X, `n` features and `k`, `batch` times. `streams`: the weight is constant, in
-    /// whole steps, its rows aligned to 16 bytes, with scales for 32 codes each or none.
+    /// For `rows` rows of X, `n` features and `k`, `batch` times.
     pub fn new(
         gpu: &'static Gpu,
         format: ElementFormat,
         (rows, n, k, batch): (usize, usize, usize, usize),
-        streams: bool,
+        route: Route,
     ) -> Result<Self, CudaError> {
         let attributes = gpu.attributes();
         let wanted = KERNELS.iter().position(|kernel| rows <= kernel.rows).unwrap_or(4);
@@ -91,7 +112,12 @@ impl Tiling {
                 let have = attributes.shared_per_block;
                 CudaError::Unsupported(format!("{have} bytes of shared memory a block are too few"))
             })?;
-        let streamed = STREAMS.iter().find(|kernel| rows <= kernel.rows).filter(|_| streams);
+        let whole = route == Route::Whole && rows <= WHOLE.rows && batch == 1 && has_clusters(gpu);
+        let streamed = match route {
+            Route::Shared => None,
+            _ if whole => Some(&WHOLE),
+            _ => STREAMS.iter().find(|kernel| rows <= kernel.rows),
+        };
         let shared = if streamed.is_some() { 0 } else { shared_bytes(kernel, format) as u32 };
         let kernel = streamed.unwrap_or(kernel);
         let function = gpu.function(unit(format), kernel.name)?;
@@ -101,6 +127,7 @@ impl Tiling {
         let slots = attributes.multiprocessors as usize * kernel.per_multiprocessor;
         // A share of fewer than four steps spends its time filling the pipeline.
         let most = (k.div_ceil(STEP) / 4).max(1);
+        let most = if whole { most.min(MOST_CLUSTER) } else { most };
         let splits = (slots / (grid.0 * grid.1 * batch).max(1)).clamp(1, most);
         Ok(Self {
             function,
@@ -109,16 +136,23 @@ impl Tiling {
             splits,
             shared,
             threads: kernel.threads,
+            whole,
         })
     }
 
     /// Loads every kernel of a format, so that none is compiled later, within a capture.
     pub fn prepare(gpu: &'static Gpu, format: ElementFormat) -> Result<(), CudaError> {
-        for kernel in KERNELS.iter().chain(&STREAMS) {
+        let whole = has_clusters(gpu).then_some(&WHOLE);
+        for kernel in KERNELS.iter().chain(&STREAMS).chain(whole) {
             gpu.function(unit(format), kernel.name)?;
         }
         Ok(())
     }
+}
+
+/// Whether this device runs [`WHOLE`]: it has clusters, and of those that do it was tried on this one.
+fn has_clusters(gpu: &Gpu) -> bool {
+    gpu.attributes().capability == (9, 0)
 }
 
 /// Shared memory of a block: `STAGES` steps of k, as `linear.cu` computes them.

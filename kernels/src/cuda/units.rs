@@ -138,6 +138,7 @@ const SOURCES: &[(&str, &str)] = embedded![
 pub(super) const HEADERS: &[(&str, &str)] = embedded![
     "common.cuh" => "common.cuh",
     "formats.cuh" => "formats.cuh",
+    "exact.cuh" => "exact.cuh",
     "weights.cuh" => "weights.cuh",
     "types.cuh" => "types.cuh",
     "hopper.cuh" => "hopper.cuh",

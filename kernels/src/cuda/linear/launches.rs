@@ -162,6 +162,15 @@ impl LinearPlan {
             beta: self.problem.beta,
             batches: Batches::ONE,
         };
+        if tiling.whole {
+            let splits = tiling.splits as u32;
+            let shape = Launch::new((tiling.columns * splits, 1, 1), (tiling.threads, 1, 1));
+            let mut args = Args::new().with(linear).with(self.finish_args(b, rows));
+            // SAFETY: shapes and strides are the buffers'.
+            return unsafe {
+                tiling.function.launch(&shape.cluster(splits).overlap(true), stream, &mut args)
+            };
+        }
         let grid = (tiling.columns, (padded / tiling.rows) as u32, tiling.splits as u32);
         let shape = Launch::new(grid, (tiling.threads, 1, 1)).shared(tiling.shared).overlap(true);
         // SAFETY: shapes and strides are the buffers'.
@@ -256,11 +265,18 @@ impl LinearPlan {
         b: &LinearBuffers,
         rows: usize,
     ) -> Result<(), CudaError> {
+        let finish = self.finish_args(b, rows);
+        // SAFETY: shapes and strides are the buffers'.
+        unsafe { launch_finish(self.gpu, stream, &finish, self.partial(), 1) }
+    }
+
+    /// What the end of the product needs to know.
+    fn finish_args(&self, b: &LinearBuffers, rows: usize) -> Finish {
         let partial = self.partial();
         let weight = &self.problem.weight;
         let scale = b.scratch + self.layout.scale as u64;
         let tensor = self.tensor_scale();
-        let finish = Finish {
+        Finish {
             partial: if partial { b.scratch + self.layout.partial as u64 } else { 0 },
             y: b.y,
             bias: if self.has_bias { b.bias } else { 0 },
@@ -304,9 +320,7 @@ impl LinearPlan {
                 quant: Quant::of(weight),
             },
             batches: Batches::ONE,
-        };
-        // SAFETY: shapes and strides are the buffers'.
-        unsafe { launch_finish(self.gpu, stream, &finish, partial, 1) }
+        }
     }
 }
 
