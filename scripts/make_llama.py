@@ -10,6 +10,10 @@ right), module paths stand in the node names as a TorchScript export has them, a
 the chosen type. `--attention gqa` (flash attention on CUDA; float32 on the CPU only) computes attention in one
 com.microsoft::GroupQueryAttention a layer, `--attention plain` in MatMul and Softmax.
 
+`--kv-cache` (with gqa) adds the inputs past_key_values.N.key and .value and the outputs present.N.key and .value, all
+[batch, kv_heads, length, head], as the builder of ONNX Runtime GenAI makes them, and writes genai_config.json.
+attention_mask then counts past and new tokens, and past and present may be one buffer.
+
 Weights are normal numbers of standard deviation 1/sqrt(fan in), taken from one table that every tensor enters at
 another place: 16 GB are written at the speed of memory and disk, and the same seed gives the same bytes. They go to
 several data files, because a file system lets one thread at a time write to a file.
@@ -120,6 +124,7 @@ class Builder:
         self.type = TYPES[args.dtype]
         self.weights = Weights(args.dtype, args.seed, args.shards, args.table)
         self.nodes, self.initializers = [], []
+        self.pasts, self.presents = [], []
         self.head = args.hidden // args.heads
 
     def node(self, op, name, inputs, outputs=1, domain="", **attributes):
@@ -189,14 +194,28 @@ class Builder:
         inputs = [seen, self.constant("visible", [0.0]), self.constant("hidden", [lowest])]
         self.mask = self.node("Where", f"{name}/Where", inputs)
 
-    def group_query_attention(self, name, q, k, v):
-        inputs = [q, k, v, "", "", self.seqlens, self.total, self.cos, self.sin]
+    def cache(self, index):
+        """Adds a layer's cache to the model's inputs and outputs; names of past key, past value, present key, present value."""
+        names = []
+        for where, values in (("past_key_values", self.pasts), ("present", self.presents)):
+            length = "past_length" if where == "past_key_values" else "total_length"
+            shape = ["batch", self.args.kv_heads, length, self.head]
+            for part in ("key", "value"):
+                names.append(f"{where}.{index}.{part}")
+                values.append(helper.make_tensor_value_info(names[-1], self.type, shape))
+        return names
+
+    def group_query_attention(self, index, name, q, k, v):
         name += "/GroupQueryAttention"
-        outputs = [f"{name}_output_0", f"{name}_present_key", f"{name}_present_value"]
+        pasts, presents = ["", ""], [f"{name}_present_key", f"{name}_present_value"]
+        if self.args.kv_cache:
+            *pasts, presents[0], presents[1] = self.cache(index)
+        inputs = [q, k, v, *pasts, self.seqlens, self.total, self.cos, self.sin]
+        outputs = [f"{name}_output_0", *presents]
         attributes = {"num_heads": self.args.heads, "kv_num_heads": self.args.kv_heads, "do_rotary": 1}
         return self.node("GroupQueryAttention", name, inputs, outputs, "com.microsoft", **attributes)[0]
 
-    def plain_attention(self, name, q, k, v):
+    def plain_attention(self, _index, name, q, k, v):
         start = self.shared_ints("start", [0])
 
         def rotate(x, which):
@@ -244,7 +263,7 @@ class Builder:
         k = self.linear(f"{path}.self_attn.k_proj", normed, hidden, narrow)
         v = self.linear(f"{path}.self_attn.v_proj", normed, hidden, narrow)
         attention = self.group_query_attention if self.args.attention == "gqa" else self.plain_attention
-        mixed = attention(f"/model/layers.{index}/self_attn", q, k, v)
+        mixed = attention(index, f"/model/layers.{index}/self_attn", q, k, v)
         out = self.linear(f"{path}.self_attn.o_proj", mixed, hidden, hidden)
         normed, total = self.norm(f"{path}.post_attention_layernorm", out, total)
         gate = self.linear(f"{path}.mlp.gate_proj", normed, hidden, wide)
@@ -267,9 +286,10 @@ class Builder:
         normed, _ = self.norm("model.norm", x, residual)
         self.linear("lm_head", normed, args.hidden, args.vocab)
         self.nodes[-1].output[0] = "logits"
-        ids = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "attention_mask")]
+        lengths = {"input_ids": "sequence", "attention_mask": "total_length" if args.kv_cache else "sequence"}
+        ids = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", length]) for n, length in lengths.items()]
         logits = helper.make_tensor_value_info("logits", self.type, ["batch", "sequence", args.vocab])
-        graph = helper.make_graph(self.nodes, "main_graph", ids, [logits], self.initializers)
+        graph = helper.make_graph(self.nodes, "main_graph", ids + self.pasts, [logits] + self.presents, self.initializers)
         imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=imports, ir_version=10, producer_name="make_llama.py")
 
@@ -281,6 +301,26 @@ def slashes(path):
     for part in rest:
         out.append(part) if not part.isdigit() else out.__setitem__(-1, f"{out[-1]}.{part}")
     return "/".join(out)
+
+
+def genai_config(args):
+    """What ONNX Runtime GenAI needs to know. Ids are those of a tokenizer that the model does not have."""
+    cache = {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": args.hidden // args.heads,
+        "hidden_size": args.hidden,
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask"} | cache,
+        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "num_attention_heads": args.heads,
+        "num_hidden_layers": args.layers,
+        "num_key_value_heads": args.kv_heads,
+    }
+    model = {"bos_token_id": 1, "context_length": args.positions, "decoder": decoder, "eos_token_id": 2}
+    model |= {"pad_token_id": 0, "type": "llama", "vocab_size": args.vocab}
+    search = {"do_sample": False, "max_length": args.positions, "past_present_share_buffer": True}
+    return {"model": model, "search": search}
 
 
 def arguments(argv=None):
@@ -296,6 +336,7 @@ def arguments(argv=None):
     parser.add_argument("--rope-theta", type=float, default=500000.0)
     parser.add_argument("--dtype", choices=TYPES, default="bf16")
     parser.add_argument("--attention", choices=("gqa", "plain"), default="gqa")
+    parser.add_argument("--kv-cache", action="store_true", help="inputs and outputs for keys and values; needs --attention gqa")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, help="data files (default: 16 for more than 2^30 weights, else 1)")
     parser.add_argument("--table", type=int, default=TABLE, help="random numbers to draw weights from")
@@ -304,6 +345,8 @@ def arguments(argv=None):
         parser.error("--hidden must be a multiple of --heads, --heads of --kv-heads, and a head's size even")
     if min(args.layers, args.intermediate, args.vocab, args.positions) < 1 or args.table < 1:
         parser.error("sizes must be positive")
+    if args.kv_cache and args.attention != "gqa":
+        parser.error("--kv-cache needs --attention gqa")
     if not args.shards:
         layer = args.hidden * (2 * args.hidden + 2 * args.hidden // args.heads * args.kv_heads + 3 * args.intermediate)
         args.shards = 16 if args.layers * layer + 2 * args.vocab * args.hidden > 1 << 30 else 1
@@ -324,6 +367,8 @@ def main():
     config = {"model_type": "llama", "vocab_size": args.vocab, "hidden_size": args.hidden}
     config |= {"num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads, "num_hidden_layers": args.layers}
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if args.kv_cache:
+        (args.out / "genai_config.json").write_text(json.dumps(genai_config(args), indent=4) + "\n")
     count = sum(place[2] for place in builder.weights.places)
     print(f"wrote {args.out}/model.onnx: {count} weights, {builder.weights.size()} bytes, {time.monotonic() - start:.1f} s")
 

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 usage. Results go to stdout, everything else to stderr.
 
 mod cpu_info;
+mod genai;
 mod verify;
 
 use std::{
@@ -39,7 +40,7 @@ struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     /// The model: an .onnx file, with its external data beside it
-    #[arg(required_unless_present_any = ["print_recipe", "cpu_info"])]
+    #[arg(required_unless_present_any = ["print_recipe", "cpu_info", "genai"])]
     model: Option<PathBuf>,
     /// Output [default: beside the model, <stem>.<tier>-<format>.onnx]
     #[arg(short, long, value_name = "FILE")]
@@ -81,6 +82,8 @@ struct Cli {
     layers: Layers,
     #[command(flatten)]
     formats: Formats,
+    #[command(flatten)]
+    genai: genai::GenaiArgs,
 }
 
 /// What is not a rewrite. A model file called `verify` is `./verify`.
@@ -184,8 +187,8 @@ struct Formats {
     base_dtype: Option<BaseDtype>,
 }
 
-/// The model is optional only beside --print-recipe and --cpu-info.
-const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]\n       mxrewrite --cpu-info [--json]\n       \
+/// The model is optional only beside --print-recipe, --cpu-info and --genai.
+const USAGE: &str = "mxrewrite [OPTIONS] <MODEL>\n       mxrewrite --print-recipe <NAME> [OPTIONS]\n       mxrewrite --cpu-info [--json]\n       mxrewrite --genai <DIR> [OPTIONS]\n       \
                      mxrewrite verify <A> <B> [OPTIONS]";
 
 const EXAMPLES: &str = "\
@@ -202,6 +205,7 @@ Examples:
   mxrewrite --print-recipe tier-c > mine.toml           a recipe to start from (docs/recipes.md)
   mxrewrite model.onnx --recipe mine.toml
   mxrewrite model.onnx --checkpoint DIR                 layers named by the values of their weights
+  mxrewrite --genai DIR --format fp4_e2m1 -o OUT        a whole folder of ONNX Runtime GenAI
 
 Run the result in ONNX Runtime with libmx_custom_ops.so registered as a custom-op library.
 Exit codes: 0 done, 1 failed (also when no layer was found, unless --allow-empty), 2 usage.";
@@ -315,6 +319,9 @@ fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<bool> {
         let Some(recipe) = recipe else { return Ok(true) };
         print(&if cli.json { json(&recipe)? } else { recipe.to_toml() })?;
         return Ok(true);
+    }
+    if let Some(folder) = &cli.genai.genai {
+        return genai::run(cli, folder, options);
     }
     // Clap demands a model for everything else.
     let Some(model) = &cli.model else { return Ok(true) };

@@ -158,6 +158,11 @@ impl Model {
         self.files.dir()
     }
 
+    /// The external data files that the model as opened refers to, as it spells them: relative to [`Self::dir`].
+    pub fn data_files(&self) -> impl Iterator<Item = &str> {
+        self.files.locations.iter().map(String::as_str)
+    }
+
     /// The main graph.
     pub fn graph(&self) -> &Graph {
         &self.graph

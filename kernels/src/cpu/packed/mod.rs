@@ -156,7 +156,7 @@ impl PackedKernels {
             }
         }
         let float = self.float?;
-        match m <= FLOAT_ROWS && !float.dots[index].is_empty() {
+        match m <= float.code_rows && !float.dots[index].is_empty() {
             true => Some(Path::FloatCodes),
             false => Some(Path::FloatPanels),
         }

@@ -1,0 +1,187 @@
+//! The output folder: written under a temporary name, filled with copies, renamed.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use tempfile::TempDir;
+
+use super::{CONFIG, GenaiError};
+
+/// Files from this size on are hard links to the input's where the file system allows: weights of models that
+/// are not rewritten take no space twice. Smaller ones, which people edit, are copies.
+const LINK_FROM: u64 = 16 << 20;
+
+/// How deeply folders may nest.
+const MAX_DEPTH: usize = 16;
+
+/// An output folder that is being written.
+pub(super) struct Output {
+    temporary: TempDir,
+    target: PathBuf,
+    force: bool,
+}
+
+impl Output {
+    /// Starts the folder that will become `target`, for files of `input`.
+    pub fn create(input: &Path, target: &Path, force: bool) -> Result<Self, GenaiError> {
+        let refuse =
+            |what: &str| Err(GenaiError::Output { path: target.to_owned(), what: what.to_owned() });
+        let (parent, name) = match (target.parent(), target.file_name()) {
+            (Some(parent), Some(name)) if parent.as_os_str().is_empty() => (Path::new("."), name),
+            (Some(parent), Some(name)) => (parent, name),
+            _ => return refuse("it is no name of a folder"),
+        };
+        // What does not exist yet has no canonical path, but its parent has.
+        let parent = parent.canonicalize().map_err(GenaiError::io("open", parent))?;
+        let input = input.canonicalize().map_err(GenaiError::io("open", input))?;
+        let place = parent.join(name);
+        let place = place.canonicalize().unwrap_or(place);
+        if place.starts_with(&input) || input.starts_with(&place) {
+            return refuse("it is the input, or one is within the other");
+        }
+        if target.symlink_metadata().is_ok() {
+            if !force {
+                return refuse("it exists; --force replaces it");
+            }
+            if !is_replaceable(target) {
+                return refuse(
+                    "it is no folder of GenAI; remove it first, or name another with -o",
+                );
+            }
+        }
+        let temporary = tempfile::Builder::new()
+            .prefix(".mxrewrite-")
+            .suffix(".tmp")
+            .tempdir_in(&parent)
+            .map_err(GenaiError::io("create a folder in", &parent))?;
+        Ok(Self { temporary, target: target.to_owned(), force })
+    }
+
+    /// The folder as long as it is written.
+    pub fn path(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    /// Where a file of it will be.
+    pub fn finally(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(self.path()).map_or_else(|_| path.to_owned(), |p| self.target.join(p))
+    }
+
+    /// Gives the complete folder its name, in place of an old one where that was asked for.
+    pub fn persist(self) -> Result<(), GenaiError> {
+        share(self.path())?;
+        let old = match self.force && self.target.symlink_metadata().is_ok() {
+            true => Some(self.set_aside()?),
+            false => None,
+        };
+        let renamed = fs::rename(self.path(), &self.target);
+        if let (Err(_), Some(old)) = (&renamed, &old) {
+            // The old folder goes back where it was.
+            let _ = fs::rename(old.path().join("old"), &self.target);
+        }
+        renamed.map_err(GenaiError::io("write", &self.target))?;
+        // Renamed: there is nothing left to remove.
+        let _ = self.temporary.keep();
+        Ok(())
+    }
+
+    /// Moves the old output into a folder that is removed when it is dropped.
+    fn set_aside(&self) -> Result<TempDir, GenaiError> {
+        let parent = self.path().parent().unwrap_or(Path::new("."));
+        let aside = tempfile::Builder::new().prefix(".mxrewrite-").tempdir_in(parent);
+        let aside = aside.map_err(GenaiError::io("create a folder in", parent))?;
+        fs::rename(&self.target, aside.path().join("old"))
+            .map_err(GenaiError::io("replace", &self.target))?;
+        Ok(aside)
+    }
+}
+
+/// Temporary folders are their owner's alone; the output has the mode that a new folder has here.
+fn share(folder: &Path) -> Result<(), GenaiError> {
+    let probe = folder.join(".mode");
+    fs::create_dir(&probe).map_err(GenaiError::io("create", &probe))?;
+    let mode = fs::metadata(&probe).map_err(GenaiError::io("read", &probe))?.permissions();
+    fs::remove_dir(&probe).map_err(GenaiError::io("remove", &probe))?;
+    fs::set_permissions(folder, mode).map_err(GenaiError::io("set the mode of", folder))
+}
+
+/// `--force` replaces what looks like its own work, never somebody's home.
+fn is_replaceable(target: &Path) -> bool {
+    let is_folder = target.symlink_metadata().is_ok_and(|m| m.is_dir());
+    let is_empty = || fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
+    is_folder && (target.join(CONFIG).is_file() || is_empty())
+}
+
+/// Every file of `folder`, relative to it, in order of names. Links are followed.
+pub(super) fn files(folder: &Path) -> Result<Vec<PathBuf>, GenaiError> {
+    let mut found = Vec::new();
+    walk(folder, Path::new(""), 0, &mut found)?;
+    found.sort();
+    Ok(found)
+}
+
+fn walk(
+    folder: &Path,
+    below: &Path,
+    depth: usize,
+    found: &mut Vec<PathBuf>,
+) -> Result<(), GenaiError> {
+    let here = folder.join(below);
+    if depth > MAX_DEPTH {
+        let source = io::Error::other("folders nest too deeply (a link in a circle?)");
+        return Err(GenaiError::Io { action: "read", path: here, source });
+    }
+    for entry in fs::read_dir(&here).map_err(GenaiError::io("read", &here))? {
+        let entry = entry.map_err(GenaiError::io("read", &here))?;
+        let path = below.join(entry.file_name());
+        let full = folder.join(&path);
+        let metadata = fs::metadata(&full).map_err(GenaiError::io("read", &full))?;
+        if metadata.is_dir() {
+            walk(folder, &path, depth + 1, found)?;
+        } else if metadata.is_file() {
+            found.push(path);
+        } else {
+            let source = io::Error::other("it is neither a file nor a folder");
+            return Err(GenaiError::Io { action: "copy", path: full, source });
+        }
+    }
+    Ok(())
+}
+
+/// Copies files of `from` into `to`; none may be there already.
+pub(super) fn copy(
+    from: &Path,
+    to: &Path,
+    files: &[PathBuf],
+    taken: &BTreeSet<PathBuf>,
+) -> Result<(), GenaiError> {
+    for file in files {
+        let (source, target) = (from.join(file), to.join(file));
+        if taken.contains(file) {
+            let what = format!(
+                "'{}' is needed by a model that is not rewritten, and the rewritten one writes a file of that name",
+                file.display()
+            );
+            return Err(GenaiError::Output { path: target, what });
+        }
+        if let Some(parent) = target.parent() {
+            fs::create_dir_all(parent).map_err(GenaiError::io("create", parent))?;
+        }
+        copy_file(&source, &target)?;
+    }
+    Ok(())
+}
+
+fn copy_file(source: &Path, target: &Path) -> Result<(), GenaiError> {
+    // A hard link to a symbolic link would be one itself.
+    let real = source.canonicalize().map_err(GenaiError::io("read", source))?;
+    let size = fs::metadata(&real).map_err(GenaiError::io("read", source))?.len();
+    if size >= LINK_FROM && fs::hard_link(&real, target).is_ok() {
+        return Ok(());
+    }
+    fs::copy(&real, target).map_err(GenaiError::io("copy", source))?;
+    Ok(())
+}
