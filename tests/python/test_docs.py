@@ -101,7 +101,7 @@ mxrewrite --no-such-option
 unmarked
 ```
 
-<!-- snippet: from tests/python/test_docs.py -->
+<!-- snippet: from tests/python/docs_links.py -->
 ```rust
 this line is not in that file
 ```
