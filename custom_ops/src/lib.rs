@@ -14,6 +14,7 @@ pub mod contract;
 mod expert_matmul;
 mod guard;
 mod host;
+pub mod live;
 mod matmul;
 mod older;
 mod pool;
