@@ -11,6 +11,7 @@ mod eval;
 mod eval_pairs;
 mod eval_tasks;
 mod experts;
+mod genai;
 mod hostile;
 mod judges;
 mod lowerings;
