@@ -1,7 +1,12 @@
 //! The Python package's extension module, `mxrewrite._native`.
 //!
 //! What users see is in `mxrewrite/*.py`, which checks arguments and makes results of the JSON that comes
-//! from here; numbers and models are Rust's alone.
+//! from here; numbers and models are Rust's alone. Everything that takes time releases the GIL.
+
+mod error;
+mod models;
+mod numbers;
+mod options;
 
 use std::ffi::OsString;
 
@@ -11,7 +16,19 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::{run_mxeval, run_mxrewrite};
+    use super::error::NativeError;
+    #[pymodule_export]
+    use super::models::{mx_nodes, plan, rewrite};
+    #[pymodule_export]
+    use super::numbers::{dequantize, quantize, unpack};
+    #[pymodule_export]
+    use super::{run_mxeval, run_mxrewrite, version};
+}
+
+/// The package's version.
+#[pyfunction]
+fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
 }
 
 /// Runs the command `mxrewrite` on `arguments`, its name first; returns its exit code.

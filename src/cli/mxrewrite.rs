@@ -9,9 +9,11 @@ mod verify;
 use std::{
     ffi::OsString,
     io::Write,
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
+use crate::onnx::Progress;
 use crate::rewrite::{
     self, Activation, BUILT_IN, BaseDtype, Lowering, Recipe, RewriteError, RewriteOptions,
     RewriteReport, Role, Tier,
@@ -329,7 +331,18 @@ fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<bool> {
     }
     let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(model, options));
     let spinner = spinner(&format!("rewriting {}", model.display()));
-    let report = rewrite::rewrite_file(model, &output, options);
+    if let Ok(style) =
+        ProgressStyle::with_template("{spinner} {msg} {bytes}/{total_bytes} ({elapsed})")
+    {
+        spinner.set_style(style);
+    }
+    let shown = spinner.clone();
+    let progress = Progress::new(move |done, total| {
+        shown.set_length(total);
+        shown.set_position(done);
+        ControlFlow::Continue(())
+    });
+    let report = rewrite::rewrite_file_telling(model, &output, options, &progress);
     spinner.finish_and_clear();
     let report = report?;
     for note in &report.notes {

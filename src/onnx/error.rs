@@ -53,6 +53,9 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// Whoever waits for the output asked to stop ([`Progress`](super::Progress)).
+    #[error("stopped before the end; nothing was written")]
+    Stopped,
     /// A model that cannot be written where asked.
     #[error("cannot write '{}': {what}", path.display())]
     Output {

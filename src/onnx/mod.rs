@@ -19,6 +19,7 @@ mod model;
 mod output;
 mod partial;
 mod pipe;
+mod progress;
 pub mod proto;
 mod read;
 mod relocate;
@@ -34,6 +35,7 @@ pub(crate) mod wire;
 pub use error::{Error, Result};
 pub use graph::{Graph, MAX_DEPTH, NodeId};
 pub use model::{Function, Model};
+pub use progress::Progress;
 pub use proto::DataType;
 pub use save::{SaveOptions, Saved};
 pub use tensor::{

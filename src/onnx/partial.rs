@@ -8,6 +8,7 @@
 use super::encode::{Chunk, Chunks};
 use super::error::{Error, Result};
 use super::pipe::{Pipe, PipeError};
+use super::progress::Meter;
 use sha2::{Digest as _, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -44,9 +45,15 @@ pub(crate) fn present(path: &Path) -> u64 {
 impl Partial {
     /// Writes the content of a data file. With `resume`, what a killed run of the same `job` has left
     /// is kept as far as it is sound. After an error nothing is left.
-    pub(crate) fn write(target: &Path, chunks: &Chunks, job: &str, resume: bool) -> Result<Self> {
+    pub(crate) fn write(
+        target: &Path,
+        chunks: &Chunks,
+        job: &str,
+        resume: bool,
+        meter: &Meter<'_>,
+    ) -> Result<Self> {
         let this = Self { target: target.to_owned(), sha256: String::new() };
-        let written = this.write_chunks(chunks, job, resume);
+        let written = this.write_chunks(chunks, job, resume, meter);
         match written {
             Ok(sha256) => Ok(Self { sha256, ..this }),
             // Another run's files are not ours to remove.
@@ -58,7 +65,13 @@ impl Partial {
         }
     }
 
-    fn write_chunks(&self, chunks: &Chunks, job: &str, resume: bool) -> Result<String, Failure> {
+    fn write_chunks(
+        &self,
+        chunks: &Chunks,
+        job: &str,
+        resume: bool,
+        meter: &Meter<'_>,
+    ) -> Result<String, Failure> {
         let path = partial_path(&self.target);
         let failed = |source: std::io::Error| match source.kind() {
             std::io::ErrorKind::StorageFull => Error::Output {
@@ -103,6 +116,7 @@ impl Partial {
                 if at >= start && matches!(chunk, Chunk::Payload(..)) {
                     pipe.mark(at).map_err(failed)?;
                 }
+                meter.add(chunk.len())?;
             }
             Ok(())
         });

@@ -6,6 +6,7 @@ use super::graph::{NodeId, number};
 use super::model::{self, Model, TopField};
 use super::output::{self, Output, folder};
 use super::partial::{self, Partial};
+use super::progress::{Meter, Progress};
 use super::proto::StringStringEntry;
 use super::relocate::{Kind, relocate};
 use super::shards::{Data, Shards};
@@ -34,11 +35,14 @@ pub struct SaveOptions {
     pub resume: bool,
     /// Key of a metadata entry that gets the SHA-256 of every data file, as JSON.
     pub hash_key: Option<&'static str>,
+    /// Who is told how far the writing has come.
+    pub progress: Progress,
 }
 
 impl SaveOptions {
     /// As [`Default`]: no overwriting, one data file from 1.8 GB on.
     pub const DEFAULT: Self = Self {
+        progress: Progress::NOBODY,
         overwrite: false,
         inline_limit: 1_800_000_000,
         shard_size: None,
@@ -102,7 +106,7 @@ impl Model {
         let inline = self.encode(&Placement::default());
         if inline.len <= options.inline_limit.min(MAX_MESSAGE) && !self.has_external_data()? {
             output::check_space(path, inline.len)?;
-            let model = write(path, &inline)?;
+            let model = write(path, &inline, &options.progress.meter(inline.len)?)?;
             model.persist()?;
             let (path, data_paths) = (path.to_owned(), Vec::new());
             return Ok(Saved { path, data_path: None, data_paths, bytes: inline.len });
@@ -147,11 +151,13 @@ impl Model {
         options: &SaveOptions,
     ) -> Result<u64> {
         let job = self.job(&model)?;
+        let data_len: u64 = files.iter().map(|file| file.chunks.len).sum();
+        let meter = options.progress.meter(model.len + data_len)?;
         let (mut partials, mut hashes) = (Vec::new(), serde_json::Map::new());
         let mut finish = || {
             for file in files {
                 let resume = options.resume && self.path().is_some();
-                let partial = Partial::write(&file.path, &file.chunks, &job, resume)?;
+                let partial = Partial::write(&file.path, &file.chunks, &job, resume, &meter)?;
                 hashes.insert(file.location.clone(), partial.sha256.clone().into());
                 partials.push(partial);
             }
@@ -160,7 +166,7 @@ impl Model {
                 let entry = StringStringEntry { key: Some(key.to_owned()), value: Some(value) };
                 model.push(wire::len_field(model::number::METADATA, &entry.encode_to_vec()));
             }
-            let model_file = write(path, &model)?;
+            let model_file = write(path, &model, &meter)?;
             // An old model must not be found beside new data.
             if path.symlink_metadata().is_ok() {
                 std::fs::remove_file(path).map_err(|source| Error::Io {
@@ -330,7 +336,7 @@ fn payload(raw: &Bytes) -> Bytes {
     }
 }
 
-fn write(target: &Path, chunks: &Chunks) -> Result<Output> {
+fn write(target: &Path, chunks: &Chunks, meter: &Meter<'_>) -> Result<Output> {
     let failed = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::StorageFull => Error::Output {
             path: target.to_owned(),
@@ -340,7 +346,10 @@ fn write(target: &Path, chunks: &Chunks) -> Result<Output> {
     };
     let output = Output::create(target)?;
     let mut writer: BufWriter<&File> = BufWriter::with_capacity(1 << 20, &output.file);
-    chunks.write(&mut writer, &failed)?;
+    for chunk in &chunks.list {
+        chunk.write(&mut writer, &failed)?;
+        meter.add(chunk.len())?;
+    }
     writer.flush().map_err(failed)?;
     drop(writer);
     Ok(output)

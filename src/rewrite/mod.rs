@@ -46,7 +46,7 @@ pub use products::{PlannedProduct, Product};
 pub use recipe::{Activation, BUILT_IN, Recipe, RecipeError, RewriteOptions, Rule, SiteFormat};
 pub use run::{
     RewriteReport, SHA256_KEY, convert_file, default_output, plan_file, plan_model, require_sites,
-    rewrite_file,
+    rewrite_file, rewrite_file_telling,
 };
 pub use scan::find_sites;
 pub use sites::{

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     graph::GraphError,
-    onnx::{Model, SaveOptions, Saved},
+    onnx::{Model, Progress, SaveOptions, Saved},
 };
 
 /// Key of the data files' SHA-256, as a JSON object by file name, in a rewritten model's metadata.
@@ -134,6 +134,19 @@ pub fn rewrite_file(
     output: &Path,
     options: &RewriteOptions,
 ) -> Result<RewriteReport, RewriteError> {
+    rewrite_file_telling(input, output, options, &Progress::NOBODY)
+}
+
+/// [`rewrite_file`] that tells how many bytes of the output are written, and can be stopped.
+///
+/// # Errors
+/// As [`rewrite_file`]; [`onnx::Error::Stopped`](crate::onnx::Error::Stopped) when asked to.
+pub fn rewrite_file_telling(
+    input: &Path,
+    output: &Path,
+    options: &RewriteOptions,
+    progress: &Progress,
+) -> Result<RewriteReport, RewriteError> {
     let (model, plan) = plan_file(input, options)?;
     require_sites(input, &plan, options)?;
     let notes = Notes::default();
@@ -143,6 +156,7 @@ pub fn rewrite_file(
         overwrite: options.overwrite,
         shard_size: options.shard_size,
         resume: options.resume,
+        progress: progress.clone(),
         ..SaveOptions::default()
     };
     // What nothing was replaced in stays as it is, metadata included.

@@ -32,7 +32,7 @@ pub use inputs::{Size, Source};
 pub use layers::LayerReport;
 pub use numbers::Numbers;
 pub use outputs::{OutputReport, OutputsReport};
-pub use placement::{MxNode, OpCount, Placement};
+pub use placement::{MxNode, OpCount, Placement, mx_node_names};
 pub use profile::Executed;
 
 use crate::eval::{

@@ -67,6 +67,17 @@ pub struct Placement {
     pub notes: Vec<String>,
 }
 
+/// Names of a model's nodes of domain `mx`, in the bodies of If, Loop and Scan, too.
+///
+/// # Errors
+/// A body that cannot be read.
+pub fn mx_node_names(model: &Model) -> onnx::Result<Vec<String>> {
+    let bodies = Bodies::new(model)?;
+    let nodes = (0..bodies.branches.len()).flat_map(|at| bodies.graph(at).nodes());
+    let ours = nodes.filter(|(_, node)| node.domain.as_deref() == Some(DOMAIN));
+    Ok(ours.map(|(_, node)| node.name.clone().unwrap_or_default()).collect())
+}
+
 /// A copy of the model in which every MX node has a name of its own, and the list of these nodes.
 pub(super) fn name_mx_nodes(model: &Model) -> onnx::Result<(Model, Vec<MxNode>)> {
     let mut bodies = Bodies::new(model)?;

@@ -21,6 +21,8 @@ pub(crate) struct DotArgs {
     pub w: *const u8,
     /// Scale bytes of the panel from its first block on.
     pub scales: *const u8,
+    /// Whether each block holds small magnitudes, for floats of eight bits.
+    pub small: *const u8,
     /// [block][row][32] elements.
     pub x: *const u8,
     /// [block][row]: exponents of x in the place of a float's.

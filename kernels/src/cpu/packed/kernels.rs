@@ -55,8 +55,10 @@ pub(crate) struct Bf16Kernels {
 /// See `x86_float`.
 #[derive(Debug)]
 pub(crate) struct FloatKernels {
-    /// From codes, by [`float_index`], by rows of x; may be empty.
+    /// From codes, by [`float_index`], by rows of x in a tile; may be empty.
     pub dots: [&'static [Dot]; 5],
+    /// Most rows of x that codes are multiplied with directly.
+    pub code_rows: usize,
     /// To panels of f32, [k][16].
     pub decode: [Decode; 5],
 }
@@ -216,7 +218,7 @@ pub(crate) mod x86 {
             ]
         }
         const fn two<C: Format>() -> &'static [Dot] {
-            &[dot::<C, 1, 2>, dot::<C, 2, 2>, dot::<C, 3, 2>, dot::<C, 4, 2>]
+            &[dot::<C, 1, 1>, dot::<C, 2, 2>, dot::<C, 3, 2>, dot::<C, 4, 2>]
         }
 
         const KERNELS: Bf16Kernels = Bf16Kernels {
@@ -295,6 +297,7 @@ pub(crate) mod x86 {
                 avx2::DOTS[3],
                 &[dot_f32::<1>, dot_f32::<2>, dot_f32::<3>, dot_f32::<4>],
             ],
+            code_rows: 4,
             decode: decoders::<true>(),
         };
     }
@@ -302,12 +305,12 @@ pub(crate) mod x86 {
     pub(crate) mod avx2 {
         use super::*;
 
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn dot<C: Format, const MR: usize>(args: &DotArgs) {
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn dot<C: Format, const MR: usize, const HS: usize>(args: &DotArgs) {
             // SAFETY: the caller's promise is passed on.
-            unsafe { x86_float::dot::<C, MR>(args) }
+            unsafe { x86_float::dot::<C, MR, HS>(args) }
         }
-        #[target_feature(enable = "avx2,fma,f16c")]
+        #[target_feature(enable = "avx2,fma")]
         unsafe fn decode<C: Format>(
             tables: *const Tables,
             codes: *const u8,
@@ -318,15 +321,26 @@ pub(crate) mod x86 {
             // SAFETY: the caller's promise is passed on.
             unsafe { x86_float::decode::<C>(tables, codes, scales, blocks, out) }
         }
-        const fn dots<C: Format>() -> &'static [Dot] {
-            &[dot::<C, 1>, dot::<C, 2>]
+        /// Up to so many rows of x a tile's sums and a step's values fit the registers.
+        macro_rules! dots {
+            ($format:ident, 1 $(, $rows:literal)*; $hs:literal) => {
+                &[dot::<$format, 1, $hs> $(, dot::<$format, $rows, 1>)*]
+            };
         }
 
-        pub(crate) const DOTS: [&[Dot]; 5] =
-            [dots::<E4M3>(), dots::<E5M2>(), dots::<E3M2>(), dots::<FE2M3>(), dots::<FE2M1>()];
+        /// A single row of x shares its loads between both halves of a panel, but for tables of six bits
+        /// this takes more registers than there are.
+        pub(crate) const DOTS: [&[Dot]; 5] = [
+            dots!(E4M3, 1, 2, 3, 4, 5, 6, 7, 8; 2),
+            dots!(E5M2, 1, 2, 3, 4, 5, 6, 7, 8; 2),
+            dots!(E3M2, 1, 2, 3, 4, 5, 6; 1),
+            dots!(FE2M3, 1, 2, 3, 4, 5, 6; 1),
+            dots!(FE2M1, 1, 2, 3, 4, 5; 1),
+        ];
 
-        pub(crate) static FLOATS: FloatKernels = FloatKernels {
+        const KERNELS: FloatKernels = FloatKernels {
             dots: DOTS,
+            code_rows: 8,
             decode: [
                 decode::<E4M3>,
                 decode::<E5M2>,
@@ -335,5 +349,10 @@ pub(crate) mod x86 {
                 decode::<FE2M1>,
             ],
         };
+
+        pub(crate) static FLOATS: FloatKernels = KERNELS;
+
+        /// Where AVX-512 has panels of fp32 for more rows.
+        pub(crate) static FEW_ROWS: FloatKernels = FloatKernels { code_rows: 4, ..KERNELS };
     }
 }

@@ -13,7 +13,7 @@
 //! | 4 | four registers, c for k from 8c on: low nibbles the first four k, high nibbles the next |
 //! | 6 | the low four bits as with 4; then two registers, h for k from 16h on: bits 2q and 2q + 1 of a byte are the two high bits of k from 16h + 4q on |
 
-use super::super::panel::PANEL;
+use super::{super::panel::PANEL, tables};
 use crate::{
     formats::ElementFormat,
     parallel::Parallel,
@@ -63,6 +63,8 @@ pub(crate) struct Layout {
     start: usize,
     /// [panel][block][16]; neutral where a block is zero or its row is not [`Row::Plain`].
     pub scales: Vec<u8>,
+    /// [panel][block]: whether a float of eight bits is subnormal or zero; a byte a panel for others.
+    small: Vec<u8>,
     /// Powers of two that rows are multiplied by, so that rows of very small or very large numbers, which
     /// training leaves behind, are ordinary ones; empty where there are none.
     pub shifts: Vec<i16>,
@@ -94,18 +96,22 @@ impl Layout {
         let start = bytes.as_ptr().align_offset(LINE).min(LINE);
         let mut scales = vec![127_u8; panels * blocks * PANEL];
         let mut rows = vec![(Row::Plain, 0_i16); panels * PANEL];
+        let below = tables::words(w.spec().format).small;
+        // Never empty, so that it can be cut in pieces.
+        let mut small = vec![0_u8; panels * if below > 0 { blocks } else { 1 }];
         let tasks: Vec<_> = bytes[start..start + len]
             .chunks_exact_mut(blocks * block_bytes)
             .zip(scales.chunks_exact_mut(blocks * PANEL))
             .zip(rows.chunks_exact_mut(PANEL))
+            .zip(small.chunks_exact_mut(if below > 0 { blocks } else { 1 }))
             .map(std::sync::Mutex::new)
             .collect();
         par.run(tasks.len(), &|panel| {
             // Every task is run once, so the lock is never contended; a poisoned one is never read.
             let Ok(mut task) = tasks[panel].lock() else { return };
-            let ((codes, scales), rows) = &mut *task;
+            let (((codes, scales), rows), small) = &mut *task;
             for (r, row) in rows.iter_mut().enumerate().take(n - (panel * PANEL).min(n)) {
-                *row = pack_row(w, panel * PANEL + r, codes, scales);
+                *row = pack_row(w, panel * PANEL + r, codes, scales, small);
             }
         });
         drop(tasks);
@@ -116,7 +122,7 @@ impl Layout {
         let special = rows.iter().any(|&row| row != Row::Plain);
         // Blocks of zeros have the scale 2^0.
         let low = scales.iter().min().map_or(0, |&byte| i32::from(byte) - 127).min(0);
-        Self { bytes, start, scales, shifts, rows, special, low, blocks, block_bytes }
+        Self { bytes, start, scales, small, shifts, rows, special, low, blocks, block_bytes }
     }
 
     /// Codes of panel `p` from block `b` on, aligned to 64 bytes.
@@ -127,6 +133,11 @@ impl Layout {
     /// Scale bytes of panel `p` from block `b` on.
     pub(crate) fn scales(&self, p: usize, b: usize) -> *const u8 {
         self.scales[(p * self.blocks + b) * PANEL..].as_ptr()
+    }
+
+    /// Whether blocks of panel `p` from block `b` on hold small magnitudes; only for floats of eight bits.
+    pub(crate) fn small(&self, p: usize, b: usize) -> *const u8 {
+        self.small.get(p * self.blocks + b..).unwrap_or_default().as_ptr()
     }
 
     /// Takes the shifts of the rows from `n0` on out of their sums.
@@ -144,13 +155,20 @@ impl Layout {
 
     /// Bytes in memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes.len() + self.scales.len() + self.rows.len()
+        self.bytes.len() + self.scales.len() + self.small.len() + self.rows.len()
     }
 }
 
 /// Packs row `n` of `w` into its panel; returns what becomes of it and its shift.
-fn pack_row(w: &PackedWeight<'_>, n: usize, codes: &mut [u8], scales: &mut [u8]) -> (Row, i16) {
+fn pack_row(
+    w: &PackedWeight<'_>,
+    n: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+    small: &mut [u8],
+) -> (Row, i16) {
     let (spec, k, r) = (w.spec(), w.k(), n % PANEL);
+    let below = tables::words(spec.format).small;
     let (row_bytes, file_blocks) = (spec.row_bytes(k), spec.blocks(k));
     let bits = spec.format.bits() as usize;
     let file = BLOCK * bits / 8;
@@ -165,6 +183,10 @@ fn pack_row(w: &PackedWeight<'_>, n: usize, codes: &mut [u8], scales: &mut [u8])
         let left = k - b * BLOCK;
         if left < BLOCK {
             unpacked[left..].fill(0);
+        }
+        // Behind the row's end x is zero, whatever it is multiplied by.
+        if unpacked[..left.min(BLOCK)].iter().any(|code| code & 0x7f < below) {
+            small[b] = 1;
         }
         let byte = row_scales[b * BLOCK / spec.block_size];
         let largest = largest(spec.format, &unpacked);

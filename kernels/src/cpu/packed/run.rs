@@ -256,6 +256,7 @@ impl Call<'_> {
                 tables: &*self.prepared.tables,
                 w: layout.codes(p, b),
                 scales: layout.scales(p, b),
+                small: layout.small(p, b),
                 x: self.data.add(first * self.way.form.block_bytes() + t * GAP),
                 x_scales: scales.add(first),
                 x_sums: sums.add(first),

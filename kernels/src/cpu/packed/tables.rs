@@ -22,6 +22,34 @@ pub(crate) const fn offset(format: ElementFormat) -> i32 {
     }
 }
 
+/// How codes of eight bits become upper halves of floats by a shift.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Words {
+    /// Bits to the right, from the upper byte of a word.
+    pub shift: u32,
+    /// Sign, exponent and mantissa there.
+    pub mask: u16,
+    /// What the exponent's other bits are filled with.
+    pub exponent: u16,
+    /// log2 of what the floats are too small by.
+    pub left_out: i32,
+    /// Magnitudes below this have no implicit bit: zero and the subnormal ones.
+    pub small: u8,
+}
+
+/// [`Words`] of a format; shorter codes go by tables and leave nothing out.
+pub(crate) const fn words(format: ElementFormat) -> Words {
+    match format {
+        ElementFormat::Fp8E4M3 => {
+            Words { shift: 4, mask: 0x87f0, exponent: 0x3800, left_out: 8, small: 8 }
+        }
+        ElementFormat::Fp8E5M2 => {
+            Words { shift: 3, mask: 0x8fe0, exponent: 0x3000, left_out: 16, small: 4 }
+        }
+        _ => Words { shift: 0, mask: 0, exponent: 0, left_out: 0, small: 0 },
+    }
+}
+
 /// Tables of one format, by code. Where a format has fewer codes than a table has places they repeat,
 /// so that bits above the code do not matter.
 #[repr(C, align(64))]
@@ -38,6 +66,9 @@ pub(crate) struct Tables {
     /// The value of a code of four bits as bfloat16, and as f32.
     pub words: [u16; 32],
     pub floats: [f32; 16],
+    /// What to flip in the bytes of small magnitudes that [`Words`] got wrong, by magnitude + 16 - [`Words::small`].
+    pub mend_high: [u8; 16],
+    pub mend_low: [u8; 16],
 }
 
 impl Tables {
@@ -47,6 +78,7 @@ impl Tables {
         let shift = integer_shift(format).unwrap_or(0);
         let integer = |i: usize| (value(i) * (1 << shift) as f32) as i32;
         let bf16 = |i: usize| (value(i).to_bits() >> 16) as u16;
+        let mend = |i: usize| mend(format, i as u8);
         Self {
             unsigned: std::array::from_fn(|i| (integer(i) + offset(format)) as u8),
             signed: std::array::from_fn(|i| integer(i) as u8),
@@ -54,6 +86,17 @@ impl Tables {
             low: std::array::from_fn(|i| bf16(i) as u8),
             words: std::array::from_fn(bf16),
             floats: std::array::from_fn(value),
+            mend_high: std::array::from_fn(|i| (mend(i) >> 8) as u8),
+            mend_low: std::array::from_fn(|i| mend(i) as u8),
         }
     }
+}
+
+/// The difference of a small magnitude's word, `i` - 16 + [`Words::small`], from what the shift makes of it.
+fn mend(format: ElementFormat, i: u8) -> u16 {
+    let words = words(format);
+    let Some(magnitude) = (i + words.small).checked_sub(16) else { return 0 };
+    let value = format.decode(u32::from(magnitude)) / (1_u32 << words.left_out) as f32;
+    let shifted = u16::from(magnitude) << (8 - words.shift) | words.exponent;
+    (value.to_bits() >> 16) as u16 ^ shifted
 }

@@ -1,0 +1,5 @@
+"""`python -m mxrewrite` is the command `mxrewrite`."""
+
+from ._commands import mxrewrite
+
+mxrewrite()

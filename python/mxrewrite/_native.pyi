@@ -1,0 +1,29 @@
+"""The extension module. Not public: errors and arguments are the package's to make."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+class NativeError(Exception):
+    args: tuple[str, str, str]
+
+def version() -> str: ...
+def run_mxrewrite(arguments: Sequence[str]) -> int: ...
+def run_mxeval(arguments: Sequence[str]) -> int: ...
+def plan(model: str, options: Mapping[str, Any], sqnr: bool) -> str: ...
+def mx_nodes(model: str) -> list[str]: ...
+def rewrite(
+    model: str,
+    output: str | None,
+    options: Mapping[str, Any],
+    progress: Callable[[int, int], object] | None,
+) -> str: ...
+def quantize(
+    x: npt.NDArray[np.float32], spec: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]: ...
+def dequantize(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8], k: int, spec: Mapping[str, Any]
+) -> npt.NDArray[np.float32]: ...
+def unpack(codes: npt.NDArray[np.uint8], format: str) -> npt.NDArray[np.uint16]: ...
