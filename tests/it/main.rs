@@ -9,6 +9,7 @@ mod data;
 mod eval;
 mod eval_pairs;
 mod eval_tasks;
+mod examples;
 mod experts;
 mod hostile;
 mod judges;
