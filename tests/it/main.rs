@@ -10,6 +10,7 @@ mod docs;
 mod eval;
 mod eval_pairs;
 mod eval_tasks;
+mod examples;
 mod experts;
 mod genai;
 mod hostile;
