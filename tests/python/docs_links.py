@@ -10,7 +10,7 @@ from docs_markdown import ROOT, Page
 # Public pages of projects, specifications and papers. Another one is a line here.
 HOSTS = {
     "arxiv.org", "cmake.org", "creativecommons.org", "crates.io", "docs.nvidia.com", "docs.rs", "github.com", "huggingface.co",
-    "keepachangelog.com", "onnx.ai", "onnxruntime.ai", "pypi.org", "rust-lang.github.io", "rustup.rs", "semver.org",
+    "keepachangelog.com", "onnx.ai", "onnxruntime.ai", "ort.pyke.io", "pypi.org", "rust-lang.github.io", "rustup.rs", "semver.org",
     "www.apache.org", "www.opencompute.org", "microsoft.github.io", "numpy.org",
 }  # fmt: skip
 
