@@ -6,7 +6,7 @@ set -euo pipefail
 setup_rust
 setup_python
 setup_nvrtc
-export MX_REQUIRE=${MX_REQUIRE:-ort,nvrtc}
+export MX_REQUIRE=${MX_REQUIRE:-ort,nvrtc,versions}
 
 say "cargo fmt"
 cargo fmt --all --check
@@ -16,6 +16,8 @@ say "cargo test"
 # The operator library must be on disk before tests load it from Python.
 cargo build --workspace --locked
 cargo test --workspace --locked -- --nocapture --test-threads="${MX_TEST_THREADS:-2}"
+say "the operators in ONNX Runtime 1.22 to 1.31"
+scripts/test_versions.sh
 say "mini_pile.parquet is what its texts say"
 "$MX_PYTHON" scripts/make_mini_pile.py --check
 say "cargo doc"

@@ -9,7 +9,10 @@ use std::{
 
 use ort::{AsPointer, sys};
 
-use crate::guard::{panic_message, printable};
+use crate::{
+    guard::{panic_message, printable},
+    older::{self, OLDEST_MINOR},
+};
 
 /// The runtime that this library is bound to and the domain made for it, as addresses.
 static BOUND: Mutex<Option<Bound>> = Mutex::new(None);
@@ -20,19 +23,9 @@ struct Bound {
     domain: usize,
 }
 
-/// The oldest ONNX Runtime, 1.x, that these operators are safe in: 1.22 and 1.23 have the API, but
-/// dereference a null pointer in shape inference when a node leaves out an input before its last,
-/// as an unscaled `MxMatMul` with a bias does.
-const OLDEST_MINOR: u32 = 24;
-
-/// The minor number of a version like `1.31.1`.
-fn minor(version: &str) -> Option<u32> {
-    version.strip_prefix("1.")?.split('.').next()?.parse().ok()
-}
-
 /// Adds the operators of domain `mx` to `options`; called by `register_custom_ops_library`.
 ///
-/// Needs ONNX Runtime 1.24 or newer. The operators are made once and live as long as the process,
+/// Needs ONNX Runtime 1.22 or newer. The operators are made once and live as long as the process,
 /// so any number of session options and sessions may use them, also after the options are gone.
 /// ONNX Runtime refuses to create a session from options that have the domain twice, hence call
 /// this once on each options object.
@@ -91,11 +84,11 @@ unsafe fn register(
     let version = unsafe { CStr::from_ptr(((*api_base).GetVersionString)()) }.to_string_lossy();
     // SAFETY: `api_base` is ONNX Runtime's.
     let api = unsafe { ((*api_base).GetApi)(sys::ORT_API_VERSION) };
-    if api.is_null() || minor(&version).is_some_and(|minor| minor < OLDEST_MINOR) {
+    if api.is_null() {
         return Err(format!("needs ONNX Runtime 1.{OLDEST_MINOR} or newer, this is {version}"));
     }
     // SAFETY: `api` is a complete table of the version that was asked for and is never freed.
-    let domain = unsafe { bound_domain(api)? };
+    let domain = unsafe { bound_domain(api, &version)? };
     // SAFETY: both are live; the domain is never released.
     unsafe {
         let status = ((*api).AddCustomOpDomain)(options, domain as *mut sys::OrtCustomOpDomain);
@@ -107,7 +100,7 @@ unsafe fn register(
 ///
 /// # Safety
 /// `api` is a complete table of version `ORT_API_VERSION`.
-unsafe fn bound_domain(api: *const sys::OrtApi) -> Result<usize, String> {
+unsafe fn bound_domain(api: *const sys::OrtApi, version: &str) -> Result<usize, String> {
     let mut bound = BOUND.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(bound) = *bound {
         if bound.api == api as usize {
@@ -120,7 +113,8 @@ unsafe fn bound_domain(api: *const sys::OrtApi) -> Result<usize, String> {
     // `false` means that an earlier, failed registration already set it; to the same table, since a
     // process that got here with another one would have been turned away above.
     // SAFETY: `api` is a complete table of this version.
-    let _ = ort::set_api(unsafe { (*api).clone() });
+    let table = unsafe { (*api).clone() };
+    let _ = ort::set_api(if older::needs_care(version) { older::careful(table) } else { table });
     let domain = crate::operator_domain().map_err(|error| error.message().to_owned())?;
     let address = domain.ptr() as usize;
     std::mem::forget(domain);
@@ -148,9 +142,9 @@ mod tests {
         sys::OrtStatusPtr(ptr::dangling_mut())
     }
 
-    /// A runtime of API version 23, of whose table only `CreateStatus` is filled in.
+    /// A runtime of API version 21, of whose table only `CreateStatus` is filled in.
     extern "system" fn get_api(version: u32) -> *const sys::OrtApi {
-        if version > 23 {
+        if version > 21 {
             return ptr::null();
         }
         let table = Box::leak(Box::new(MaybeUninit::<sys::OrtApi>::zeroed()));
@@ -160,7 +154,7 @@ mod tests {
     }
 
     extern "system" fn version() -> *const c_char {
-        c"1.23.9".as_ptr()
+        c"1.21.9".as_ptr()
     }
 
     #[test]
@@ -170,14 +164,7 @@ mod tests {
         let status = unsafe { RegisterCustomOps(ptr::dangling_mut(), &base) };
         assert!(!status.0.is_null());
         let message = MESSAGE.take();
-        assert!(message.contains("1.24") && message.contains("1.23.9"), "{message}");
-    }
-
-    #[test]
-    fn versions_are_read_as_far_as_they_look_like_one() {
-        assert_eq!(minor("1.31.1"), Some(31));
-        assert_eq!(minor("1.24.0-dev+build"), Some(24));
-        assert_eq!((minor("2.0.0"), minor(""), minor("1.x")), (None, None, None));
+        assert!(message.contains("1.22") && message.contains("1.21.9"), "{message}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::{
     },
     guard::{OpError, protect},
     host::{self, ElementType, Node, TensorView, TypeShape},
+    live::{self, Live},
     provider::{Device, Provider},
     types::XType,
 };
@@ -58,7 +59,13 @@ impl Operator for MxActMatMul {
             if let Device::Gpu(device) = &device {
                 cuda::prepare(device.gpu, &attrs, self.x)?;
             }
-            Ok(ActMatMulKernel { name: name.clone(), attrs, x: self.x, device })
+            let kernel = match &device {
+                Device::Cpu => mx_kernels::cpu::variant(),
+                Device::Gpu(_) => "act_matmul",
+            };
+            let product = live::Product::of_activations(&attrs);
+            let live = live::register(&node, op::MX_ACT_MATMUL, &device, kernel.into(), product);
+            Ok(ActMatMulKernel { name: name.clone(), attrs, x: self.x, device, _live: live })
         })
     }
 
@@ -127,6 +134,7 @@ pub(crate) struct ActMatMulKernel {
     attrs: MxActMatMulAttrs,
     x: XType,
     device: Device,
+    _live: Live,
 }
 
 /// Reads the attributes and holds everything that the model declares against them.

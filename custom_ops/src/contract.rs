@@ -48,6 +48,20 @@ pub const DOMAIN: &str = "mx";
 pub const DOMAIN_VERSION: i64 = 1;
 /// The only weight layout so far: row-major, rows of `ceil(k / block) * block` packed codes.
 pub const LAYOUT: i64 = 1;
+
+/// Refuses a model that imports a later version of [`DOMAIN`] than [`DOMAIN_VERSION`]. ONNX Runtime
+/// does not: it takes the operators of the last version it has.
+///
+/// # Errors
+/// [`ContractError::Newer`] with both versions.
+pub fn check_domain_version(found: i64) -> Result<(), ContractError> {
+    if found <= DOMAIN_VERSION {
+        return Ok(());
+    }
+    let what = "the opset version of domain mx";
+    Err(ContractError::Newer { what, found, supported: DOMAIN_VERSION })
+}
+
 /// A label that [`op::TOKEN_SCORES`] leaves out: every output is 0 there.
 pub const IGNORE_LABEL: i64 = -100;
 /// Text of [`attr::ACTIVATION_FORMAT`] for a product whose X stays as it is (weight-only).
@@ -155,11 +169,18 @@ impl MxMatMulAttrs {
     /// Any attribute missing, of the wrong type or outside what it allows.
     pub fn read(source: &impl AttributeSource) -> Result<Self, ContractError> {
         let layout = int_or(source, attr::LAYOUT, LAYOUT)?;
+        if layout > LAYOUT {
+            return Err(ContractError::Newer {
+                what: "attribute layout",
+                found: layout,
+                supported: LAYOUT,
+            });
+        }
         if layout != LAYOUT {
             return Err(ContractError::OutOfRange {
                 attribute: attr::LAYOUT,
                 value: layout,
-                allowed: "1 (a newer layout needs a newer libmx_custom_ops)",
+                allowed: "1",
             });
         }
         let k = dimension(source, attr::K)?;

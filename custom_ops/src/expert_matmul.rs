@@ -20,6 +20,7 @@ use crate::{
     },
     guard::{OpError, protect},
     host::{self, ElementType, Node, TensorView, TypeShape},
+    live::{self, Live},
     provider::{Device, Provider},
     types::XType,
 };
@@ -75,14 +76,21 @@ impl Operator for MxExpertMatMul {
                 beta: 1.0,
             };
             let device = self.provider.device(&node)?;
-            if let Device::Gpu(device) = &device {
-                cuda::prepare(device.gpu, &attrs, &problem, self.x)?;
-            }
-            let prepared = match &device {
-                Device::Cpu => cpu::prepare(&node, &attrs, &problem)?,
-                Device::Gpu(_) => Vec::new(),
+            let (prepared, kernel) = match &device {
+                Device::Cpu => {
+                    let prepared = cpu::prepare(&node, &attrs, &problem)?;
+                    let kernel = live::cpu_kernel(prepared.iter().flatten().next(), &problem);
+                    (prepared, kernel)
+                }
+                Device::Gpu(device) => {
+                    let path = cuda::prepare(device.gpu, &attrs, &problem, self.x)?;
+                    (Vec::new(), path.to_owned())
+                }
             };
-            Ok(ExpertKernel { name: name.clone(), attrs, problem, x: self.x, device, prepared })
+            let product = live::Product::of(linear);
+            let live = live::register(&node, op::MX_EXPERT_MATMUL, &device, kernel, product);
+            let (name, x) = (name.clone(), self.x);
+            Ok(ExpertKernel { name, attrs, problem, x, device, prepared, _live: live })
         })
     }
 
@@ -123,6 +131,7 @@ pub(crate) struct ExpertKernel {
     device: Device,
     /// The experts as the CPU's kernels read them, where they are repacked; may be empty.
     prepared: Vec<Option<PreparedWeight>>,
+    _live: Live,
 }
 
 /// Reads the attributes and holds everything that the model declares against them.

@@ -19,6 +19,7 @@ use crate::{
     },
     guard::{OpError, protect},
     host::{self, ElementType, Node, TensorView, TypeShape},
+    live::{self, Live},
     provider::{Device, Provider},
     types::XType,
 };
@@ -72,15 +73,20 @@ impl Operator for MxMatMul {
                 beta: attrs.beta(),
             };
             let device = self.provider.device(&node)?;
-            if let Device::Gpu(device) = &device {
-                cuda::prepare(device.gpu, &problem, self.x, has_bias)?;
-            }
-            let prepared = match &device {
-                Device::Cpu => cpu::prepare(&node, &attrs, &problem)?,
-                Device::Gpu(_) => None,
+            let (prepared, kernel) = match &device {
+                Device::Cpu => {
+                    let prepared = cpu::prepare(&node, &attrs, &problem)?;
+                    let kernel = live::cpu_kernel(prepared.as_ref(), &problem);
+                    (prepared, kernel)
+                }
+                Device::Gpu(device) => {
+                    (None, cuda::prepare(device.gpu, &problem, self.x, has_bias)?.to_owned())
+                }
             };
+            let product = live::Product::of(&attrs);
+            let live = live::register(&node, op::MX_MATMUL, &device, kernel, product);
             let (name, x) = (name.clone(), self.x);
-            Ok(MatMulKernel { name, attrs, problem, has_bias, x, device, prepared })
+            Ok(MatMulKernel { name, attrs, problem, has_bias, x, device, prepared, _live: live })
         })
     }
 
@@ -117,6 +123,7 @@ pub(crate) struct MatMulKernel {
     device: Device,
     /// The weight as the CPU's kernels read it, where it is a constant and they have a use for it.
     prepared: Option<PreparedWeight>,
+    _live: Live,
 }
 
 /// Reads the attributes and holds everything that the model declares against them; also whether there

@@ -15,6 +15,7 @@ use crate::{
     contract::{ContractError, DOMAIN_VERSION, check_shape, op, scores},
     guard::{OpError, protect},
     host::{self, ElementType, Node, TensorView, TypeShape},
+    live::{self, Live},
     provider::{Device, Provider},
     types::XType,
 };
@@ -68,7 +69,14 @@ impl Operator for TokenScores {
             if let Device::Gpu(device) = &device {
                 cuda::prepare(device.gpu, self.logits, has_baseline)?;
             }
-            Ok(ScoresKernel { name: name.clone(), logits: self.logits, has_baseline, device })
+            let kernel = match &device {
+                Device::Cpu => mx_kernels::cpu::variant(),
+                Device::Gpu(_) => "token_scores",
+            };
+            let product = live::Product::default();
+            let live = live::register(&node, op::TOKEN_SCORES, &device, kernel.into(), product);
+            let (name, logits) = (name.clone(), self.logits);
+            Ok(ScoresKernel { name, logits, has_baseline, device, _live: live })
         })
     }
 
@@ -104,6 +112,7 @@ pub(crate) struct ScoresKernel {
     logits: XType,
     has_baseline: bool,
     device: Device,
+    _live: Live,
 }
 
 fn check_node(node: &Node<'_, '_>, logits: XType) -> Result<bool, OpError> {

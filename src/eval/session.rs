@@ -278,9 +278,17 @@ fn check_census(device: Device, made: census::Census, shown: &str) -> Result<()>
 /// Opens a model file; errors name it as the user did.
 ///
 /// # Errors
-/// The file cannot be read or is no ONNX model.
+/// The file cannot be read, is no ONNX model or is of a later version of the operators.
 pub fn open_model(path: &Path, shown: &str) -> Result<Model> {
-    Model::open(path).map_err(|e| Error::Model { model: shown.into(), reason: e.to_string() })
+    let failed = |reason: String| Error::Model { model: shown.into(), reason };
+    let model = Model::open(path).map_err(|e| failed(e.to_string()))?;
+    let domain = Some(mx_custom_ops::contract::DOMAIN);
+    let imports = model.opset_imports().iter().filter(|set| set.domain.as_deref() == domain);
+    for version in imports.filter_map(|set| set.version) {
+        mx_custom_ops::contract::check_domain_version(version)
+            .map_err(|e| failed(e.to_string()))?;
+    }
+    Ok(model)
 }
 
 /// A session as mxeval sets it up; external data is looked for in `folder`.

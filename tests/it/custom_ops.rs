@@ -1,7 +1,7 @@
 //! The operators in stock onnxruntime, driven from Python (`tests/python/`): values against an
 //! independent emulation, corrupt and mutated models, threads, lifetimes.
 
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 use crate::support;
 
@@ -70,6 +70,12 @@ fn threads_share_a_session_and_sessions_come_and_go() {
     python("test_custom_ops.py", &["threads", "lifetime"]);
 }
 
+/// Three seconds of threads; MX_SOAK=60 for the whole minute.
+#[test]
+fn thirty_two_threads_and_fifty_sessions_keep_bits_and_memory() {
+    python("test_sessions.py", &[]);
+}
+
 #[test]
 fn two_thousand_mutations_crash_nothing() {
     python("fuzz_custom_ops.py", &["--count", "2000"]);
@@ -97,4 +103,42 @@ fn the_library_links_neither_graph_nor_tokenizer_nor_parquet() {
 #[test]
 fn what_is_benched_computes_what_it_should() {
     python("../../scripts/bench_ops.py", &["--check", "--threads", "1"]);
+}
+
+/// The header is C11 and C++17 and declares exactly what the library exports.
+#[test]
+fn the_header_compiles_and_declares_what_is_exported() {
+    let include = support::root().join("custom_ops/include");
+    let header = include.join("mx_custom_ops.h");
+    for (compiler, language, standard) in [("cc", "c", "-std=c11"), ("c++", "c++", "-std=c++17")] {
+        let out = Command::new(compiler)
+            .args(["-x", language, standard, "-Wall", "-Wextra", "-Werror", "-pedantic"])
+            .args(["-fsyntax-only", "-include"])
+            .args([&header, Path::new("/dev/null")])
+            .output()
+            .expect("building this workspace needs a C and a C++ compiler");
+        assert!(out.status.success(), "{compiler}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    let text = std::fs::read_to_string(&header).expect("the header was just compiled");
+    // Declarations end with ");" and stand outside comments, whose lines begin with "/*" or " *".
+    let code = text.lines().filter(|line| !line.starts_with("/*") && !line.starts_with(" *"));
+    let mut declared: Vec<&str> = code
+        .filter(|line| line.ends_with(");"))
+        .filter_map(|line| line.split('(').next()?.rsplit([' ', '*']).next())
+        .collect();
+    declared.sort_unstable();
+    assert_eq!(declared, ["MxKernels", "MxVersion", "RegisterCustomOps"]);
+    let Some(library) = support::library() else {
+        return support::skip("ort", "no libmx_custom_ops.so beside the binaries");
+    };
+    let out = Command::new("nm").args(["-D", "--defined-only"]).arg(&library).output();
+    let Ok(out) = out else { return support::skip("nm", "no nm (binutils) to list symbols with") };
+    let symbols = String::from_utf8_lossy(&out.stdout);
+    let mut exported: Vec<&str> = symbols
+        .lines()
+        .filter_map(|line| line.split_once(" T ")?.1.split('@').next())
+        .filter(|name| !name.starts_with('_'))
+        .collect();
+    exported.sort_unstable();
+    assert_eq!(exported, declared, "what {} exports is not what the header has", library.display());
 }

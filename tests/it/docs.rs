@@ -31,6 +31,11 @@ fn snippets_run() {
 }
 
 #[test]
+fn what_is_wrong_is_found() {
+    docs("selfcheck");
+}
+
+#[test]
 fn links_lead_somewhere() {
     docs("links");
 }

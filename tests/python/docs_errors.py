@@ -52,7 +52,7 @@ def check(pages: list[Page]) -> list[str]:
         reason = next((start for start in ALLOWED if message.startswith(start)), None)
         if reason is not None:
             unused.pop(reason, None)
-        elif not any(_holds(span, _fixed(message)) for span in explained):
+        elif not any(holds(span, fixed(message)) for span in explained):
             wrong.append(f"{place}: {message!r} is not on {PAGE}")
     wrong += [f"docs_errors.py allows {start!r}, which no message begins with" for start in unused]
     for start, reason in ALLOWED.items():
@@ -63,13 +63,14 @@ def check(pages: list[Page]) -> list[str]:
     return wrong
 
 
-def _fixed(message: str) -> list[str]:
+def fixed(message: str) -> list[str]:
     """The parts of a text that are always the same and say something."""
     parts = [part.strip(" '\"`:.,;()") for part in _HOLE.split(message.replace("`", ""))]
     return [part for part in parts if re.search(r"[a-zA-Z]{2}", part)]
 
 
-def _holds(text: str, parts: list[str]) -> bool:
+def holds(text: str, parts: list[str]) -> bool:
+    """Whether parts follow each other in a text."""
     at = 0
     for part in parts:
         at = text.find(part, at)
@@ -90,7 +91,7 @@ def _rust() -> list[tuple[str, str]]:
             for pattern in (_ENUM, _WHOLE):
                 for match in pattern.finditer(text):
                     found.append((_place(path, text, match.start()), _unescaped(match[1])))
-    return [(place, message) for place, message in found if _fixed(message)]
+    return [(place, message) for place, message in found if fixed(message)]
 
 
 def _place(path: Path, text: str, at: int) -> str:
@@ -113,6 +114,6 @@ def _python() -> list[tuple[str, str]]:
             parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
             texts = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts]
             message = "".join(texts)
-            if _fixed(message):
+            if fixed(message):
                 found.append((f"{path.relative_to(ROOT)}:{node.lineno}", message))
     return found

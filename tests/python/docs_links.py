@@ -10,7 +10,7 @@ from docs_markdown import ROOT, Page
 # Public pages of projects, specifications and papers. Another one is a line here.
 HOSTS = {
     "arxiv.org", "cmake.org", "creativecommons.org", "crates.io", "docs.nvidia.com", "docs.rs", "github.com", "huggingface.co",
-    "keepachangelog.com", "onnx.ai", "onnxruntime.ai", "pypi.org", "rust-lang.github.io", "rustup.rs", "semver.org",
+    "keepachangelog.com", "onnx.ai", "onnxruntime.ai", "ort.pyke.io", "pypi.org", "rust-lang.github.io", "rustup.rs", "semver.org",
     "www.apache.org", "www.opencompute.org", "microsoft.github.io", "numpy.org",
 }  # fmt: skip
 
@@ -23,14 +23,15 @@ def check(pages: list[Page]) -> list[str]:
     for page in pages:
         for line, target in page.links():
             count += 1
-            if reason := _check(page, target, by_path):
+            if reason := broken(page, target, by_path):
                 wrong.append(f"{page.path}:{line}: link {target}: {reason}")
     wrong += _contents(by_path)
     print(f"links: {count} in {len(pages)} files")
     return wrong
 
 
-def _check(page: Page, target: str, by_path: dict[str, Page]) -> str | None:
+def broken(page: Page, target: str, by_path: dict[str, Page]) -> str | None:
+    """Why a link leads nowhere."""
     url = urlsplit(target)
     if url.scheme in ("http", "https"):
         return None if url.hostname in HOSTS else f"{url.hostname} is not among the hosts in tests/python/docs_links.py"

@@ -93,13 +93,18 @@ def _slug(heading: str) -> str:
 
 
 def read(path: Path) -> Page:
-    """Reads a file; an unclosed fence is an error."""
-    page = Page(str(path.relative_to(ROOT)))
+    """Reads a file."""
+    return parse(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+
+
+def parse(name: str, text: str) -> Page:
+    """A page from its text; an unclosed fence is an error."""
+    page = Page(name)
     markers: list[str] = []
     marked = 0
     block: Block | None = None
     fence, indent, body = "", "", []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if block is not None:
             if line.strip() == fence:
                 block.text = "\n".join(body) + "\n"

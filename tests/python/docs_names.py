@@ -13,9 +13,10 @@ SUBCOMMANDS = {"mxrewrite": ["verify"], "mxeval": ["compare", "sensitivity", "se
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 _VARIABLE = re.compile(r"\bMX_[A-Z0-9_]+\b")
 # Options of other programs, in prose.
-FOREIGN = {"--ppl-stride": "llama.cpp", "--dependency": "Slurm", "--release": "cargo"}
+FOREIGN = {"--ppl-stride": "llama.cpp", "--dependency": "Slurm", "--release": "cargo", "--package-config": "Olive"}
 # Where options of scripts and names of variables stand.
 SOURCES = ("scripts", "tests", "src", "kernels", "custom_ops", "python", "examples", "fuzz")
+SUFFIXES = (".rs", ".py", ".sh", ".toml", ".c", ".cpp", ".h", ".cmake", ".txt")
 
 
 class Options:
@@ -63,15 +64,20 @@ def check(pages: list[Page]) -> list[str]:
                 if variable not in sources:
                     wrong.append(f"{place}: nothing reads {variable}")
             option = _OPTION.match(text)
-            if option and not (options.any_has(option[0]) or option[0] in FOREIGN or f'"{option[0]}"' in sources):
+            if option and not (options.any_has(option[0]) or option[0] in FOREIGN or _named(option[0], sources)):
                 wrong.append(f"{place}: no command or script has {option[0]}")
     print(f"names: options of {count} command lines exist")
     return wrong
 
 
+def _named(option: str, sources: str) -> bool:
+    """Whether a script or example has an option of this name."""
+    return re.search(rf"{option}(?![\w-])", sources) is not None
+
+
 def _sources() -> str:
     """All source text but the documentation's tests."""
-    paths = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.suffix in (".rs", ".py", ".sh", ".toml")]
+    paths = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths if not _own(path))
 
 

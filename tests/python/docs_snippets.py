@@ -16,7 +16,8 @@ are on the PATH, the package `mxrewrite` can be imported. `toml` is parsed, and 
     <!-- snippet: exit N -->                   the last command ends with N
     <!-- snippet: output -->                   `text`: the standard output of the block before
     <!-- snippet: usage -->                    `text`: a usage line, whose options exist
-    <!-- snippet: from PATH -->                any language: lines of a file of this repository that another test runs
+    <!-- snippet: from PATH -->                any language: lines of a file of this repository that another test runs; a
+                                               line `// ...` leaves some out
 """
 
 from __future__ import annotations
@@ -248,10 +249,16 @@ def _substituted(block: Block) -> str:
 
 def _part_of(block: Block, path: Path) -> str | None:
     """Whether the block's lines follow each other in a file, however deep they are indented there."""
-    lines = [line.strip() for line in block.text.splitlines() if line.strip()]
     whole = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    found = any(whole[at : at + len(lines)] == lines for at in range(len(whole)))
-    return None if found else f"these lines are not in {path.relative_to(ROOT)}, one after the other"
+    at = 0
+    for part in re.split(r"^\s*(?://|#) \.\.\.$", block.text, flags=re.MULTILINE):
+        lines = [line.strip() for line in part.splitlines() if line.strip()]
+        starts = (start for start in range(at, len(whole)) if whole[start : start + len(lines)] == lines)
+        start = next(starts, None)
+        if start is None:
+            return f"not in {path.relative_to(ROOT)}, line after line: {lines[0]}"
+        at = start + len(lines)
+    return None
 
 
 def prepare(folder: Path) -> None:

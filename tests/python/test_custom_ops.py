@@ -148,7 +148,9 @@ def inputs() -> None:
     m.graph.output[0].CopyFrom(helper.make_empty_tensor_value_info("Y"))
     m.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
     out = mx.session(m).get_outputs()[0]
-    check(out.shape == ["d0", "d1", case.n], f"inferred shape is {out.shape}")
+    # On 1.22 and 1.23 the operator has no shape inference (custom_ops/src/older.rs).
+    older = tuple(map(int, mx.ort.__version__.split(".")[:2])) < (1, 24)
+    check(out.shape == ([] if older else ["d0", "d1", case.n]), f"inferred shape is {out.shape}")
     for dtype in DTYPES:
         c = Case(dtype=dtype)
         m = c.model()

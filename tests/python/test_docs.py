@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The documentation: snippets run, links lead somewhere, every error is explained.
 
-    python3 tests/python/test_docs.py snippets|links|errors [PAGE ...]
+    python3 tests/python/test_docs.py snippets|links|errors|selfcheck [PAGE ...]
 
 `MX_BINARIES` is the folder with `mxrewrite`, `mxeval` and `libmx_custom_ops.so`; `PYTHONPATH` leads to the package. How
 snippets run and how a page says otherwise: docs_snippets.py.
@@ -22,7 +22,7 @@ import docs_errors
 import docs_links
 import docs_names
 import docs_snippets
-from docs_markdown import Page, all_pages, is_documentation
+from docs_markdown import Page, all_pages, is_documentation, parse
 
 
 def snippets(pages: list[Page]) -> list[str]:
@@ -75,7 +75,63 @@ def _tools(folder: Path) -> None:
         (folder / name).chmod(0o755)
 
 
-PARTS = {"snippets": snippets, "links": docs_links.check, "errors": docs_errors.check}
+WRONG = """
+# A page
+[gone](gone.md) [no heading](README.md#nowhere) [elsewhere](https://example.org/) [itself](#a-page)
+
+```
+no language
+```
+
+```perl
+unknown
+```
+
+<!-- snippet: skip (no reason of the list) -->
+```sh
+mxrewrite --no-such-option
+```
+
+<!-- snippet: perhaps -->
+```python
+1
+```
+
+```rust
+unmarked
+```
+
+<!-- snippet: from tests/python/docs_links.py -->
+```rust
+this line is not in that file
+```
+
+<!-- snippet: skip (needs a GPU) -->
+```python
+def broken(
+```
+
+<!-- snippet: exit 1 -->
+"""
+
+
+def selfcheck(_: list[Page]) -> list[str]:
+    """A page that is wrong in every way is found to be."""
+    page = parse("README.md", WRONG)
+    assert len(page.blocks) == 7 and len(page.stray) == 1, page
+    links = [docs_links.broken(page, target, {"README.md": page}) for _, target in page.links()]
+    assert [bool(reason) for reason in links] == [True, True, True, False], links
+    marked = [docs_snippets.check_markers(block) for block in page.blocks]
+    assert [bool(reason) for reason in marked] == [True] * 5 + [False] * 2, marked
+    outcome = docs_snippets.Runner(page, docs_snippets.Folders(Path(), Path())).run()
+    assert len(outcome.wrong) == 7 and not outcome.ran.get("python"), outcome
+    assert not docs_errors.holds("cannot open 'x': y", docs_errors.fixed("cannot {action} '{}': needs {what}"))
+    assert docs_errors.holds("cannot ACTION 'x': needs A", docs_errors.fixed("cannot {action} '{}': needs {what}"))
+    print("selfcheck: what is wrong is found")
+    return []
+
+
+PARTS = {"snippets": snippets, "links": docs_links.check, "errors": docs_errors.check, "selfcheck": selfcheck}
 
 
 def main() -> int:

@@ -34,6 +34,20 @@ pub enum ContractError {
         /// The values that are allowed.
         allowed: &'static str,
     },
+    /// The model is of a later version than this library.
+    #[error(
+        "{what} is {found}, but mxrewrite {} supports {what} {supported} at most: update mxrewrite (or its \
+         libmx_custom_ops), or rewrite the model with this version",
+        env!("CARGO_PKG_VERSION")
+    )]
+    Newer {
+        /// What has the version.
+        what: &'static str,
+        /// The version found.
+        found: i64,
+        /// The latest that this library knows.
+        supported: i64,
+    },
     /// A float attribute is NaN or infinite.
     #[error("attribute {attribute} is {value}, allowed: finite numbers")]
     NotFinite {

@@ -157,7 +157,7 @@ fn values_outside_their_range_are_named() {
         (attr::BLOCK_SIZE, 512),
         (attr::BLOCK_SIZE, i64::MAX),
         (attr::LAYOUT, 0),
-        (attr::LAYOUT, 2),
+        (attr::LAYOUT, -1),
     ];
     for (name, value) in cases {
         let error = MxMatMulAttrs::read(&full.with(name, AttributeValue::Int(value))).unwrap_err();
@@ -306,5 +306,19 @@ fn an_index_names_an_expert_from_either_end() {
     for index in [3, -4, i64::MAX, i64::MIN] {
         let error = attrs.expert(9, index).unwrap_err().to_string();
         assert!(error.contains(&format!("{index} at place 9, allowed: -3 to 2")), "{error}");
+    }
+}
+
+#[test]
+fn a_later_version_is_refused_with_both_versions() {
+    assert_eq!(check_domain_version(1), Ok(()));
+    let layout = Bag::of(&fp8()).with(attr::LAYOUT, AttributeValue::Int(2));
+    assert_eq!(
+        MxMatMulAttrs::read(&layout),
+        Err(ContractError::Newer { what: "attribute layout", found: 2, supported: 1 })
+    );
+    let error = check_domain_version(7).unwrap_err().to_string();
+    for part in ["domain mx is 7", "1 at most", env!("CARGO_PKG_VERSION"), "update mxrewrite"] {
+        assert!(error.contains(part), "{error}");
     }
 }

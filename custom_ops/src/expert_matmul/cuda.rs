@@ -21,13 +21,14 @@ use crate::{
 /// Alignment of codes and Y that the kernels rely on, and of scales.
 const ALIGNMENT: (usize, usize) = (16, 4);
 
-/// Compiles or loads every kernel, and refuses stacks whose experts the kernels could not address.
+/// Compiles or loads every kernel, and refuses stacks whose experts the kernels could not address. Answers the
+/// path of the plan for one row.
 pub(super) fn prepare(
     gpu: &'static Gpu,
     attrs: &MxExpertMatMulAttrs,
     problem: &LinearProblem,
     x: XType,
-) -> Result<(), OpError> {
+) -> Result<&'static str, OpError> {
     let (n, k) = (problem.n, problem.k);
     let (codes, scales) = (problem.weight.codes_len(n, k), problem.weight.scales_len(n, k));
     let row = n * x.float_type().bytes();
@@ -41,8 +42,7 @@ pub(super) fn prepare(
         .into());
     }
     LinearPlan::prepare(gpu, problem)?;
-    LinearPlan::new(gpu, problem, 1, x.float_type(), false)?;
-    Ok(())
+    Ok(LinearPlan::new(gpu, problem, 1, x.float_type(), false)?.path_name())
 }
 
 pub(super) fn run(

@@ -36,6 +36,15 @@ impl Node<'_, '_> {
         }
     }
 
+    /// The address of the logger of the node's session, which no other live session has; 0 where ONNX
+    /// Runtime does not tell.
+    pub(crate) fn logger(&self) -> usize {
+        let mut logger = ptr::null();
+        // SAFETY: the node description lives as long as `self`; only the address is used.
+        let status = unsafe { (ort::api().KernelInfo_GetLogger)(self.0.ptr(), &mut logger) };
+        check("KernelInfo_GetLogger", status).map_or(0, |()| logger as usize)
+    }
+
     fn value_name(&self, call: NameCall, index: usize) -> Option<String> {
         let mut size = 0;
         // SAFETY: a null buffer asks for the size only.

@@ -20,20 +20,21 @@ use crate::{
 };
 
 /// Compiles or loads every kernel, so that a machine that cannot says so when the session is created,
-/// and that none is left to load while a graph is captured.
+/// and that none is left to load while a graph is captured. Answers the path of the plan for many rows.
 pub(super) fn prepare(
     gpu: &'static Gpu,
     problem: &LinearProblem,
     x: XType,
     has_bias: bool,
-) -> Result<(), OpError> {
+) -> Result<&'static str, OpError> {
     LinearPlan::prepare(gpu, problem)?;
     // How many rows will come is not known; a few long products have no algorithm in cuBLASLt.
     const ROWS: usize = 512;
-    if LinearPlan::new(gpu, problem, ROWS, x.float_type(), has_bias)?.path_name() == FP8_PATH {
+    let path = LinearPlan::new(gpu, problem, ROWS, x.float_type(), has_bias)?.path_name();
+    if path == FP8_PATH {
         census::fp8();
     }
-    Ok(())
+    Ok(path)
 }
 
 pub(super) fn run(

@@ -1,6 +1,6 @@
 //! What this machine can run, and which kernels a product takes: for people and run records.
 
-use super::{Kernels, kernels, linear::DOT_ROWS, packed::Path, runnable, variants};
+use super::{Kernels, PreparedWeight, kernels, linear::DOT_ROWS, packed::Path, runnable, variants};
 use crate::{
     formats::ElementFormat,
     tensor::{LinearProblem, QuantSpec},
@@ -70,9 +70,9 @@ pub fn info() -> CpuInfo {
     }
 }
 
-fn product(kernels: &Kernels, weight: QuantSpec, activation: Option<QuantSpec>) -> ProductInfo {
-    let problem = LinearProblem { n: 4096, k: 4096, weight, activation, alpha: 1.0, beta: 1.0 };
-    let way = |m: usize| match kernels.packed.choose(&problem, m) {
+/// What multiplies m rows of x with a repacked weight.
+fn way(kernels: &Kernels, problem: &LinearProblem, m: usize) -> &'static str {
+    match kernels.packed.choose(problem, m) {
         Some(Path::Integer) => "exact integers",
         Some(Path::Bf16Codes(1)) => "bfloat16 from the codes",
         Some(Path::Bf16Codes(_)) => "two bfloat16 from the codes",
@@ -82,7 +82,19 @@ fn product(kernels: &Kernels, weight: QuantSpec, activation: Option<QuantSpec>) 
         Some(Path::FloatPanels) if m <= DOT_ROWS => "fp32 from the file's layout",
         Some(Path::FloatPanels) => "panels of fp32",
         None => "fp32, not repacked",
-    };
+    }
+}
+
+impl PreparedWeight {
+    /// What multiplies one row of x with the weight, in words; more rows may take another way.
+    pub fn way(&self, problem: &LinearProblem) -> &'static str {
+        way(kernels(), problem, 1)
+    }
+}
+
+fn product(kernels: &Kernels, weight: QuantSpec, activation: Option<QuantSpec>) -> ProductInfo {
+    let problem = LinearProblem { n: 4096, k: 4096, weight, activation, alpha: 1.0, beta: 1.0 };
+    let way = |m: usize| way(kernels, &problem, m);
     let mut ways: Vec<(usize, &'static str)> = (1..=ROWS).map(|m| (m, way(m))).collect();
     ways.dedup_by_key(|(_, way)| *way);
     ProductInfo { weight: weight.format, activation: activation.map(|spec| spec.format), ways }

@@ -256,7 +256,7 @@ variant!(
     2,
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14],
     ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"],
-    avx2_kernels::TABLE.packed,
+    PackedKernels { float: Some(&x86::avx2::FEW_ROWS), ..avx2_kernels::TABLE.packed },
     || {
         std::arch::is_x86_feature_detected!("avx512f")
             && std::arch::is_x86_feature_detected!("avx512bw")
@@ -319,7 +319,7 @@ const AVX512_BF16_NEEDS: &[&str] = &[
 static AVX512_VNNI: Kernels = Kernels {
     name: "avx512vnni",
     needs: AVX512_VNNI_NEEDS,
-    packed: PackedKernels { integer: Some(&x86::vnni512::KERNELS), ..avx2_kernels::TABLE.packed },
+    packed: PackedKernels { integer: Some(&x86::vnni512::KERNELS), ..avx512_kernels::TABLE.packed },
     detect: || {
         std::arch::is_x86_feature_detected!("avx512vnni")
             && std::arch::is_x86_feature_detected!("avx512vbmi")

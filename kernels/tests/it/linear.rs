@@ -517,6 +517,46 @@ fn every_code_and_scale_byte_means_what_the_reference_says() {
     }
 }
 
+/// Every finite code with an ordinary scale, sixteen neighbours to a panel, so that some panels hold small
+/// magnitudes and others none; one-hot x at every height that takes codes directly.
+#[test]
+fn every_code_at_every_small_height() {
+    let (n, k) = (256, 64);
+    for way in ways() {
+        for spec in specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0) {
+            let count = 1_u32 << spec.format.bits();
+            let finite = |code: u32| if spec.format.decode(code).is_finite() { code } else { 0x38 };
+            let codes: Vec<u32> = (0..n as u32).map(|row| finite(row % count)).collect();
+            // Four codes are whole bytes in every format.
+            let four = |code: u32| -> u32 {
+                (0..4).fold(0, |bits, i| bits | code << (i * spec.format.bits()))
+            };
+            let bytes: Vec<u8> = codes
+                .iter()
+                .flat_map(|&code| {
+                    let bytes = four(code).to_le_bytes();
+                    bytes[..spec.format.bits() as usize / 2].repeat(k / 4)
+                })
+                .collect();
+            let scales = vec![126; spec.scales_len(n, k)];
+            let (packed, scales) = (Guarded::new(&bytes), Guarded::new(&scales));
+            let w = Weight { spec, n, k, codes: packed, scales };
+            for m in 1..10 {
+                let mut x = vec![0.0_f32; m * k];
+                (0..m).for_each(|i| x[i * k + (i * 23 + m * 5) % k] = 3.0);
+                let mut y = vec![f32::NAN; m * n];
+                let out = FloatMut::F32(&mut y);
+                way.linear(&w.problem(None), Float::F32(&x), &w.view(), None, out, &Serial)
+                    .unwrap();
+                for (i, y) in y.iter().enumerate() {
+                    let want = 1.5 * spec.format.decode(codes[i % n]);
+                    assert!(*y == want, "{way} {spec:?} m={m} [{i}]: {y:e}, not {want:e}");
+                }
+            }
+        }
+    }
+}
+
 /// f16 and bf16 in and out, with bias, alpha and beta, in guarded memory.
 #[test]
 fn half_types_bias_alpha_and_beta() {

@@ -22,7 +22,7 @@ pub(super) struct GenaiArgs {
     pub genai: Option<PathBuf>,
     /// The operator library for that folder [default: the file that MX_OPS_LIBRARY names, else
     /// libmx_custom_ops.so beside this program]
-    #[arg(long, value_name = "FILE", requires = "genai")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "print_recipe", "cpu_info"])]
     pub ops_library: Option<PathBuf>,
 }
 

@@ -321,21 +321,24 @@ pub(crate) mod x86 {
             // SAFETY: the caller's promise is passed on.
             unsafe { x86_float::decode::<C>(tables, codes, scales, blocks, out) }
         }
-        /// `HS` for a single row of x: both halves of a panel at once share its loads, where tables
-        /// leave the registers for it.
-        const fn dots<C: Format, const HS: usize>() -> &'static [Dot] {
-            &[dot::<C, 1, HS>, dot::<C, 2, 1>, dot::<C, 3, 1>, dot::<C, 4, 1>]
+        /// Up to so many rows of x a tile's sums and a step's values fit the registers.
+        macro_rules! dots {
+            ($format:ident, 1 $(, $rows:literal)*; $hs:literal) => {
+                &[dot::<$format, 1, $hs> $(, dot::<$format, $rows, 1>)*]
+            };
         }
 
+        /// A single row of x shares its loads between both halves of a panel, but for tables of six bits
+        /// this takes more registers than there are.
         pub(crate) const DOTS: [&[Dot]; 5] = [
-            dots::<E4M3, 2>(),
-            dots::<E5M2, 2>(),
-            dots::<E3M2, 1>(),
-            dots::<FE2M3, 1>(),
-            dots::<FE2M1, 1>(),
+            dots!(E4M3, 1, 2, 3, 4, 5, 6, 7, 8; 2),
+            dots!(E5M2, 1, 2, 3, 4, 5, 6, 7, 8; 2),
+            dots!(E3M2, 1, 2, 3, 4, 5, 6; 1),
+            dots!(FE2M3, 1, 2, 3, 4, 5, 6; 1),
+            dots!(FE2M1, 1, 2, 3, 4, 5; 1),
         ];
 
-        pub(crate) static FLOATS: FloatKernels = FloatKernels {
+        const KERNELS: FloatKernels = FloatKernels {
             dots: DOTS,
             code_rows: 8,
             decode: [
@@ -346,5 +349,10 @@ pub(crate) mod x86 {
                 decode::<FE2M1>,
             ],
         };
+
+        pub(crate) static FLOATS: FloatKernels = KERNELS;
+
+        /// Where AVX-512 has panels of fp32 for more rows.
+        pub(crate) static FEW_ROWS: FloatKernels = FloatKernels { code_rows: 4, ..KERNELS };
     }
 }

@@ -105,7 +105,7 @@ pub(crate) enum Path {
     FloatPanels,
 }
 
-/// Up to so many rows of x AVX2's kernels take codes.
+/// Up to so many rows of x fp32 straight from the codes beats panels of bfloat16.
 const FLOAT_ROWS: usize = 4;
 /// From this k on x in two bfloat16, exact to 2^-18, keeps to the bound of any data.
 const TWO_PARTS: usize = 512;

@@ -188,7 +188,11 @@ unsafe fn block_sums<C: Format, const MR: usize, const HS: usize, const SMALL: b
     // SAFETY: the caller vouches for a block of w and MR rows of x.
     unsafe {
         // An addition waits four cycles for the one before it: few rows take four chains each.
-        let chains = if MR <= 2 { 4 } else { 2 };
+        let chains = match MR {
+            1 | 2 => 4,
+            _ if MR > 4 && one_k::<C>() => 1,
+            _ => 2,
+        };
         let mut acc = [[[_mm256_setzero_ps(); 4]; HS]; MR];
         for half in 0..two {
             let piece = Piece::new::<C>(w, half);
@@ -219,7 +223,7 @@ unsafe fn block_sums<C: Format, const MR: usize, const HS: usize, const SMALL: b
                 if chains == 4 {
                     (first, second) = (_mm256_add_ps(first, second), _mm256_add_ps(c, d));
                 }
-                if one_k::<C>() {
+                if one_k::<C>() && chains > 1 {
                     first = _mm256_add_ps(first, second);
                 }
                 sums[r][s] = [first, second];
@@ -301,13 +305,14 @@ pub(crate) unsafe fn decode<C: Format>(
 ) {
     // SAFETY: the caller vouches for the blocks and the tables.
     unsafe {
+        let two = std::hint::black_box(2);
         for b in 0..blocks {
             let w = w.add(b * block_bytes(C::FORMAT));
-            for h in 0..2 {
+            for h in 0..two {
                 let factors = scales::<C>(scale_bytes.add(b * PANEL + h * HALF));
                 let low = _mm256_castsi256_ps(_mm256_unpacklo_epi32(factors, factors));
                 let high = _mm256_castsi256_ps(_mm256_unpackhi_epi32(factors, factors));
-                for half in 0..2 {
+                for half in 0..two {
                     let piece = Piece::new::<C>(w, half);
                     for part in 0..4 {
                         let values = floats::<C, true>(&*tables, piece, part, h);
