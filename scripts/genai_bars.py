@@ -185,6 +185,11 @@ def speed(args, loaded):
     return {n: {k: statistics.median(v) for k, v in r.items()} | {"decode_runs": r["decode"]} for n, r in rates.items()}
 
 
+def ratio(a, b):
+    """Median over the turns: other work on the machine comes and goes between them."""
+    return f"{statistics.median(x / y for x, y in zip(a['decode_runs'], b['decode_runs'])):.2f}"
+
+
 def machine():
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
@@ -209,7 +214,7 @@ def report(args, results):
         rates = results["speed"]
         print("| model | tokens/s | / fp32 | / int4 | lowest to highest |\n|---|---:|---:|---:|---|")
         for name, r in rates.items():
-            over = [f"{r['decode'] / rates[other]['decode']:.2f}" if other in rates else "-" for other in ("fp32", "int4")]
+            over = [ratio(r, rates[other]) if other in rates else "-" for other in ("fp32", "int4")]
             print(f"| {name} | {r['decode']:.1f} | {over[0]} | {over[1]} | {min(r['decode_runs']):.1f} to {max(r['decode_runs']):.1f} |")
 
 

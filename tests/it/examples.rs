@@ -69,8 +69,9 @@ fn rust_with_the_operators_built_in() {
     assert_eq!(kernels.len(), LAYERS, "{said}");
     assert!(kernels.iter().all(|line| line.contains(" MxMatMul cpu ")), "{said}");
 
-    let refused = Command::new(&program).args(["none.onnx", "--ids", IDS, "--ort"]).arg(&runtime);
-    let refused = Command::output(refused).unwrap();
+    let mut refused = Command::new(&program);
+    refused.args(["none.onnx", "--ids", IDS, "--ort"]).arg(&runtime);
+    let refused = refused.output().unwrap();
     let stderr = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && stderr.contains("none.onnx"), "{stderr}");
 }
