@@ -218,7 +218,7 @@ pub(crate) mod x86 {
             ]
         }
         const fn two<C: Format>() -> &'static [Dot] {
-            &[dot::<C, 1, 1>, dot::<C, 2, 2>, dot::<C, 3, 2>, dot::<C, 4, 2>]
+            &[dot::<C, 1, 2>, dot::<C, 2, 2>, dot::<C, 3, 2>, dot::<C, 4, 2>]
         }
 
         const KERNELS: Bf16Kernels = Bf16Kernels {
