@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,10 +23,9 @@ def mxeval() -> None:
 
 def _prepared(name: str) -> list[str]:
     """The arguments; and the environment in which the commands find what the package and its neighbours have."""
-    # Rust's threads are busy while Python's handler would wait for them.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Rust's threads are busy while Python's handler would wait for them. A signal that is ignored stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("MX_PYTHON", sys.executable)
     os.environ.setdefault("MX_OPS_LIBRARY", str(Path(__file__).with_name("libmx_custom_ops.so")))
     runtime = onnxruntime_library()

@@ -98,7 +98,7 @@ def session(
         kwargs: everything else that `InferenceSession` takes.
 
     Raises:
-        RuntimeVersionError: onnxruntime is missing or older than 1.22.
+        RuntimeVersionError: onnxruntime is missing, older than 1.22, or has no CUDA where CUDA is named.
         Exceptions of ONNX Runtime, as they are.
     """
     ort = _onnxruntime()
@@ -109,6 +109,11 @@ def session(
         options.add_session_config_entry(accuracy, "1")
     chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
     if any(_name(provider) == "CUDAExecutionProvider" for provider in chosen):
+        # ONNX Runtime itself only warns, and runs on the CPU.
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise RuntimeVersionError(
+                f"onnxruntime {ort.__version__} has no CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]' in its place"
+            )
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         kwargs.setdefault("enable_fallback", 0)

@@ -130,7 +130,9 @@ def dynamic_model(case: Case, declared: dict) -> onnx.ModelProto:
 def inputs() -> None:
     """Weights that are no constants, declared with and without shapes; fewer declared facts."""
     case = Case(bias=True)
-    want = mx.run_case(case)
+    # By kernels of their own: what is no constant is not repacked.
+    want, size = case.expected()
+    bound = case.tolerance(want, size)
     feeds = {"X": case.feed()}
     for init in case.model().graph.initializer:
         dtype = np.float32 if init.data_type == TensorProto.FLOAT else np.uint8
@@ -141,7 +143,7 @@ def inputs() -> None:
             m.graph.input[0].CopyFrom(helper.make_tensor_value_info("X", TensorProto.FLOAT, None))
             m.graph.output[0].CopyFrom(helper.make_tensor_value_info("Y", TensorProto.FLOAT, None))
         y = mx.session(m).run(None, feeds)[0]
-        check((y == want).all(), f"dynamic weights, declared {declared}")
+        check(bool((np.abs(y - want) <= bound).all()), f"dynamic weights, declared {declared}")
 
     # Shape inference: the symbolic dimensions of X reach Y.
     m = case.model()

@@ -214,7 +214,10 @@ def shapes() -> None:
         m.graph.input.append(helper.make_tensor_value_info(init.name, init.data_type, None))
         feeds[init.name] = mx.value(np.frombuffer(init.raw_data, np.uint8).reshape(list(init.dims)), "uint8")
     del m.graph.initializer[:]
-    check((mx.run(mx.session(m), feeds, ["float32"])[0] == run(case)).all(), "a stack that is no constant")
+    # Not repacked, and so by other kernels.
+    y, (want, size) = mx.run(mx.session(m), feeds, ["float32"])[0], case.expected()
+    bound = Case(k=case.k, dtype=case.dtype).tolerance(want, size)
+    check(bool((np.abs(y - want) <= bound).all()), "a stack that is no constant")
 
 
 def bad_models():

@@ -123,6 +123,8 @@ def test_interrupt(folder: Path) -> None:
     """Ctrl-C is KeyboardInterrupt, also where Python code does not run, and leaves nothing."""
     code = (
         "import os, signal, sys, mxrewrite\n"
+        # Python leaves the signal ignored where it was started so, as by a shell in the background.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def once(done, total):\n"
         "    if done == 0: os.kill(os.getpid(), signal.SIGINT)\n"
         "try:\n"
@@ -228,6 +230,9 @@ def test_session(folder: Path) -> None:
     plain = ort.InferenceSession(str(MODEL), providers=["CPUExecutionProvider"])
     assert mxrewrite.describe(plain) == [] and mxrewrite.describe(mxrewrite.session(MODEL)) == []
     assert not np.array_equal(plain.run(None, FEED)[0], session.run(None, FEED)[0])
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        cuda = lambda: mxrewrite.session(MODEL, providers=["CUDAExecutionProvider"])  # noqa: E731
+        raises(mxrewrite.RuntimeVersionError, "no CUDA", cuda)
     from_bytes = ort.InferenceSession(MODEL.parent.parent.joinpath("torchscript/model.onnx").read_bytes(), options)
     raises(mxrewrite.UsageError, "mxrewrite.session", lambda: mxrewrite.describe(from_bytes))
     del session, own, nodes
