@@ -105,7 +105,7 @@ fn c_and_cpp_with_cmake() {
         support::skip(
             "cpp",
             "no ONNX Runtime headers: set ORT_HEADERS to the include folder of a release, or \
-             install libonnxruntime-dev (Debian 13, Ubuntu 24.10 or later)",
+             install libonnxruntime-dev (recent Debian and Ubuntu)",
         );
         return;
     };
