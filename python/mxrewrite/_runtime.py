@@ -45,12 +45,14 @@ class MxNode:
     """`CPU` or `CUDA`."""
     kernel: str
     """On the CPU the instruction set and whether the weight was repacked; on a GPU the kind of kernel."""
-    weight_format: str
-    activation_format: str
+    weight_format: str | None
+    """None where the operator has no product, as `TokenScores`; B's for a product of two activations."""
+    activation_format: str | None
     """`none` = weight-only."""
-    block_size: int
-    k: int
-    n: int
+    block_size: int | None
+    k: int | None
+    n: int | None
+    """Input and output features; None for a product of two activations, whose sizes are known when it runs."""
     raw: dict[str, Any]
     """Everything that the library tells."""
 
@@ -204,6 +206,8 @@ def _node(kernel: dict[str, Any]) -> MxNode:
 def _library(path: str) -> ctypes.CDLL:
     """The library that ONNX Runtime has loaded: the loader knows it by its path."""
     library = ctypes.CDLL(path)
+    if not hasattr(library, "MxKernels"):
+        raise MxError(f"{path} is older than this package and cannot list its kernels; use mxrewrite.library_path()")
     library.MxKernels.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
     library.MxKernels.restype = ctypes.c_size_t
     return library
@@ -217,6 +221,8 @@ def _kernels() -> list[dict[str, Any]]:
     while True:
         buffer = ctypes.create_string_buffer(size)
         needed = list_kernels(buffer, size)
+        if needed == 0:
+            raise MxError("the operator library cannot list its kernels: an internal error, please report it")
         if needed <= size:
             kernels: list[dict[str, Any]] = json.loads(buffer.value.decode())
             return sorted(kernels, key=lambda kernel: kernel["id"])
