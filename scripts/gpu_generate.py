@@ -64,9 +64,9 @@ def measure(args, name):
     if not folder.exists():
         raise RuntimeError(f"{folder} is missing: the part 'model' makes it")
     more = ["--device", args.device, "--prompt-tokens", args.prompt_tokens, "--repeat", args.repeat]
-    if args.part == "graph":
+    if args.part.endswith("graph"):
         more += ["--cuda-graph"]
-    if args.part == "genai":
+    if args.part.startswith("genai"):
         command = ["scripts/genai_run.py", folder, "--new", args.tokens, *more]
     else:
         command = ["examples/generate.py", folder, "--benchmark", args.tokens, *more]
@@ -105,7 +105,7 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("model", "plain", "graph", "genai"))
+    parser.add_argument("part", choices=("model", "plain", "graph", "genai", "genai-graph"))
     parser.add_argument("--bin", type=Path, required=True, help="folder of mxrewrite and libmx_custom_ops.so")
     parser.add_argument("--work", type=Path, required=True, help="folder of the models")
     parser.add_argument("--records", type=Path)

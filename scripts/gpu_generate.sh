@@ -8,6 +8,7 @@
 #   plain     examples/generate.py --benchmark: IoBinding, past and present in one buffer; tokens a second, ratios to bf16
 #   graph     the same with decoding as a CUDA graph
 #   genai     scripts/genai_run.py: ONNX Runtime GenAI (pip install onnxruntime-genai-cuda beside onnxruntime-gpu)
+#   genai-graph  the same with decoding as a CUDA graph
 #
 #   MX_PYTHON             (default python3) with numpy, onnx and onnxruntime-gpu
 #   MX_GENERATE           folder, 50 GB for all variants (default /dev/shm/mx_generate); what is there is kept
@@ -21,12 +22,12 @@ say_machine
 [ $# -gt 0 ] || set -- model plain graph
 for name in "$@"; do
     case $name in
-        model | plain | graph | genai)
+        model | plain | graph | genai | genai-graph)
             # shellcheck disable=SC2086 # several options in one variable
             part "$name" "$python" scripts/gpu_generate.py "$name" --bin "$bin" --records "$logs" \
                 --work "${MX_GENERATE:-/dev/shm/mx_generate}" ${MX_GENERATE_OPTIONS:-}
             ;;
-        *) echo "error: no part named '$name' (model, plain, graph, genai)" >&2; exit 2 ;;
+        *) echo "error: no part named '$name' (model, plain, graph, genai, genai-graph)" >&2; exit 2 ;;
     esac
 done
 finish
