@@ -41,6 +41,9 @@ VARIANTS = {
     "mx-fp8-head": ["--format", "fp8_e4m3", *WEIGHT_ONLY, *HEAD],
     "mx-fp4": ["--format", "fp4_e2m1", *WEIGHT_ONLY],
     "mx-fp4-head": ["--format", "fp4_e2m1", *WEIGHT_ONLY, *HEAD],
+    # As MatMulNBits with accuracy level 4 does, which the builder's int4 has: activations of eight bits.
+    "mx-fp4-int8": ["--format", "fp4_e2m1", "--activation-format", "mxint8"],
+    "mx-fp4-int8-head": ["--format", "fp4_e2m1", "--activation-format", "mxint8", *HEAD],
     "mx-fp8-both": ["--format", "fp8_e4m3", "--activation-format", "fp8_e4m3"],
     "mx-fp8-both-head": ["--format", "fp8_e4m3", "--activation-format", "fp8_e4m3", *HEAD],
 }
