@@ -95,9 +95,16 @@ def _arguments(given: dict[str, Value]) -> list[str]:
 
 def _run(arguments: list[str], progress: bool) -> str:
     command = [sys.executable, "-c", "from mxrewrite._commands import mxeval; mxeval()", *arguments]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=None if progress else subprocess.PIPE, text=True, check=False
-    )
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=None if progress else subprocess.PIPE, text=True
+    ) as process:
+        try:
+            stdout, told = process.communicate()
+        except KeyboardInterrupt:
+            # The terminal has told mxeval, too, which ends its batch and writes what it has.
+            process.communicate()
+            raise
+    done = subprocess.CompletedProcess(command, process.returncode, stdout, told)
     stderr = done.stderr or ""
     if done.returncode == 2:
         raise UsageError(_message(stderr) or "mxeval refused its options; its message is on stderr")

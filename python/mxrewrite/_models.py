@@ -260,6 +260,8 @@ def _options(
     for name, value in (("include", include), ("exclude", exclude)):
         if isinstance(value, str):
             raise UsageError(f"{name}: a list of regular expressions, not one string: [{value!r}]")
+    if others.get("shard_size") == 0:
+        raise UsageError("shard_size: 0, but a file has at least one byte")
     inline = isinstance(recipe, Mapping)
     return {
         "overwrite": False,

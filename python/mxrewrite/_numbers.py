@@ -17,7 +17,7 @@ FORMATS: tuple[str, ...] = ("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4
 _BITS = {"fp6_e3m2": 6, "fp6_e2m3": 6, "fp4_e2m1": 4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
     """A quantised array: blocks of `block_size` values along the last axis share a power of two.
 

@@ -71,7 +71,8 @@ def library_path() -> str:
 
 
 def register(session_options: ort.SessionOptions) -> ort.SessionOptions:
-    """Adds the operators to session options, once however often it is called, and returns the options.
+    """Adds the operators to session options, once however often it is called, and returns the options. Options that got
+    the library by `register_custom_ops_library` already must not come here: ONNX Runtime refuses a domain that is there twice.
 
     Raises:
         RuntimeVersionError: onnxruntime is older than 1.22.
@@ -96,7 +97,8 @@ def session(
         providers: execution providers, as ONNX Runtime takes them (default: the CPU alone). With CUDA the libraries
             of the `nvidia-*` packages are loaded before, and MX nodes run there or the session fails: ONNX Runtime's
             retry on the CPU is off unless `enable_fallback` is given.
-        sess_options: options to start from; the operators are added to them.
+        sess_options: options to start from; the operators are added to them, and so is
+            `session.qdq_matmulnbits_accuracy_level` 1 unless they have it: weight-only int8 files need it.
         kwargs: everything else that `InferenceSession` takes.
 
     Raises:
@@ -110,7 +112,8 @@ def session(
     if not _has_entry(options, accuracy):
         options.add_session_config_entry(accuracy, "1")
     chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
-    if any(_name(provider) == "CUDAExecutionProvider" for provider in chosen):
+    cuda = any(_name(provider) == "CUDAExecutionProvider" for provider in chosen)
+    if cuda:
         # ONNX Runtime itself only warns, and runs on the CPU.
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             raise RuntimeVersionError(
@@ -123,9 +126,16 @@ def session(
     with _CREATING:
         before = {kernel["id"] for kernel in _kernels()}
         created = ort.InferenceSession(model, options, providers=chosen, **kwargs)
-        here = threading.get_native_id()
-        made = [k for k in _kernels() if k["id"] not in before and k["thread"] == here]
-    _GROUPS[created] = frozenset(kernel["session"] for kernel in made)
+        # A provider whose libraries are missing is left out with a line of log and no exception.
+        if cuda and not kwargs.get("enable_fallback") and "CUDAExecutionProvider" not in created.get_providers():
+            raise MxError(
+                "ONNX Runtime left out the CUDA provider, its log says why (CUDA, cuDNN or the driver is missing); "
+                "enable_fallback=1 runs on the CPU"
+            )
+        # 0: a system that does not tell threads' numbers.
+        here = (0, threading.get_native_id())
+        made = [k for k in _kernels() if k["id"] not in before and k["thread"] in here]
+        _GROUPS[created] = frozenset(kernel["session"] for kernel in made)
     return created
 
 
@@ -139,10 +149,12 @@ def describe(session: ort.InferenceSession) -> list[MxNode]:
     Raises:
         UsageError: a session that was made otherwise and cannot be told from another one.
     """
-    groups = _GROUPS.get(session)
-    kernels = _kernels()
-    if groups is None:
-        groups = _matching(session, kernels)
+    with _CREATING:
+        groups = _GROUPS.get(session)
+        kernels = _kernels()
+        # set_providers() makes a session anew, and other kernels with it.
+        if groups is None or (groups and groups.isdisjoint(kernel["session"] for kernel in kernels)):
+            groups = _matching(session, kernels)
     return [_node(kernel) for kernel in kernels if kernel["session"] in groups]
 
 
