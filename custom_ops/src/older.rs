@@ -94,8 +94,10 @@ pub fn bind(library: &Path) -> Result<(), String> {
     if api.is_null() {
         return Err(failed(&format!("version {version} is older than 1.{OLDEST_MINOR}")));
     }
+    // `careful` notes the runtime's own function, so whether an earlier call did is asked before.
+    let before = ADD.get().is_some();
     // SAFETY: `api` is a complete table of the version that was asked for.
-    if !ort::set_api(careful(unsafe { (*api).clone() })) && ADD.get().is_none() {
+    if !ort::set_api(careful(unsafe { (*api).clone() })) && !before {
         return Err(failed("bound already: bind it before any other call of ort"));
     }
     Ok(())

@@ -424,6 +424,8 @@ DEVICE void stream_whole(const Linear& p, const Finish& f) {
         if (f.bias) y += f.beta * load_float(f.bias, f.type, n);
         store_float(f.y, f.type, (long long)m * f.n + n, y);
     }
+    // Lanes left the loop at different times, and the barrier is one of whole warps.
+    __syncwarp();
     // Until then others may read this block's sums.
     cluster_sync();
 }
