@@ -47,10 +47,11 @@ fn main() -> Result<()> {
         library.context("no ONNX Runtime: pass --ort libonnxruntime.so, or set ORT_DYLIB_PATH")?;
     // From the folder that the user is in; `ort` takes a relative path from the program's.
     let library = std::path::absolute(library)?;
-    let environment = ort::init_from(&library)
-        .with_context(|| format!("cannot load ONNX Runtime from {}", library.display()))?
-        .with_name("mx-example")
-        .build()?;
+    let builder = ort::init_from(&library)
+        .with_context(|| format!("cannot load ONNX Runtime from {}", library.display()))?;
+    // Makes ONNX Runtime 1.22 and 1.23 safe, before any other call of `ort`.
+    mx_custom_ops::bind(&library).map_err(anyhow::Error::msg)?;
+    let environment = builder.with_name("mx-example").build()?;
     let mut session = session(&environment, &arguments.model, arguments.cuda)
         .with_context(|| format!("cannot make a session of {}", arguments.model.display()))?;
 
