@@ -104,15 +104,14 @@ def _run(arguments: list[str], progress: bool) -> str:
             # The terminal has told mxeval, too, which ends its batch and writes what it has.
             process.communicate()
             raise
-    done = subprocess.CompletedProcess(command, process.returncode, stdout, told)
-    stderr = done.stderr or ""
-    if done.returncode == 2:
+    code, stderr = process.returncode, told or ""
+    if code == 2:
         raise UsageError(_message(stderr) or "mxeval refused its options; its message is on stderr")
     # A stage that failed is a record like any other, and the exit code is 1 then.
-    if done.returncode != 0 and not (done.returncode == 1 and done.stdout.strip()):
-        message = _message(stderr) or f"mxeval ended with {done.returncode}; its message is on stderr"
-        raise EvaluationError(message, done.returncode, stderr)
-    return done.stdout
+    if code != 0 and not (code == 1 and stdout.strip()):
+        message = _message(stderr) or f"mxeval ended with {code}; its message is on stderr"
+        raise EvaluationError(message, code, stderr)
+    return stdout
 
 
 def _message(stderr: str) -> str:

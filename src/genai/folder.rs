@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::{CONFIG, GenaiError};
 
 /// Files from this size on are hard links to the input's where the file system allows: weights of models that
-/// are not rewritten take no space twice. Smaller ones, which people edit, are copies.
+/// are not rewritten take no space twice. Smaller ones, as configurations that people edit, are copies.
 const LINK_FROM: u64 = 16 << 20;
 
 /// How deeply folders may nest.
@@ -78,9 +78,13 @@ impl Output {
             false => None,
         };
         let renamed = fs::rename(self.path(), &self.target);
-        if let (Err(_), Some(old)) = (&renamed, &old) {
-            // The old folder goes back where it was.
-            let _ = fs::rename(old.path().join("old"), &self.target);
+        if renamed.is_err()
+            && let Some(old) = old
+        {
+            // The old folder goes back where it was; where it cannot, it stays beside it.
+            if fs::rename(old.path().join("old"), &self.target).is_err() {
+                let _ = old.keep();
+            }
         }
         renamed.map_err(GenaiError::io("write", &self.target))?;
         // Renamed: there is nothing left to remove.
@@ -108,7 +112,7 @@ fn share(folder: &Path) -> Result<(), GenaiError> {
     fs::set_permissions(folder, mode).map_err(GenaiError::io("set the mode of", folder))
 }
 
-/// `--force` replaces what looks like its own work, never somebody's home.
+/// `--force` replaces a folder of GenAI, whoever made it, or an empty one; never somebody's home.
 fn is_replaceable(target: &Path) -> bool {
     let is_folder = target.symlink_metadata().is_ok_and(|m| m.is_dir());
     let is_empty = || fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());

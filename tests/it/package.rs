@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::support;
 
 /// A folder for PYTHONPATH, or a skip with the reason.
-pub(crate) fn package(folder: &Path) -> bool {
+fn package(folder: &Path) -> bool {
     let native = support::mxrewrite().with_file_name("lib_native.so");
     if !native.is_file() {
         support::skip("ort", "no lib_native.so beside the binaries (cargo build --workspace)");
@@ -38,24 +38,30 @@ pub(crate) fn package(folder: &Path) -> bool {
     true
 }
 
-fn python(parts: &[&str]) {
+/// Runs a script of `tests/python` with the package on its path.
+pub(crate) fn run(script: &str, parts: &[&str]) {
     let Some((python, _)) = support::python_and_library() else { return };
     let folder = tempfile::tempdir().unwrap();
     if !package(folder.path()) {
         return;
     }
     let out = Command::new(python)
-        .arg(support::root().join("tests/python/test_package.py"))
+        .arg(support::root().join("tests/python").join(script))
         .args(parts)
         .env("PYTHONPATH", folder.path())
         .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("MX_BINARIES", support::mxrewrite().parent().unwrap())
         .env_remove("MX_OPS_LIBRARY")
         .output()
         .expect("the Python interpreter was probed before");
     let stdout = String::from_utf8_lossy(&out.stdout);
     let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{parts:?}: {}\n{stdout}{stderr}", out.status);
+    assert!(out.status.success(), "{script} {parts:?}: {}\n{stdout}{stderr}", out.status);
     println!("{}", stdout.trim());
+}
+
+fn python(parts: &[&str]) {
+    run("test_package.py", parts);
 }
 
 #[test]
