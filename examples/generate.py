@@ -86,7 +86,8 @@ class Files:
         if not self.model.is_file():
             raise UserError(f"{self.model}: no such file")
         # The configuration is of its own decoder, not of any file beside it.
-        if self.decoder.get("filename") != self.model.name:
+        named = folder / self.decoder.get("filename", "")
+        if named.resolve() != self.model.resolve():
             self.genai, self.decoder = {}, {}
         library = self.decoder.get("session_options", {}).get("custom_ops_library")
         self.library = folder / library if library else None
@@ -351,10 +352,14 @@ def open_session(args, files):
         cuda = {"device_id": 0, "use_tf32": 0, "enable_cuda_graph": int(args.cuda_graph)}
         providers = [("CUDAExecutionProvider", cuda)]
     try:
-        return ort.InferenceSession(str(files.model), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(str(files.model), options, providers=providers, enable_fallback=0)
     except Exception as error:
         hint = "" if operators else " (a rewritten model needs --ops-library libmx_custom_ops.so)"
         raise UserError(f"{files.model}: {error}{hint}") from error
+    # A provider whose libraries are missing is left out with a line of log alone.
+    if args.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise UserError("ONNX Runtime left CUDA out: CUDA, cuDNN or the driver is missing; its log says which")
+    return session
 
 
 def arguments(argv=None):

@@ -1,6 +1,6 @@
 /* mx_custom_ops.h: libmx_custom_ops.so, the MX operators for ONNX Runtime 1.22 or later (C11, C++17).
  *
- * Register the library once on each session options object, before sessions are made of it:
+ * Register the library on each session options object, before sessions are made of it:
  *   C:   OrtApi::RegisterCustomOpsLibrary_V2(options, "libmx_custom_ops.so")
  *   C++: session_options.RegisterCustomOpsLibrary("libmx_custom_ops.so")
  * No panic or exception leaves the library. A model that breaks the contract below gets an error that

@@ -14,6 +14,9 @@ use crate::{
     older::{self, OLDEST_MINOR},
 };
 
+/// Session configuration entry of options that have the operators.
+const REGISTERED: &CStr = c"mx.registered";
+
 /// The runtime that this library is bound to and the domain made for it, as addresses.
 static BOUND: Mutex<Option<Bound>> = Mutex::new(None);
 
@@ -27,8 +30,8 @@ struct Bound {
 ///
 /// Needs ONNX Runtime 1.22 or newer. The operators are made once and live as long as the process,
 /// so any number of session options and sessions may use them, also after the options are gone.
-/// ONNX Runtime refuses to create a session from options that have the domain twice, hence call
-/// this once on each options object.
+/// ONNX Runtime refuses to create a session from options that have the domain twice, hence options
+/// that have it already, from this library or a copy of it, stay as they are.
 ///
 /// # Safety
 /// `options` and `api_base` are what ONNX Runtime passes: live, or null.
@@ -89,10 +92,21 @@ unsafe fn register(
     }
     // SAFETY: `api` is a complete table of the version that was asked for and is never freed.
     let domain = unsafe { bound_domain(api, &version)? };
-    // SAFETY: both are live; the domain is never released.
+    let checked = |status| {
+        // SAFETY: every status below is a call's result, and handed on once.
+        let result = unsafe { ort::Error::result_from_status(status) };
+        result.map_err(|error| error.message().to_owned())
+    };
+    // SAFETY: options and domain are live, the domain is never released, texts are C strings that are
+    // copied.
     unsafe {
-        let status = ((*api).AddCustomOpDomain)(options, domain as *mut sys::OrtCustomOpDomain);
-        ort::Error::result_from_status(status).map_err(|error| error.message().to_owned())
+        let mut present = 0;
+        checked(((*api).HasSessionConfigEntry)(options, REGISTERED.as_ptr(), &mut present))?;
+        if present != 0 {
+            return Ok(());
+        }
+        checked(((*api).AddCustomOpDomain)(options, domain as *mut sys::OrtCustomOpDomain))?;
+        checked(((*api).AddSessionConfigEntry)(options, REGISTERED.as_ptr(), c"1".as_ptr()))
     }
 }
 

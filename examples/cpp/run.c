@@ -82,7 +82,7 @@ static int make_session(const Options *options, State *state) {
   const char *const values[] = {"0", "0"};
   if (!ok(api->CreateEnv(ORT_LOGGING_LEVEL_WARNING, "mx", &state->env))) return 0;
   if (!ok(api->CreateSessionOptions(&state->options))) return 0;
-  /* The line that a program needs. Once for each options object: ONNX Runtime refuses a domain that comes twice. */
+  /* The line that a program needs. */
   if (!ok(RegisterCustomOps(state->options, OrtGetApiBase()))) return 0;
   if (options->cuda) {
     if (!ok(api->CreateCUDAProviderOptions(&state->cuda))) return 0;

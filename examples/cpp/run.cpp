@@ -80,7 +80,7 @@ Options parse(int argc, char** argv) {
 
 Ort::Session make_session(Ort::Env& env, const Options& options) {
   Ort::SessionOptions session_options;
-  // The line that a program needs. Once for each SessionOptions: ONNX Runtime refuses a domain that comes twice.
+  // The line that a program needs.
   session_options.RegisterCustomOpsLibrary(options.library.c_str());
   if (options.cuda) {
     OrtCUDAProviderOptionsV2* cuda = nullptr;

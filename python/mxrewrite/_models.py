@@ -37,7 +37,7 @@ class Site:
     """Codes and scales."""
     expected_sqnr_db: float | None
     """Signal to quantisation noise of the weight in decibels, when it was measured."""
-    raw: dict[str, Any] = field(repr=False)
+    raw: dict[str, Any] = field(repr=False, hash=False)
     """The entry of `mxrewrite --plan --json`, which has all of it."""
 
 

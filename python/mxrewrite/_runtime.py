@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -28,8 +28,6 @@ OLDEST = (1, 22)
 
 Provider = Union[str, "tuple[str, Mapping[str, Any]]"]
 
-# Marks session options that have the library, since ONNX Runtime refuses a domain that comes twice.
-_REGISTERED = "mx.registered"
 # One session at a time is created here: what the library lists meanwhile is that session's.
 _CREATING = threading.Lock()
 _GROUPS: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
@@ -53,7 +51,7 @@ class MxNode:
     k: int | None
     n: int | None
     """Input and output features; None for a product of two activations, whose sizes are known when it runs."""
-    raw: dict[str, Any]
+    raw: dict[str, Any] = field(repr=False, hash=False)
     """Everything that the library tells."""
 
 
@@ -71,16 +69,13 @@ def library_path() -> str:
 
 
 def register(session_options: ort.SessionOptions) -> ort.SessionOptions:
-    """Adds the operators to session options, once however often it is called, and returns the options. Options that got
-    the library by `register_custom_ops_library` already must not come here: ONNX Runtime refuses a domain that is there twice.
+    """Adds the operators to session options and returns them; options that have the operators already stay as they are.
 
     Raises:
         RuntimeVersionError: onnxruntime is older than 1.22.
     """
     _onnxruntime()
-    if not _has_entry(session_options, _REGISTERED):
-        session_options.register_custom_ops_library(library_path())
-        session_options.add_session_config_entry(_REGISTERED, "1")
+    session_options.register_custom_ops_library(library_path())
     return session_options
 
 

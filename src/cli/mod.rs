@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 pub mod mxeval;
 pub mod mxrewrite;
+mod signals;
 
 /// The command as it was typed, for reports: a host program's own arguments are others.
 static TYPED: OnceLock<Vec<String>> = OnceLock::new();

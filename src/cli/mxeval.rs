@@ -461,17 +461,15 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 impl Observer for Console {
     fn opened(&self, work: &Path) {
         let work = work.to_path_buf();
-        let handler = ctrlc::set_handler(move || {
+        let heard = super::signals::on_end(move || {
             if INTERRUPTED.swap(true, Ordering::SeqCst) {
                 let _ = std::fs::remove_dir_all(&work);
                 std::process::exit(130);
             }
             eprintln!("stopping after this batch; Ctrl-C again stops at once");
         });
-        match handler {
-            // A search that measures layers first opens its folder twice.
-            Ok(()) | Err(ctrlc::Error::MultipleHandlers) => {}
-            Err(error) => self.warn(&format!("Ctrl-C is not handled: {error}")),
+        if let Err(error) = heard {
+            self.warn(&format!("Ctrl-C is not handled: {error}"));
         }
     }
 

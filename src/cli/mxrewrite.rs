@@ -331,17 +331,7 @@ fn run(cli: &Cli, options: &RewriteOptions) -> anyhow::Result<bool> {
     }
     let output = cli.output.clone().unwrap_or_else(|| rewrite::default_output(model, options));
     let spinner = spinner(&format!("rewriting {}", model.display()));
-    if let Ok(style) =
-        ProgressStyle::with_template("{spinner} {msg} {bytes}/{total_bytes} ({elapsed})")
-    {
-        spinner.set_style(style);
-    }
-    let shown = spinner.clone();
-    let progress = Progress::new(move |done, total| {
-        shown.set_length(total);
-        shown.set_position(done);
-        ControlFlow::Continue(())
-    });
+    let progress = shown_on(&spinner);
     let report = rewrite::rewrite_file_telling(model, &output, options, &progress);
     spinner.finish_and_clear();
     let report = report?;
@@ -409,6 +399,21 @@ fn spinner(message: &str) -> ProgressBar {
     }
     spinner.enable_steady_tick(std::time::Duration::from_millis(100));
     spinner
+}
+
+/// A listener that shows bytes on a spinner.
+fn shown_on(spinner: &ProgressBar) -> Progress {
+    if let Ok(style) =
+        ProgressStyle::with_template("{spinner} {msg} {bytes}/{total_bytes} ({elapsed})")
+    {
+        spinner.set_style(style);
+    }
+    let shown = spinner.clone();
+    Progress::new(move |done, total| {
+        shown.set_length(total);
+        shown.set_position(done);
+        ControlFlow::Continue(())
+    })
 }
 
 /// Says what went wrong on stderr. Options at fault end with 2, everything else with 1.

@@ -4,29 +4,63 @@ use std::{
     collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tempfile::TempDir;
 
-use super::{CONFIG, GenaiError};
+use super::{GenaiError, config::Config};
+use crate::{onnx::Model, rewrite::PLAN_KEY};
 
 /// Files from this size on are hard links to the input's where the file system allows: weights of models that
-/// are not rewritten take no space twice. Smaller ones, as configurations that people edit, are copies.
+/// are not rewritten take no space twice. Smaller ones are copies.
 const LINK_FROM: u64 = 16 << 20;
+
+/// Files that people edit in place are copies whatever their size: a large vocabulary has 30 MB of JSON.
+const EDITED: [&str; 6] = ["json", "jsonl", "txt", "jinja", "model", "md"];
 
 /// How deeply folders may nest.
 const MAX_DEPTH: usize = 16;
+
+/// The temporary folder of a rewrite that goes on, for whoever ends the process before it is done.
+#[derive(Clone, Debug, Default)]
+pub struct Unfinished(Arc<Mutex<Option<PathBuf>>>);
+
+impl Unfinished {
+    /// Removes the folder for good; a rewrite that goes on in another thread fails then. An output that is just
+    /// being given its name gets it first.
+    pub fn remove(&self) {
+        let Some(folder) = self.lock().take() else { return };
+        // Files that appear while it is emptied are met by the next turn.
+        for _ in 0..100 {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// An output folder that is being written.
 pub(super) struct Output {
     temporary: TempDir,
     target: PathBuf,
     force: bool,
+    unfinished: Unfinished,
 }
 
 impl Output {
     /// Starts the folder that will become `target`, for files of `input`.
-    pub fn create(input: &Path, target: &Path, force: bool) -> Result<Self, GenaiError> {
+    pub fn create(
+        input: &Path,
+        target: &Path,
+        force: bool,
+        unfinished: &Unfinished,
+    ) -> Result<Self, GenaiError> {
         let refuse =
             |what: &str| Err(GenaiError::Output { path: target.to_owned(), what: what.to_owned() });
         let (parent, name) = match (target.parent(), target.file_name()) {
@@ -48,7 +82,7 @@ impl Output {
             }
             if !is_replaceable(target) {
                 return refuse(
-                    "it is no folder of GenAI; remove it first, or name another with -o",
+                    "it is no folder that mxrewrite made; remove it first, or name another with -o",
                 );
             }
         }
@@ -57,7 +91,8 @@ impl Output {
             .suffix(".tmp")
             .tempdir_in(&parent)
             .map_err(GenaiError::io("create a folder in", &parent))?;
-        Ok(Self { temporary, target: target.to_owned(), force })
+        *unfinished.lock() = Some(temporary.path().to_owned());
+        Ok(Self { temporary, target: target.to_owned(), force, unfinished: unfinished.clone() })
     }
 
     /// The folder as long as it is written.
@@ -73,6 +108,7 @@ impl Output {
     /// Gives the complete folder its name, in place of an old one where that was asked for.
     pub fn persist(self) -> Result<(), GenaiError> {
         share(self.path())?;
+        let mut unfinished = self.unfinished.lock();
         let old = match self.force && self.target.symlink_metadata().is_ok() {
             true => Some(self.set_aside()?),
             false => None,
@@ -88,6 +124,7 @@ impl Output {
         }
         renamed.map_err(GenaiError::io("write", &self.target))?;
         // Renamed: there is nothing left to remove.
+        *unfinished = None;
         let _ = self.temporary.keep();
         Ok(())
     }
@@ -112,11 +149,21 @@ fn share(folder: &Path) -> Result<(), GenaiError> {
     fs::set_permissions(folder, mode).map_err(GenaiError::io("set the mode of", folder))
 }
 
-/// `--force` replaces a folder of GenAI, whoever made it, or an empty one; never somebody's home.
+/// `--force` replaces an earlier output or an empty folder: never somebody's home, nor a model that was downloaded.
 fn is_replaceable(target: &Path) -> bool {
     let is_folder = target.symlink_metadata().is_ok_and(|m| m.is_dir());
     let is_empty = || fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-    is_folder && (target.join(CONFIG).is_file() || is_empty())
+    is_folder && (is_empty() || is_ours(target))
+}
+
+/// True when a model of the decoder says which plan made it.
+fn is_ours(folder: &Path) -> bool {
+    let stages = Config::open(folder).and_then(|config| config.stages()).unwrap_or_default();
+    let planned = |file: &str| {
+        let model = Model::open(folder.join(file));
+        model.is_ok_and(|model| model.metadata().any(|(key, _)| key == PLAN_KEY))
+    };
+    stages.iter().any(|stage| planned(&stage.file))
 }
 
 /// Every file of `folder`, relative to it, in order of names. Links are followed.
@@ -183,7 +230,8 @@ fn copy_file(source: &Path, target: &Path) -> Result<(), GenaiError> {
     // A hard link to a symbolic link would be one itself.
     let real = source.canonicalize().map_err(GenaiError::io("read", source))?;
     let size = fs::metadata(&real).map_err(GenaiError::io("read", source))?.len();
-    if size >= LINK_FROM && fs::hard_link(&real, target).is_ok() {
+    let edited = source.extension().is_some_and(|e| EDITED.iter().any(|known| e == *known));
+    if size >= LINK_FROM && !edited && fs::hard_link(&real, target).is_ok() {
         return Ok(());
     }
     fs::copy(&real, target).map_err(GenaiError::io("copy", source))?;

@@ -24,7 +24,7 @@ use mx_custom_ops::contract::DOMAIN;
 use serde::Serialize;
 
 use crate::{
-    onnx::Model,
+    onnx::{Model, Progress},
     rewrite::{self, RewriteError, RewriteOptions, RewritePlan, RewriteReport},
 };
 use config::{Config, Stage};
@@ -32,6 +32,7 @@ use folder::Output;
 
 pub use config::CONFIG;
 pub use error::GenaiError;
+pub use folder::Unfinished;
 
 /// Name of the operator library.
 pub const LIBRARY: &str = "libmx_custom_ops.so";
@@ -78,7 +79,8 @@ pub fn plan_folder(
     sqnr: bool,
 ) -> Result<Vec<GenaiPlan>, GenaiError> {
     let stages = Config::open(folder)?.stages()?;
-    let mut plans: Vec<GenaiPlan> = Vec::new();
+    let (mut plans, mut quantised): (Vec<GenaiPlan>, _) = (Vec::new(), None);
+    let mut any = false;
     for Stage { file, .. } in stages {
         if plans.iter().any(|plan| plan.file == file) {
             continue;
@@ -89,16 +91,21 @@ pub fn plan_folder(
             rewrite::measure_plan(&model, &mut plan, options.threads)
                 .map_err(|source| RewriteError::Execute { path: path.clone(), source })?;
         }
+        any |= rewrite::require_sites(&path, &plan, options).is_ok();
         if plan.is_empty() && is_quantised(&model) {
-            return Err(GenaiError::Quantised { path });
+            quantised.get_or_insert(path);
         }
         plans.push(GenaiPlan { file, plan });
     }
-    Ok(plans)
+    match quantised {
+        Some(path) if !any => Err(GenaiError::Quantised { path }),
+        _ => Ok(plans),
+    }
 }
 
 /// Rewrites a folder into `output`, which is a new one. `library` is the operator library to put into it; see
-/// [`find_library`] for the default.
+/// [`find_library`] for the default. `progress` is told each model's bytes; `unfinished` learns of the folder that
+/// is written until `output` is there.
 ///
 /// # Errors
 /// [`GenaiError`]; no output is left then.
@@ -107,6 +114,8 @@ pub fn rewrite_folder(
     output: &Path,
     options: &RewriteOptions,
     library: Option<&Path>,
+    progress: &Progress,
+    unfinished: &Unfinished,
 ) -> Result<GenaiReport, GenaiError> {
     let mut config = Config::open(folder)?;
     let stages = config.stages()?;
@@ -115,17 +124,17 @@ pub fn rewrite_folder(
     if lowering == rewrite::Lowering::Mx {
         find_library(library)?;
     }
-    let out = Output::create(folder, output, options.overwrite)?;
-    let mut models = rewrite_stages(folder, &out, &stages, options)?;
+    let out = Output::create(folder, output, options.overwrite, unfinished)?;
+    let mut models = rewrite_stages(folder, &out, &stages, options, progress)?;
     let rewritten = |stage: &&Stage| models.iter().any(|m| m.input == folder.join(&stage.file));
     let done: Vec<&Stage> = stages.iter().filter(rewritten).collect();
-    let copied = copy_rest(folder, &out, &done)?;
     let mut with_operators = Vec::new();
     for stage in &done {
         if Model::open(out.path().join(&stage.file))?.opset(DOMAIN).is_some() {
             with_operators.push(*stage);
         }
     }
+    let copied = copy_rest(folder, &out, &done, with_operators.is_empty())?;
     let in_output = match with_operators.is_empty() {
         true => None,
         false => Some(install(&find_library(library)?, &out)?),
@@ -161,6 +170,7 @@ fn rewrite_stages(
     out: &Output,
     stages: &[Stage],
     options: &RewriteOptions,
+    progress: &Progress,
 ) -> Result<Vec<RewriteReport>, GenaiError> {
     let (mut models, mut nothing): (Vec<RewriteReport>, _) = (Vec::new(), None);
     for Stage { file, .. } in stages {
@@ -170,7 +180,7 @@ fn rewrite_stages(
         }
         let parent = target.parent().unwrap_or(out.path());
         fs::create_dir_all(parent).map_err(GenaiError::io("create", parent))?;
-        match rewrite::rewrite_file(&input, &target, options) {
+        match rewrite::rewrite_file_telling(&input, &target, options, progress) {
             Ok(report) => models.push(report),
             Err(error @ RewriteError::NothingToReplace { .. }) => {
                 nothing.get_or_insert((input, error));
@@ -187,8 +197,14 @@ fn rewrite_stages(
     }
 }
 
-/// Copies all files but those that the rewritten models replace; returns what was copied.
-fn copy_rest(folder: &Path, out: &Output, done: &[&Stage]) -> Result<Vec<PathBuf>, GenaiError> {
+/// Copies all files but those that the rewritten models replace; returns what was copied. `library`: an operator
+/// library that other models need comes along, too.
+fn copy_rest(
+    folder: &Path,
+    out: &Output,
+    done: &[&Stage],
+    library: bool,
+) -> Result<Vec<PathBuf>, GenaiError> {
     let mut files = folder::files(folder)?;
     let models: BTreeSet<PathBuf> =
         done.iter().map(|stage| normal(Path::new(&stage.file))).collect();
@@ -204,7 +220,7 @@ fn copy_rest(folder: &Path, out: &Output, done: &[&Stage]) -> Result<Vec<PathBuf
     }
     files.retain(|file| {
         let replaced = models.contains(file) || (old.contains(file) && !needed.contains(file));
-        !replaced && file != Path::new(CONFIG) && file != Path::new(LIBRARY)
+        !replaced && file != Path::new(CONFIG) && (library || file != Path::new(LIBRARY))
     });
     let taken = folder::files(out.path())?.into_iter().collect();
     folder::copy(folder, out.path(), &files, &taken)?;

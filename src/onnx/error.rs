@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use mx_custom_ops::contract::ContractError;
+
 /// Result of the ONNX layer.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -35,6 +37,9 @@ pub enum Error {
         /// What is wrong with it.
         source: Box<Error>,
     },
+    /// A model of a later version of this project's operators.
+    #[error(transparent)]
+    Newer(#[from] ContractError),
     /// A tensor that cannot be read.
     #[error("tensor '{tensor}': {what}")]
     Tensor {

@@ -7,6 +7,7 @@ use super::proto::{Attribute, Node, OperatorSetId, StringStringEntry};
 use super::tensor::{TensorInfo, TensorView};
 use super::{mmap, read, wire};
 use bytes::Bytes;
+use mx_custom_ops::contract::{DOMAIN, check_domain_version};
 use prost::Message as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,7 +84,7 @@ impl Model {
     /// Reads a model from memory. `dir` is where its external data lies, if it has any.
     ///
     /// # Errors
-    /// [`Error::Malformed`] with the byte.
+    /// [`Error::Malformed`] with the byte; [`Error::Newer`] for operators of a later version of this project.
     pub fn from_bytes(bytes: Bytes, dir: Option<&Path>) -> Result<Self> {
         if bytes.is_empty() {
             return Err(Error::malformed("the file is empty", 0));
@@ -126,6 +127,10 @@ impl Model {
         }
         if model.opsets.is_empty() && model.ir_version >= 3 {
             return Err(Error::malformed("no opset_import until the end of the file", end));
+        }
+        // ONNX Runtime would take the operators of the last version that it has.
+        for opset in model.opsets.iter().filter(|set| set.domain.as_deref() == Some(DOMAIN)) {
+            check_domain_version(opset.version.unwrap_or_default())?;
         }
         let mut files = ExternalFiles::new(dir);
         files.locations = model.external_locations();

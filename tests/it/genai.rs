@@ -224,6 +224,70 @@ fn stages_of_a_pipeline_are_rewritten_where_they_have_layers() {
     assert_eq!(decoder["session_options"], Value::Null);
 }
 
+/// A stage that was quantised by others, and one that an earlier run rewrote.
+#[test]
+fn stages_with_operators_of_their_own_keep_what_they_need() {
+    let root = folder();
+    let dir = root.path().join("in");
+    write(&dir, "int4.onnx", &model(graph("MatMulNBits", None)));
+    let mx = json!({"custom_ops_library": "libmx_custom_ops.so"});
+    let pipeline = json!([
+        {"int4": {"filename": "int4.onnx", "session_options": mx}},
+        {"body": {"filename": "model.onnx"}},
+    ]);
+    put(&dir, &config(json!({"pipeline": pipeline})));
+    fs::write(dir.join("libmx_custom_ops.so"), "an earlier library").unwrap();
+    let done = mxrewrite(root.path(), &["--genai", "in", "--plan", "--json"]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    let plan: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let sites = |i: usize| plan["models"][i]["plan"]["sites"].as_array().map(Vec::len);
+    assert_eq!((sites(0), sites(1)), (Some(0), Some(1)));
+    let library =
+        |out: &str| fs::read_to_string(root.path().join(out).join("libmx_custom_ops.so")).unwrap();
+    let int8 = ["--genai", "in", "--lower", "int8", "-o", "int8"];
+    let done = mxrewrite(root.path(), &int8);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(library("int8"), "an earlier library");
+    let mx = ["--genai", "in", "--ops-library", "lib.so", "-o", "mx"];
+    let done = mxrewrite(root.path(), &mx);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(library("mx"), "library");
+}
+
+/// Ctrl-C and SIGTERM at any time leave the input and nothing else.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_rewrite_leaves_nothing() {
+    use std::time::{Duration, Instant};
+    let root = folder();
+    let dir = root.path().join("in");
+    // A text, which is copied and not linked, and long enough to be met on the way.
+    let large = fs::File::create(dir.join("large.txt")).unwrap();
+    large.set_len(400 << 20).unwrap();
+    let before = files(root.path());
+    let mut child = Command::new(support::mxrewrite())
+        .current_dir(root.path())
+        .args(["--genai", "in", "--ops-library", "lib.so", "-o", "out"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let begun = || {
+        let mut entries = fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap());
+        entries.any(|entry| entry.file_name().to_string_lossy().starts_with(".mxrewrite-"))
+    };
+    while !begun() {
+        assert!(start.elapsed() < Duration::from_secs(60), "no folder was begun");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130), "{status}: it ended before the signal came");
+    assert_eq!(files(root.path()), before);
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+}
+
 #[test]
 fn hostile_folders_are_refused_by_name() {
     let args = ["--genai", "in", "--ops-library", "lib.so", "-o", "out"];
@@ -268,7 +332,14 @@ fn outputs_that_would_do_harm_are_refused() {
     fs::create_dir(root.path().join("home")).unwrap();
     fs::write(root.path().join("home/letter"), "").unwrap();
     let args = [&["--genai", "in", "-o", "home", "--force"], &library[..]].concat();
-    refused(root.path(), &args, &["home", "no folder of GenAI"]);
+    refused(root.path(), &args, &["home", "no folder that mxrewrite made"]);
+    // A folder of the builder's is somebody's only copy.
+    fs::create_dir(root.path().join("theirs")).unwrap();
+    for file in ["genai_config.json", "model.onnx", "tokenizer.json"] {
+        fs::copy(root.path().join("in").join(file), root.path().join("theirs").join(file)).unwrap();
+    }
+    let args = [&["--genai", "in", "-o", "theirs", "--force"], &library[..]].concat();
+    refused(root.path(), &args, &["theirs", "no folder that mxrewrite made"]);
     let missing = ["--genai", "in", "-o", "out", "--ops-library", "none.so"];
     refused(root.path(), &missing, &["none.so", "MX_OPS_LIBRARY"]);
     let done = mxrewrite(root.path(), &["in/model.onnx", "--ops-library", "lib.so"]);

@@ -224,6 +224,8 @@ def test_session(folder: Path) -> None:
     options = ort.SessionOptions()
     assert mxrewrite.register(options) is options
     mxrewrite.register(options)
+    options.register_custom_ops_library(mxrewrite.library_path())
+    assert len({hash(node) for node in nodes}) == len(nodes) == len({*report.plan.sites})
     own = ort.InferenceSession(str(report.output), options, providers=["CPUExecutionProvider"])
     assert [n.node for n in mxrewrite.describe(own)] == [n.node for n in nodes]
     assert np.array_equal(own.run(None, FEED)[0], session.run(None, FEED)[0])

@@ -6,7 +6,8 @@ use std::{
 };
 
 use crate::{
-    genai::{self, GenaiError, GenaiReport},
+    cli::signals,
+    genai::{self, GenaiError, GenaiReport, Unfinished},
     rewrite::{self, RewriteOptions},
 };
 use clap::Args;
@@ -39,7 +40,10 @@ pub(super) fn run(
     let output = cli.output.clone().unwrap_or_else(|| genai::default_output(folder, options));
     let spinner = super::spinner(&format!("rewriting {}", folder.display()));
     let library = cli.genai.ops_library.as_deref();
-    let report = genai::rewrite_folder(folder, &output, options, library);
+    let unfinished = Unfinished::default();
+    remove_when_interrupted(unfinished.clone());
+    let progress = super::shown_on(&spinner);
+    let report = genai::rewrite_folder(folder, &output, options, library, &progress, &unfinished);
     spinner.finish_and_clear();
     let report = report.map_err(|error| unwrapped(error.into()))?;
     for note in notes(&report) {
@@ -69,6 +73,17 @@ pub(super) fn run(
         );
     }
     Ok(!failed)
+}
+
+/// Ctrl-C and SIGTERM end the program, and leave no half folder beside the output.
+fn remove_when_interrupted(unfinished: Unfinished) {
+    let heard = signals::on_end(move || {
+        unfinished.remove();
+        std::process::exit(130);
+    });
+    if let Err(error) = heard {
+        let _ = writeln!(std::io::stderr(), "warning: Ctrl-C is not handled: {error}");
+    }
 }
 
 /// Errors of the rewrite as they are for one model: they have an exit code and candidates of their own.

@@ -97,6 +97,16 @@ fn an_edit_leaves_the_rest_alone() {
 }
 
 #[test]
+fn later_operators_are_refused_with_both_versions() {
+    let mut model = open(&odd());
+    model.import_opset("mx", 1);
+    open(&model.to_bytes().unwrap());
+    model.set_opset("mx", 7);
+    let error = Model::from_bytes(model.to_bytes().unwrap().into(), None).unwrap_err().to_string();
+    assert!(error.contains("domain mx is 7") && error.contains("domain mx 1 at most"), "{error}");
+}
+
+#[test]
 fn metadata_of_one_key_is_replaced() {
     let mut model = linear().model();
     for (key, value) in [("a", "1"), ("b", "2"), ("a", "3")] {
