@@ -102,7 +102,7 @@ fn later_operators_are_refused_with_both_versions() {
     model.import_opset("mx", 1);
     open(&model.to_bytes().unwrap());
     model.set_opset("mx", 7);
-    let error = Model::from_bytes(model.to_bytes().unwrap().into(), None).unwrap_err().to_string();
+    let error = Model::from_bytes(model.to_bytes().unwrap(), None).unwrap_err().to_string();
     assert!(error.contains("domain mx is 7") && error.contains("domain mx 1 at most"), "{error}");
 }
 
