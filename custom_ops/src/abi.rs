@@ -31,7 +31,7 @@ struct Bound {
 /// Needs ONNX Runtime 1.22 or newer. The operators are made once and live as long as the process,
 /// so any number of session options and sessions may use them, also after the options are gone.
 /// ONNX Runtime refuses to create a session from options that have the domain twice, hence options
-/// that have it already, from this library or a copy of it, stay as they are.
+/// that have it already, from this library or another copy of it that leaves the mark, stay as they are.
 ///
 /// # Safety
 /// `options` and `api_base` are what ONNX Runtime passes: live, or null.

@@ -22,7 +22,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mx_kernels::{ElementFormat, Rounding, ScaleRule};
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -466,7 +466,9 @@ impl Observer for Console {
                 let _ = std::fs::remove_dir_all(&work);
                 std::process::exit(130);
             }
-            eprintln!("stopping after this batch; Ctrl-C again stops at once");
+            // The terminal may be gone, which SIGHUP says.
+            let text = "stopping after this batch; Ctrl-C again stops at once";
+            let _ = writeln!(std::io::stderr(), "{text}");
         });
         if let Err(error) = heard {
             self.warn(&format!("Ctrl-C is not handled: {error}"));

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    panic::{self, AssertUnwindSafe},
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
@@ -25,6 +26,17 @@ pub(super) fn on_end(mut handler: impl FnMut() + Send + 'static) -> io::Result<(
     if INSTALLED.swap(true, Ordering::SeqCst) {
         return Ok(());
     }
+    let begun = begin(move || {
+        // Without this thread signals would do nothing at all.
+        let _ = panic::catch_unwind(AssertUnwindSafe(&mut handler));
+    });
+    if begun.is_err() {
+        INSTALLED.store(false, Ordering::SeqCst);
+    }
+    begun
+}
+
+fn begin(mut handler: impl FnMut() + Send + 'static) -> io::Result<()> {
     let ignored = ignored();
     let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !ignored.contains(signal));
     let mut signals = Signals::new(heard)?;

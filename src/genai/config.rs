@@ -111,6 +111,20 @@ impl Config {
         Ok(name.to_owned())
     }
 
+    /// Whether any session loads an operator library of this name.
+    pub fn loads(&self, library: &str) -> bool {
+        fn within(value: &Value, library: &str) -> bool {
+            match value {
+                Value::Object(fields) => fields.iter().any(|(key, value)| {
+                    (key == LIBRARY_OPTION && value == library) || within(value, library)
+                }),
+                Value::Array(items) => items.iter().any(|item| within(item, library)),
+                _ => false,
+            }
+        }
+        within(&self.value["model"], library)
+    }
+
     /// Other model files that the configuration names (embedding, vision, speech, ...), in its order.
     pub fn other_models(&self, stages: &[Stage]) -> Vec<String> {
         let mut found = Vec::new();

@@ -2,45 +2,79 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs, io, mem,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tempfile::TempDir;
 
-use super::{GenaiError, config::Config};
-use crate::{onnx::Model, rewrite::PLAN_KEY};
+use super::{GenaiError, LIBRARY, config::Config};
+use crate::{
+    onnx::{self, Model},
+    rewrite::PLAN_KEY,
+};
 
 /// Files from this size on are hard links to the input's where the file system allows: weights of models that
 /// are not rewritten take no space twice. Smaller ones are copies.
 const LINK_FROM: u64 = 16 << 20;
 
-/// Files that people edit in place are copies whatever their size: a large vocabulary has 30 MB of JSON.
-const EDITED: [&str; 6] = ["json", "jsonl", "txt", "jinja", "model", "md"];
+/// Files that people edit or replace in place are copies whatever their size: a large vocabulary has 30 MB of JSON.
+const EDITED: [&str; 7] = ["json", "jsonl", "txt", "jinja", "model", "md", "so"];
 
 /// How deeply folders may nest.
 const MAX_DEPTH: usize = 16;
 
-/// The temporary folder of a rewrite that goes on, for whoever ends the process before it is done.
+/// What whoever ends the process before a folder is complete has to know.
 #[derive(Clone, Debug, Default)]
-pub struct Unfinished(Arc<Mutex<Option<PathBuf>>>);
+pub struct Unfinished(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+enum State {
+    /// No folder is written.
+    #[default]
+    Idle,
+    /// This temporary one is.
+    Writing(PathBuf),
+    /// It was removed, and no other one may begin.
+    Interrupted,
+}
 
 impl Unfinished {
-    /// Removes the folder for good; a rewrite that goes on in another thread fails then. An output that is just
-    /// being given its name gets it first.
-    pub fn remove(&self) {
-        let Some(folder) = self.lock().take() else { return };
-        // Files that appear while it is emptied are met by the next turn.
-        for _ in 0..100 {
-            match fs::remove_dir_all(&folder) {
-                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
-                _ => return,
+    /// Removes the temporary folder for good and calls `end`. A rewrite that goes on in another thread neither gives
+    /// its folder a name nor returns before `end` has; an output that is just being given its name gets it first.
+    pub fn interrupt(&self, end: impl FnOnce()) {
+        let mut state = self.lock();
+        if let State::Writing(folder) = mem::replace(&mut *state, State::Interrupted) {
+            // Files that appear while it is emptied are met by the next turn.
+            for _ in 0..100 {
+                match fs::remove_dir_all(&folder) {
+                    Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                    _ => break,
+                }
             }
+        }
+        end();
+    }
+
+    /// The error of a rewrite, which is another one when its folder was taken away.
+    pub(super) fn cause(&self, error: GenaiError) -> GenaiError {
+        match *self.lock() {
+            State::Interrupted => onnx::Error::Stopped.into(),
+            _ => error,
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<PathBuf>> {
+    /// The state, unless it is [`State::Interrupted`].
+    fn going_on(&self) -> Result<MutexGuard<'_, State>, GenaiError> {
+        let state = self.lock();
+        match *state {
+            State::Interrupted => Err(onnx::Error::Stopped.into()),
+            _ => Ok(state),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -82,16 +116,17 @@ impl Output {
             }
             if !is_replaceable(target) {
                 return refuse(
-                    "it is no folder that mxrewrite made; remove it first, or name another with -o",
+                    "it does not say that mxrewrite made it; remove it first, or name another with -o",
                 );
             }
         }
+        let mut state = unfinished.going_on()?;
         let temporary = tempfile::Builder::new()
             .prefix(".mxrewrite-")
             .suffix(".tmp")
             .tempdir_in(&parent)
             .map_err(GenaiError::io("create a folder in", &parent))?;
-        *unfinished.lock() = Some(temporary.path().to_owned());
+        *state = State::Writing(temporary.path().to_owned());
         Ok(Self { temporary, target: target.to_owned(), force, unfinished: unfinished.clone() })
     }
 
@@ -107,8 +142,8 @@ impl Output {
 
     /// Gives the complete folder its name, in place of an old one where that was asked for.
     pub fn persist(self) -> Result<(), GenaiError> {
+        let mut state = self.unfinished.going_on()?;
         share(self.path())?;
-        let mut unfinished = self.unfinished.lock();
         let old = match self.force && self.target.symlink_metadata().is_ok() {
             true => Some(self.set_aside()?),
             false => None,
@@ -124,7 +159,7 @@ impl Output {
         }
         renamed.map_err(GenaiError::io("write", &self.target))?;
         // Renamed: there is nothing left to remove.
-        *unfinished = None;
+        *state = State::Idle;
         let _ = self.temporary.keep();
         Ok(())
     }
@@ -156,14 +191,15 @@ fn is_replaceable(target: &Path) -> bool {
     is_folder && (is_empty() || is_ours(target))
 }
 
-/// True when a model of the decoder says which plan made it.
+/// True when the configuration loads our library, or a model of the decoder says which plan made it.
 fn is_ours(folder: &Path) -> bool {
-    let stages = Config::open(folder).and_then(|config| config.stages()).unwrap_or_default();
+    let Ok(config) = Config::open(folder) else { return false };
     let planned = |file: &str| {
         let model = Model::open(folder.join(file));
         model.is_ok_and(|model| model.metadata().any(|(key, _)| key == PLAN_KEY))
     };
-    stages.iter().any(|stage| planned(&stage.file))
+    let stages = config.stages().unwrap_or_default();
+    config.loads(LIBRARY) || stages.iter().any(|stage| planned(&stage.file))
 }
 
 /// Every file of `folder`, relative to it, in order of names. Links are followed.
@@ -236,4 +272,52 @@ fn copy_file(source: &Path, target: &Path) -> Result<(), GenaiError> {
     }
     fs::copy(&real, target).map_err(GenaiError::io("copy", source))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder_with(parent: &Path, name: &str, file: &str) -> PathBuf {
+        let folder = parent.join(name);
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join(file), file).unwrap();
+        folder
+    }
+
+    /// Whatever the moment of the signal, the output is the old one, the new one or none.
+    #[test]
+    fn an_interrupted_output_gets_no_name() {
+        let root = tempfile::tempdir().unwrap();
+        let input = folder_with(root.path(), "in", "model.onnx");
+        let target = root.path().join("out");
+        let stopped = |error: GenaiError| {
+            matches!(error, GenaiError::Onnx(onnx::Error::Stopped)).then_some(()).unwrap();
+        };
+        let unfinished = Unfinished::default();
+        let output = Output::create(&input, &target, false, &unfinished).unwrap();
+        fs::write(output.path().join("half"), "").unwrap();
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("old"), "").unwrap();
+        let mut ended = false;
+        unfinished.interrupt(|| ended = true);
+        assert!(ended && !output.path().exists());
+        let force = Output { force: true, ..output };
+        stopped(force.persist().unwrap_err());
+        assert!(target.join("old").exists());
+        stopped(
+            Output::create(&input, &root.path().join("next"), false, &unfinished).err().unwrap(),
+        );
+        let gone = GenaiError::Output { path: target, what: "the folder is gone".into() };
+        stopped(unfinished.cause(gone));
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+
+        let unfinished = Unfinished::default();
+        let target = root.path().join("complete");
+        let output = Output::create(&input, &target, false, &unfinished).unwrap();
+        fs::write(output.path().join("whole"), "").unwrap();
+        output.persist().unwrap();
+        unfinished.interrupt(|| ());
+        assert!(target.join("whole").exists());
+    }
 }

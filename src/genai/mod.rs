@@ -117,6 +117,18 @@ pub fn rewrite_folder(
     progress: &Progress,
     unfinished: &Unfinished,
 ) -> Result<GenaiReport, GenaiError> {
+    let written = write_folder(folder, output, options, library, progress, unfinished);
+    written.map_err(|error| unfinished.cause(error))
+}
+
+fn write_folder(
+    folder: &Path,
+    output: &Path,
+    options: &RewriteOptions,
+    library: Option<&Path>,
+    progress: &Progress,
+    unfinished: &Unfinished,
+) -> Result<GenaiReport, GenaiError> {
     let mut config = Config::open(folder)?;
     let stages = config.stages()?;
     let lowering = options.recipe.as_ref().map_or(options.lowering, |recipe| recipe.lowering);
@@ -134,7 +146,8 @@ pub fn rewrite_folder(
             with_operators.push(*stage);
         }
     }
-    let copied = copy_rest(folder, &out, &done, with_operators.is_empty())?;
+    let copied =
+        copy_rest(folder, &out, &done, with_operators.is_empty() && config.loads(LIBRARY))?;
     let in_output = match with_operators.is_empty() {
         true => None,
         false => Some(install(&find_library(library)?, &out)?),

@@ -254,38 +254,72 @@ fn stages_with_operators_of_their_own_keep_what_they_need() {
     assert_eq!(library("mx"), "library");
 }
 
-/// Ctrl-C and SIGTERM at any time leave the input and nothing else.
+/// A folder whose copy takes a while, and the command that rewrites it, wrapped in a shell's `before`.
 #[cfg(unix)]
-#[test]
-fn an_interrupted_rewrite_leaves_nothing() {
-    use std::time::{Duration, Instant};
+fn slow(before: &str) -> (tempfile::TempDir, Command) {
     let root = folder();
-    let dir = root.path().join("in");
     // A text, which is copied and not linked, and long enough to be met on the way.
-    let large = fs::File::create(dir.join("large.txt")).unwrap();
+    let large = fs::File::create(root.path().join("in/large.txt")).unwrap();
     large.set_len(400 << 20).unwrap();
-    let before = files(root.path());
-    let mut child = Command::new(support::mxrewrite())
-        .current_dir(root.path())
-        .args(["--genai", "in", "--ops-library", "lib.so", "-o", "out"])
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut command = Command::new("sh");
+    let script = format!("{before} exec \"$0\" --genai in --ops-library lib.so -o out");
+    command.current_dir(root.path()).args(["-c", &script]).arg(support::mxrewrite());
+    command.stderr(std::process::Stdio::piped()).stdout(std::process::Stdio::null());
+    (root, command)
+}
+
+/// Sends a signal once the output is begun; the exit code and what was said.
+#[cfg(unix)]
+fn signalled(root: &Path, command: &mut Command, signal: &str) -> (Option<i32>, String) {
+    use std::time::{Duration, Instant};
+    let child = command.spawn().unwrap();
     let start = Instant::now();
     let begun = || {
-        let mut entries = fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap());
-        entries.any(|entry| entry.file_name().to_string_lossy().starts_with(".mxrewrite-"))
+        let mut entries = fs::read_dir(root).unwrap().map(|entry| entry.unwrap());
+        entries.any(|e| e.file_name().to_string_lossy().starts_with(".mxrewrite-"))
+            || root.join("out").exists()
     };
     while !begun() {
         assert!(start.elapsed() < Duration::from_secs(60), "no folder was begun");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(sent.success());
-    let status = child.wait().unwrap();
-    assert_eq!(status.code(), Some(130), "{status}: it ended before the signal came");
-    assert_eq!(files(root.path()), before);
-    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+    let pid = child.id().to_string();
+    // A process that has ended meanwhile is still there until it is waited for.
+    assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    let done = child.wait_with_output().unwrap();
+    (done.status.code(), stderr(&done))
+}
+
+/// Ctrl-C, SIGTERM and a closed terminal leave the input and nothing else, or the whole output.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_rewrite_leaves_nothing() {
+    let mut met = 0;
+    for signal in ["-TERM", "-HUP", "-TERM", "-HUP", "-TERM", "-HUP"] {
+        let (root, mut command) = slow("");
+        let before = files(root.path());
+        let (code, said) = signalled(root.path(), &mut command, signal);
+        if code == Some(0) {
+            // It was faster than the signal.
+            assert_eq!(files(&root.path().join("out")).len(), 6, "{signal}");
+            continue;
+        }
+        assert_eq!(code, Some(130), "{signal}: {said}");
+        assert_eq!(files(root.path()), before, "{signal}");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+        met += 1;
+    }
+    assert!(met > 0, "every signal came too late");
+}
+
+/// Under `nohup` a closed terminal ends nothing.
+#[cfg(unix)]
+#[test]
+fn signals_that_the_parent_ignores_stay_ignored() {
+    let (root, mut command) = slow("trap '' HUP;");
+    let (code, said) = signalled(root.path(), &mut command, "-HUP");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(root.path().join("out/large.txt").exists());
 }
 
 #[test]
@@ -332,14 +366,14 @@ fn outputs_that_would_do_harm_are_refused() {
     fs::create_dir(root.path().join("home")).unwrap();
     fs::write(root.path().join("home/letter"), "").unwrap();
     let args = [&["--genai", "in", "-o", "home", "--force"], &library[..]].concat();
-    refused(root.path(), &args, &["home", "no folder that mxrewrite made"]);
+    refused(root.path(), &args, &["home", "does not say that mxrewrite made it"]);
     // A folder of the builder's is somebody's only copy.
     fs::create_dir(root.path().join("theirs")).unwrap();
     for file in ["genai_config.json", "model.onnx", "tokenizer.json"] {
         fs::copy(root.path().join("in").join(file), root.path().join("theirs").join(file)).unwrap();
     }
     let args = [&["--genai", "in", "-o", "theirs", "--force"], &library[..]].concat();
-    refused(root.path(), &args, &["theirs", "no folder that mxrewrite made"]);
+    refused(root.path(), &args, &["theirs", "does not say that mxrewrite made it"]);
     let missing = ["--genai", "in", "-o", "out", "--ops-library", "none.so"];
     refused(root.path(), &missing, &["none.so", "MX_OPS_LIBRARY"]);
     let done = mxrewrite(root.path(), &["in/model.onnx", "--ops-library", "lib.so"]);

@@ -77,10 +77,7 @@ pub(super) fn run(
 
 /// Ctrl-C and SIGTERM end the program, and leave no half folder beside the output.
 fn remove_when_interrupted(unfinished: Unfinished) {
-    let heard = signals::on_end(move || {
-        unfinished.remove();
-        std::process::exit(130);
-    });
+    let heard = signals::on_end(move || unfinished.interrupt(|| std::process::exit(130)));
     if let Err(error) = heard {
         let _ = writeln!(std::io::stderr(), "warning: Ctrl-C is not handled: {error}");
     }
