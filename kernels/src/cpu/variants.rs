@@ -7,6 +7,7 @@ use super::{
     packed::{
         kernels::PackedKernels,
         layout::Row,
+        planes::{self, Rest},
         x::{self, Place, XForm},
     },
     panel::{PANEL, Weight},
@@ -55,6 +56,7 @@ pub(crate) struct Kernels {
     /// What works on repacked weights.
     pub packed: PackedKernels,
     pub pack_x: unsafe fn(&XForm, &[f32], &Place) -> (Row, i32),
+    pub add_rest: unsafe fn(*const u8, *const u8, Rest, &mut [f32; PANEL]),
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
     pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, usize, &mut Scratch),
@@ -187,12 +189,24 @@ macro_rules! variant {
                 unsafe { x::pack_row(form, x, place) }
             }
 
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn add_rest(
+                codes: *const u8,
+                scales: *const u8,
+                rest: Rest,
+                sums: &mut [f32; PANEL],
+            ) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { planes::add_rest(codes, scales, rest, sums) }
+            }
+
             pub(super) const TABLE: Kernels = Kernels {
                 name: $name,
                 needs: &[$($feature),*],
                 detect: $detect,
                 packed: $packed,
                 pack_x,
+                add_rest,
                 panels: $panels,
                 tiles: &[$(tile::<$mr>),+],
                 decode: [

@@ -188,6 +188,45 @@ fn systematic_data_stays_within_the_wide_bound() {
     }
 }
 
+/// Elements beside much larger ones whose weights are zero: whatever shares a scale with those, or a sum,
+/// the bound is one of the products that count.
+#[test]
+fn small_elements_beside_large_ones_keep_their_digits() {
+    for way in ways() {
+        let mut random = Random(13);
+        for spec in specs().into_iter().filter(|s| s.block_size.is_multiple_of(32)) {
+            for k in [64, 500, 1024, 4096] {
+                for (m, up, every) in [
+                    (1, 6, 1),
+                    (1, 12, 1),
+                    (3, 12, 5),
+                    (1, 20, 9),
+                    (1, 20, 1),
+                    (1, 45, 30),
+                    (3, 45, 1),
+                ] {
+                    let n = 19;
+                    let large = |i: usize| i % k % 32 == 7 && (i % k / 32).is_multiple_of(every);
+                    let mut x = random.normals(m * k);
+                    let mut w = random.normals(n * k);
+                    for (i, v) in x.iter_mut().enumerate() {
+                        *v *= if large(i) { 2f32.powi(up) } else { 2f32.powi(-(i as i32 % 7)) };
+                    }
+                    (0..n * k).filter(|&i| large(i)).for_each(|i| w[i] = 0.0);
+                    let w = Weight::quantise(spec, n, k, &w);
+                    let problem = w.problem(None);
+                    let mut y = vec![0.0; m * n];
+                    let out = FloatMut::F32(&mut y);
+                    way.linear(&problem, Float::F32(&x), &w.view(), None, out, &Serial).unwrap();
+                    let (want, magnitude) = exact(&problem, &x, &w.view());
+                    let what = format!("{way} {spec:?} m={m} k={k} 2^{up} every {every}");
+                    assert_close(&y, &want, &magnitude, any_data_units(k), &what);
+                }
+            }
+        }
+    }
+}
+
 /// Scales at both ends of E8M0 whose product is ordinary, subnormal inputs, zero and NaN blocks.
 #[test]
 fn extreme_scales_and_special_blocks() {

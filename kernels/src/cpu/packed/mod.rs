@@ -6,6 +6,7 @@ mod finish;
 pub(crate) mod integer;
 pub(crate) mod kernels;
 pub(crate) mod layout;
+pub(crate) mod planes;
 mod run;
 pub(crate) mod tables;
 mod way;
@@ -95,6 +96,8 @@ const FEW_FEATURES: usize = 8;
 pub(crate) enum Path {
     /// Exact integers.
     Integer,
+    /// The same with an x of floats in planes, see `planes`.
+    Planes,
     /// bfloat16 straight from the codes, x in so many parts.
     Bf16Codes(usize),
     /// Panels of bfloat16, x in so many parts.
@@ -139,7 +142,28 @@ impl PackedKernels {
         {
             return Some(Path::Integer);
         }
-        let index = float_index(format)?;
+        if m == 1 && self.takes_planes(problem) && (parts != Some(1) || self.bf16.is_none()) {
+            return Some(Path::Planes);
+        }
+        self.choose_floats(problem, m, parts)
+    }
+
+    /// Whether one row of x may go in planes; the sums of other formats have no room for them.
+    fn takes_planes(&self, problem: &LinearProblem) -> bool {
+        self.integer.is_some()
+            && problem.activation.is_none()
+            && problem.weight.format == ElementFormat::Fp4E2M1
+    }
+
+    /// The way by floats.
+    pub(crate) fn choose_floats(
+        &self,
+        problem: &LinearProblem,
+        m: usize,
+        parts: Option<usize>,
+    ) -> Option<Path> {
+        let quantised = problem.activation.map(|x| x.format);
+        let index = float_index(problem.weight.format)?;
         if let Some(bf16) = self.bf16 {
             // Where nothing is known x is taken in two parts, which float32 is not exactly.
             let exact = quantised.is_some() || parts.is_some() || problem.k >= TWO_PARTS;
@@ -176,6 +200,12 @@ const fn largest(format: ElementFormat) -> (i32, i32) {
 pub(crate) const fn sum_fits(w: ElementFormat, x: ElementFormat, terms: i32) -> bool {
     largest(w).0 * largest(x).1 * terms <= i16::MAX as i32
 }
+
+// A block's sum of pairs fits sixteen bits for planes, too.
+const _: () = assert!(
+    largest(ElementFormat::Fp4E2M1).0 * planes::LARGEST * (layout::BLOCK as i32 / 2)
+        <= i16::MAX as i32
+);
 
 const fn pair_fits(w: ElementFormat, x: ElementFormat) -> bool {
     sum_fits(w, x, 2)

@@ -10,6 +10,7 @@ use super::{
     integer::{Dot, DotArgs},
     kernels::{Bf16Kernels, IntegerKernels},
     layout::{BLOCK, LOWEST, Row, block_bytes},
+    planes::{PLANES, Rest},
     way::{Inner, Tiles, Way},
     x::{Form, Place, XForm},
 };
@@ -62,10 +63,23 @@ pub(crate) fn linear(
         Float::F16(_) => Some(2),
         Float::Bf16(_) => Some(1),
     };
-    let path = match prepared.is_of(w) {
-        true => kernels.packed.choose_for(problem, m, parts),
+    let scaled_bias = plain::scaled_bias(problem, bias.as_ref());
+    let work = m.saturating_mul(problem.n).saturating_mul(problem.k);
+    let threads = if work < SERIAL_WORK { &Serial } else { par };
+    let product =
+        Product { kernels, problem, x: &x, w, prepared, bias: &scaled_bias, par: threads };
+    let packed = &kernels.packed;
+    let mut path = match prepared.is_of(w) {
+        true => packed.choose_for(problem, m, parts),
         false => None,
     };
+    if path == Some(Path::Planes) {
+        let way = Way::new(kernels, problem, Path::Planes);
+        if way.is_some_and(|way| product.run(&way, 0, m, &mut y)) {
+            return Ok(());
+        }
+        path = packed.choose_floats(problem, m, parts);
+    }
     let way = match path {
         Some(Path::FloatPanels) => {
             return plain::linear(kernels, problem, x, w, Some(prepared), bias, y, par);
@@ -76,44 +90,65 @@ pub(crate) fn linear(
     let Some(way) = way else {
         return plain::linear(kernels, problem, x, w, None, bias, y, par);
     };
-    let scaled_bias = plain::scaled_bias(problem, bias.as_ref());
-    let work = m.saturating_mul(problem.n).saturating_mul(problem.k);
-    let threads = if work < SERIAL_WORK { &Serial } else { par };
-    let blocks = prepared.layout.blocks;
-    let row_bytes = blocks * (way.form.block_bytes() + 2 * size_of::<i32>());
-    let groups = m.div_ceil((X_BYTES / row_bytes).clamp(1, MAX_ROWS));
+    let groups = m.div_ceil((X_BYTES / product.row_bytes(&way)).clamp(1, MAX_ROWS));
     for group in 0..groups {
         let (row0, end) = (m * group / groups, m * (group + 1) / groups);
-        let rows = end - row0;
-        let tiles = Tiles { rows, most: way.most };
-        let bytes = rows * row_bytes + tiles.count() * GAP;
-        let specials = if prepared.layout.special { rows } else { 0 };
-        let out = Output::of(&mut y);
-        let done = scratch::for_call(bytes.div_ceil(4), |buffer| {
-            let call = Call {
-                kernels,
-                problem,
-                way: &way,
-                w,
-                prepared,
-                x: &x,
-                row0,
-                tiles,
-                data: buffer.as_mut_ptr().cast(),
-                exact: (0..specials).map(|_| OnceLock::new()).collect(),
-                states: Vec::new(),
-                bias: &scaled_bias,
-                y: &out,
-            };
-            call.run(threads)
-        });
-        if !done {
+        if !product.run(&way, row0, end - row0, &mut y) {
+            let rows = end - row0;
             let x = x.slice(row0 * problem.k, rows * problem.k);
             let y = y.slice_mut(row0 * problem.n, rows * problem.n);
             plain::linear(kernels, problem, x, w, Some(prepared), bias, y, par)?;
         }
     }
     Ok(())
+}
+
+/// The operands of a product.
+struct Product<'a> {
+    kernels: &'a Kernels,
+    problem: &'a LinearProblem,
+    x: &'a Float<'a>,
+    w: &'a PackedWeight<'a>,
+    prepared: &'a PreparedWeight,
+    /// beta * bias, or zeros.
+    bias: &'a [f64],
+    par: &'a dyn Parallel,
+}
+
+impl Product<'_> {
+    /// Bytes of a row of x as the kernels read it.
+    fn row_bytes(&self, way: &Way<'_>) -> usize {
+        let sums = 2 * size_of::<i32>() * way.form.rows();
+        self.prepared.layout.blocks * (way.form.block_bytes() + sums)
+    }
+
+    /// Computes some rows of y; false, and y is not complete, where x has what the kernels do not take.
+    fn run(&self, way: &Way<'_>, row0: usize, rows: usize, y: &mut FloatMut<'_>) -> bool {
+        let &Self { kernels, problem, x, w, prepared, bias, par } = self;
+        let tiles = Tiles { rows, most: way.most };
+        let bytes = rows * self.row_bytes(way) + tiles.count() * GAP;
+        let specials = if prepared.layout.special { rows } else { 0 };
+        let out = Output::of(y);
+        scratch::for_call(bytes.div_ceil(4), |buffer| {
+            let call = Call {
+                kernels,
+                problem,
+                way,
+                w,
+                prepared,
+                x,
+                row0,
+                tiles,
+                data: buffer.as_mut_ptr().cast(),
+                exact: (0..specials).map(|_| OnceLock::new()).collect(),
+                states: Vec::new(),
+                rests: Vec::new(),
+                bias,
+                y: &out,
+            };
+            call.run(par)
+        })
+    }
 }
 
 /// Some rows of x against the whole weight.
@@ -132,9 +167,23 @@ pub(super) struct Call<'a> {
     /// Rows of x in f64, made where rows of the weight need them; none where the weight has no such row.
     pub exact: Vec<OnceLock<Vec<f64>>>,
     pub states: Vec<Row>,
+    /// What the planes of the only row lack.
+    pub rests: Vec<Rest>,
     /// beta * bias, or zeros.
     pub bias: &'a [f64],
     pub y: &'a Output,
+}
+
+/// A pointer for whichever thread has the row.
+#[derive(Clone, Copy)]
+struct Shared(*mut Vec<Rest>);
+// SAFETY: only the task of the row goes through it.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn get(&self) -> *mut Vec<Rest> {
+        self.0
+    }
 }
 
 // SAFETY: tasks write disjoint parts of `data` while x is packed and only read it afterwards.
@@ -168,7 +217,7 @@ impl Call<'_> {
         unsafe {
             let bytes = count * self.way.form.block_bytes() + self.tiles.count() * GAP;
             let scales = self.data.add(bytes).cast::<i32>();
-            (scales, scales.add(count))
+            (scales, scales.add(count * self.way.form.rows()))
         }
     }
 
@@ -177,6 +226,9 @@ impl Call<'_> {
         let (k, rows) = (self.problem.k, self.tiles.rows);
         let form = XForm { quant: self.problem.activation.map(RowQuant::new), form: self.way.form };
         let states: Vec<OnceLock<(Row, i32)>> = (0..rows).map(|_| OnceLock::new()).collect();
+        // Planes are of a single row, which alone writes to the list.
+        let mut rests = std::mem::take(&mut self.rests);
+        let rests_at = Shared(&raw mut rests);
         let this = &*self;
         let one = |r: usize, raw: &mut [f32]| {
             let row = match this.x.slice((this.row0 + r) * k, k) {
@@ -186,7 +238,7 @@ impl Call<'_> {
                     &*raw
                 }
             };
-            let place = this.place(r);
+            let place = this.place(r, rests_at.get());
             // SAFETY: the table of a variant is only handed out where `detect` says yes; only this call
             // writes the row's place.
             let _ = states[r].set(unsafe { (this.kernels.pack_x)(&form, row, &place) });
@@ -205,6 +257,7 @@ impl Call<'_> {
         } else {
             par.run(tasks, &run)
         }
+        self.rests = rests;
         let states = states.iter().map(|s| s.get().copied().unwrap_or((Row::Exact, 0)));
         let mut low = 0;
         self.states = states
@@ -218,7 +271,7 @@ impl Call<'_> {
             && !self.states.contains(&Row::Exact)
     }
 
-    fn place(&self, r: usize) -> Place {
+    fn place(&self, r: usize, rests: *mut Vec<Rest>) -> Place {
         let tile = self.tiles.of(r);
         let (start, end) = (self.tiles.start(tile), self.tiles.start(tile + 1));
         let (scales, sums) = self.scales();
@@ -231,7 +284,8 @@ impl Call<'_> {
                 data: at.add((r - start) * self.way.form.block_bytes() / parts),
                 scales: scales.add(first + r - start),
                 sums: sums.add(first + r - start),
-                rows: end - start,
+                rows: (end - start) * self.way.form.rows(),
+                rests,
             }
         }
     }
@@ -258,8 +312,8 @@ impl Call<'_> {
                 scales: layout.scales(p, b),
                 small: layout.small(p, b),
                 x: self.data.add(first * self.way.form.block_bytes() + t * GAP),
-                x_scales: scales.add(first),
-                x_sums: sums.add(first),
+                x_scales: scales.add(first * self.way.form.rows()),
+                x_sums: sums.add(first * self.way.form.rows()),
                 blocks,
                 parts: if let Form::Parts(parts) = self.way.form { parts } else { 1 },
                 c,
@@ -274,23 +328,46 @@ impl Call<'_> {
         let panels = self.w.n().div_ceil(PANEL);
         let per_task = panels.div_ceil(4 * par.threads()).clamp(1, CODE_PANELS);
         let tiles = self.tiles.count();
+        let rows = self.way.form.rows();
         par.run(panels.div_ceil(per_task), &|task| {
             let p0 = task * per_task;
             let count = per_task.min(panels - p0);
             let ldc = count * PANEL;
-            scratch::for_task(self.tiles.rows * ldc, |c| {
+            scratch::for_task(self.tiles.rows * rows * ldc, |c| {
                 for p in 0..count {
                     for t in 0..tiles {
                         let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
-                        let c = c[start * ldc + p * PANEL..].as_mut_ptr();
+                        let c = c[start * rows * ldc + p * PANEL..].as_mut_ptr();
                         let args = self.args(t, p0 + p, 0, self.blocks(), c, ldc);
                         // SAFETY: the variant runs here and everything is as `args` says.
-                        unsafe { dots[end - start - 1](&args) };
+                        unsafe { dots[(end - start) * rows - 1](&args) };
+                    }
+                    if rows > 1 {
+                        self.join_planes(p0 + p, &mut c[p * PANEL..], ldc);
                     }
                 }
                 self.finish(0, self.tiles.rows, p0 * PANEL, c, ldc);
             });
         });
+    }
+
+    /// Sums of planes, `ldc` apart, to sums of x in the first of them.
+    fn join_planes(&self, panel: usize, c: &mut [f32], ldc: usize) {
+        let mut sums = [0.0_f32; PANEL];
+        // The smallest first.
+        for p in (0..PLANES).rev() {
+            for (sum, &plane) in sums.iter_mut().zip(&c[p * ldc..]) {
+                *sum += plane;
+            }
+        }
+        let layout = &self.prepared.layout;
+        for &rest in &self.rests {
+            let (codes, scales) =
+                (layout.codes(panel, rest.k / BLOCK), layout.scales(panel, rest.k / BLOCK));
+            // SAFETY: the variant runs here and the panel has the block.
+            unsafe { (self.kernels.add_rest)(codes, scales, rest, &mut sums) };
+        }
+        c[..PANEL].copy_from_slice(&sums);
     }
 
     /// More rows: tasks take COLUMNS output features, fewer where that leaves threads idle, and split

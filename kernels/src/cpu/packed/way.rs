@@ -68,6 +68,12 @@ impl<'a> Way<'a> {
                 let most = integer.panels[narrow].len();
                 Self { inner: Inner::Integer(integer, index, narrow), form, most }
             }
+            Path::Planes => {
+                let dots = packed.integer?.codes[integer_index(w)?][1];
+                let form =
+                    Form::Planes { offset: tables::offset(w), shift: tables::integer_shift(w)? };
+                Self { inner: Inner::Codes(dots), form, most: 1 }
+            }
             Path::Bf16Codes(parts) => {
                 let bf16 = packed.bf16?;
                 let table = if parts == 1 { &bf16.one } else { &bf16.two };

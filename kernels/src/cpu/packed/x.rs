@@ -7,6 +7,7 @@
 use super::{
     super::rows::{self, RowQuant, by_rounding},
     layout::{BLOCK, Row, X_WINDOW},
+    planes::{self, PLANES, Rest},
 };
 use crate::quantize::Rounding;
 
@@ -16,6 +17,8 @@ pub(crate) enum Form {
     /// i8, values times 2^shift, in [`super::layout::ORDER`]. `total` is the shift of both operands, taken
     /// back by the scale; `offset` is the weight's.
     Integer { shift: i32, total: i32, offset: i32 },
+    /// x itself in planes of such integers: [block][plane][32].
+    Planes { offset: i32, shift: i32 },
     /// bfloat16 without their scale.
     Bf16,
     /// bfloat16 with their scale.
@@ -32,10 +35,18 @@ impl Form {
         BLOCK
             * match self {
                 Self::Integer { .. } => 1,
+                Self::Planes { .. } => PLANES,
                 Self::Bf16 | Self::FoldedBf16 => 2,
                 Self::Parts(parts) => 2 * parts,
                 Self::F32 => 4,
             }
+    }
+}
+
+impl Form {
+    /// Rows of the kernels that are one of x.
+    pub(crate) const fn rows(self) -> usize {
+        if let Self::Planes { .. } = self { PLANES } else { 1 }
     }
 }
 
@@ -46,8 +57,10 @@ pub(crate) struct Place {
     pub data: *mut u8,
     pub scales: *mut i32,
     pub sums: *mut i32,
-    /// Rows of the tile.
+    /// Rows of the tile, as the kernels count them.
     pub rows: usize,
+    /// What [`Form::Planes`] leaves of the row.
+    pub rests: *mut Vec<Rest>,
 }
 
 /// How x is quantised and what it becomes.
@@ -68,7 +81,10 @@ pub(crate) unsafe fn pack_row(form: &XForm, x: &[f32], place: &Place) -> (Row, i
     unsafe {
         match &form.quant {
             Some(quant) => by_rounding!(quant, quantised<>(quant, form.form, x, place)),
-            None => plain(form.form, x, place),
+            None => match form.form {
+                Form::Planes { offset, shift } => planes::pack(x, offset, shift, place),
+                form => plain(form, x, place),
+            },
         }
     }
 }
@@ -162,14 +178,14 @@ unsafe fn write(form: Form, values: &mut [f32; BLOCK], exponent: i32, b: usize, 
                 data.cast::<[f32; BLOCK]>().write_unaligned(*values);
                 *place.scales.add(at) = exponent << 23;
             }
-            Form::Parts(_) => {}
+            Form::Parts(_) | Form::Planes { .. } => {}
         }
     }
 }
 
 /// Bytes in the order of a lane: the middle two change places.
 #[inline(always)]
-unsafe fn store_integers(bytes: &[u8; BLOCK], to: *mut u8) {
+pub(super) unsafe fn store_integers(bytes: &[u8; BLOCK], to: *mut u8) {
     let words: [u32; BLOCK / 4] = bytemuck::cast(*bytes);
     let words = words.map(|w| {
         let w = u32::from_le(w);
@@ -191,7 +207,7 @@ unsafe fn store_bf16(values: &[f32; BLOCK], to: *mut u8) {
 }
 
 /// Magnitudes of x from which a sum of products with a weight's unscaled elements may overflow.
-const HUGE: u32 = (127 + 55) << 23;
+pub(super) const HUGE: u32 = (127 + 55) << 23;
 
 /// x as it is.
 ///

@@ -1,0 +1,221 @@
+//! A row of floats as four rows of small integers, for the integer kernels: products of weights alone.
+//!
+//! A block's floats become multiples of 2^-26 of its largest one's power of two, cut into planes of seven
+//! bits with a sign: x = 2^e (p0 + p1 / 128 + p2 / 128^2 + p3 / 128^3). Each plane is a row of x to the kernels
+//! and its sums are exact. What is lost is little beside the block's largest element and may be much of a small
+//! one, whose weight may be the only one that is not zero: such elements leave a rest, which is added by itself.
+//! So the bound of a dot product in fp32 holds for any data.
+//!
+//! Four integer products take fewer and other instructions than making floats of the codes and multiplying those.
+#![allow(unsafe_code)]
+
+use super::{
+    super::{panel::PANEL, rows},
+    layout::{BLOCK, ORDER, Row},
+    x::{HUGE, Place, store_integers},
+};
+
+/// Planes of a row.
+pub(crate) const PLANES: usize = 4;
+/// Bits of a plane. With eight, sums of a block would not fit the sixteen bits of AVX2.
+const BITS: i32 = 7;
+/// Largest magnitude of a plane's integers.
+pub(crate) const LARGEST: i32 = 1 << (BITS - 1);
+/// From this k on the bound of a sum, k/16 + 32 units of 2^-23, leaves room for 2^-17 of every element (64) beside
+/// the roundings of k/32 additions of planes whose magnitudes may be three times x's; below it for 2^-19 (16).
+const LONG: usize = 2048;
+
+/// What the planes lack of an element.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rest {
+    pub k: usize,
+    pub value: f32,
+}
+
+/// 2^e of a normal float.
+#[inline(always)]
+fn power(e: i32) -> f32 {
+    f32::from_bits(((e + 127) as u32) << 23)
+}
+
+/// Writes the planes of a row; see [`super::x::pack_row`]. `offset` is the weight's, `shift` its power of two.
+/// [`Row::Exact`] where more than one element in sixteen leaves a rest.
+///
+/// # Safety
+/// `place` has room for ceil(k / 32) blocks of [`PLANES`] rows.
+#[inline(always)]
+pub(crate) unsafe fn pack(x: &[f32], offset: i32, shift: i32, place: &Place) -> (Row, i32) {
+    // SAFETY: the caller vouches for the list, which is this row's.
+    let rests = unsafe { &mut *place.rests };
+    rests.clear();
+    let part = power(if x.len() < LONG { -19 } else { -17 });
+    let (mut row, mut low) = (Row::Plain, 0);
+    for (b, block) in x.chunks(BLOCK).enumerate() {
+        let mut values = [0.0_f32; BLOCK];
+        values[..block.len()].copy_from_slice(block);
+        let (mut largest, mut smallest) = (0_u32, u32::MAX);
+        for v in values {
+            let bits = v.to_bits() & 0x7fff_ffff;
+            largest = largest.max(bits);
+            // Zeros wrap round.
+            smallest = smallest.min(bits.wrapping_sub(1));
+        }
+        if largest > rows::INFINITY {
+            row = Row::Nan;
+        } else if largest >= HUGE && row == Row::Plain {
+            row = Row::Exact;
+        }
+        let mut exponent = (largest >> 23) as i32 - 127;
+        if smallest != u32::MAX {
+            low = low.min(((smallest + 1) >> 23) as i32 - 127).min(exponent - PLANES as i32 * BITS);
+        }
+        // Nothing of such a block is used, nor of a row with a smaller `low` than the kernels take.
+        if largest >= HUGE || exponent < -100 {
+            (values, exponent) = ([0.0; BLOCK], 0);
+        }
+        // SAFETY: the caller vouches for every block of the row.
+        unsafe { planes(&mut values, exponent, offset, shift, b, place) };
+        let mut lost = false;
+        for (v, &x) in values.iter().zip(block) {
+            lost |= v.abs() > x.abs() * part;
+        }
+        if lost {
+            for (i, (&value, &x)) in values.iter().zip(block).enumerate() {
+                if value.abs() > x.abs() * part {
+                    rests.push(Rest { k: b * BLOCK + i, value });
+                }
+            }
+        }
+    }
+    if rests.len() > x.len() / 16 && row == Row::Plain {
+        row = Row::Exact;
+    }
+    (row, low)
+}
+
+/// Block `b` in planes; what they lack stays in `values`, all of which are below 2^(exponent + 1).
+///
+/// # Safety
+/// `place` has a block `b`.
+#[inline(always)]
+unsafe fn planes(
+    values: &mut [f32; BLOCK],
+    exponent: i32,
+    offset: i32,
+    shift: i32,
+    b: usize,
+    place: &Place,
+) {
+    for p in 0..PLANES {
+        let unit = exponent + 2 - BITS * (p as i32 + 1);
+        let (one, inverse) = (power(unit), power(-unit));
+        let mut bytes = [0_u8; BLOCK];
+        let mut sum = 0;
+        for (byte, v) in bytes.iter_mut().zip(values.iter_mut()) {
+            let rounded = (*v * inverse).round_ties_even();
+            // Exact: both are multiples of the smaller of v's last place and the unit.
+            *v -= rounded * one;
+            // SAFETY: the magnitude is at most LARGEST.
+            let integer = unsafe { rounded.to_int_unchecked::<i32>() };
+            sum += integer;
+            *byte = integer as u8;
+        }
+        // SAFETY: the caller vouches for the block.
+        unsafe {
+            let at = b * place.rows + p;
+            store_integers(&bytes, place.data.add(at * BLOCK));
+            *place.scales.add(at) = (unit - shift) << 23;
+            *place.sums.add(at) = -offset * sum;
+        }
+    }
+}
+
+/// Twice the magnitude of an e2m1 code, four bits each.
+const TWICE: u32 = 0xc864_3210;
+
+/// Adds `rest` times its weights to the sums of a panel of e2m1: `codes` and `scales` are the block's that
+/// holds its k.
+///
+/// # Safety
+/// The block has its 256 and its sixteen bytes.
+#[inline(always)]
+pub(crate) unsafe fn add_rest(
+    codes: *const u8,
+    scales: *const u8,
+    rest: Rest,
+    sums: &mut [f32; PANEL],
+) {
+    let k = rest.k % BLOCK;
+    // See `layout`: eight k a register, low nibbles first, the middle bytes of a lane in each other's place.
+    let bit = 8 * ORDER[k % 4] + 4 * (k / 4 % 2);
+    // SAFETY: the caller vouches for the block; a register is sixteen lanes.
+    let (lanes, scales) = unsafe {
+        let lanes = codes.add(64 * (k / 8)).cast::<[u32; PANEL]>();
+        (lanes.read_unaligned(), scales.cast::<[u8; PANEL]>().read_unaligned())
+    };
+    let half = 0.5 * rest.value;
+    for ((sum, lane), scale) in sums.iter_mut().zip(lanes).zip(scales) {
+        let code = lane >> bit;
+        let twice = (TWICE >> (4 * (code & 7)) & 0xf) as i32 as f32;
+        let signed = f32::from_bits(twice.to_bits() | (code & 8) << 28);
+        *sum += signed * f32::from_bits(u32::from(scale) << 23) * half;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Planes and rests are x, to the last part that is promised.
+    #[test]
+    fn planes_and_rests_are_the_row() {
+        let blocks = LONG / BLOCK + 1;
+        let k = BLOCK * blocks - 5;
+        let mut state = 1_u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+        };
+        for (spread, fits) in [(0, true), (3, true), (40, false)] {
+            let mut x: Vec<f32> =
+                (0..k).map(|_| next() * (next() * spread as f32).exp2()).collect();
+            (x[3], x[37], x[38]) = (0.0, 1e4, 1e-9);
+            let mut data = vec![0_u8; blocks * PLANES * BLOCK];
+            let (mut scales, mut sums) = (vec![0_i32; blocks * PLANES], vec![0; blocks * PLANES]);
+            let mut rests = Vec::new();
+            let place = Place {
+                data: data.as_mut_ptr(),
+                scales: scales.as_mut_ptr(),
+                sums: sums.as_mut_ptr(),
+                rows: PLANES,
+                rests: &mut rests,
+            };
+            // SAFETY: everything has room for all blocks.
+            let (row, _) = unsafe { pack(&x, 12, 1, &place) };
+            assert_eq!(row == Row::Plain, fits, "{spread}: {} rests", rests.len());
+            let mut got = vec![0.0_f64; blocks * BLOCK];
+            for (i, got) in got.iter_mut().enumerate() {
+                let (b, within) = (i / BLOCK, i % BLOCK);
+                for p in 0..PLANES {
+                    let row = b * PLANES + p;
+                    let byte = data[row * BLOCK + within / 4 * 4 + ORDER[within % 4]] as i8;
+                    assert!(i32::from(byte).abs() <= LARGEST);
+                    *got += f64::from(byte) * f64::from((scales[row] >> 23) + 1).exp2();
+                }
+            }
+            for (row, &sum) in sums.iter().enumerate() {
+                let bytes = &data[row * BLOCK..][..BLOCK];
+                assert_eq!(sum, -12 * bytes.iter().map(|&b| i32::from(b as i8)).sum::<i32>());
+            }
+            for rest in &rests {
+                got[rest.k] += f64::from(rest.value);
+            }
+            for (i, (&got, &x)) in got.iter().zip(&x).enumerate() {
+                let error = (got - f64::from(x)).abs();
+                assert!(error <= f64::from(x).abs() * 2f64.powi(-17), "{i}: {got}, not {x}");
+            }
+            assert!(got[k..].iter().all(|&v| v == 0.0));
+            assert!(rests.iter().any(|rest| rest.k == 38), "beside 1e4, 1e-9 is nothing");
+        }
+    }
+}
