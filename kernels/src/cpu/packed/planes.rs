@@ -21,9 +21,16 @@ pub(crate) const PLANES: usize = 4;
 const BITS: i32 = 7;
 /// Largest magnitude of a plane's integers.
 pub(crate) const LARGEST: i32 = 1 << (BITS - 1);
-/// From this k on the bound of a sum, k/16 + 32 units of 2^-23, leaves room for 2^-17 of every element (64) beside
-/// the roundings of k/32 additions of planes whose magnitudes may be three times x's; below it for 2^-19 (16).
-const LONG: usize = 2048;
+/// The part of an element that may be lost with k elements: so many units of 2^-23.
+///
+/// The bound of a sum is k/16 + 32 units. Magnitudes of an element's planes are at most three times its own, so
+/// k/32 additions of each plane's sums of blocks, half a unit each, cost 3k/64 at most; joining the planes and the
+/// rests, 4 with the rounding of y. An element with a rest loses less than a unit itself, and k/16 additions of
+/// rests to a sum of their own make 4k/64 with the planes'.
+#[inline(always)]
+fn part(k: usize) -> f32 {
+    (k / 64 + 28) as f32 * power(-23)
+}
 
 /// What the planes lack of an element.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +55,8 @@ pub(crate) unsafe fn pack(x: &[f32], offset: i32, shift: i32, place: &Place) -> 
     // SAFETY: the caller vouches for the list, which is this row's.
     let rests = unsafe { &mut *place.rests };
     rests.clear();
-    let part = power(if x.len() < LONG { -19 } else { -17 });
+    let part = part(x.len());
+    let most = x.len() / 16;
     let (mut row, mut low) = (Row::Plain, 0);
     for (b, block) in x.chunks(BLOCK).enumerate() {
         let mut values = [0.0_f32; BLOCK];
@@ -85,10 +93,14 @@ pub(crate) unsafe fn pack(x: &[f32], offset: i32, shift: i32, place: &Place) -> 
                     rests.push(Rest { k: b * BLOCK + i, value });
                 }
             }
+            if rests.len() > most {
+                rests.clear();
+                return (Row::Exact, low);
+            }
         }
     }
-    if rests.len() > x.len() / 16 && row == Row::Plain {
-        row = Row::Exact;
+    if row != Row::Plain {
+        rests.clear();
     }
     (row, low)
 }
@@ -169,7 +181,7 @@ mod tests {
     /// Planes and rests are x, to the last part that is promised.
     #[test]
     fn planes_and_rests_are_the_row() {
-        let blocks = LONG / BLOCK + 1;
+        let blocks = 65;
         let k = BLOCK * blocks - 5;
         let mut state = 1_u64;
         let mut next = || {
@@ -193,6 +205,10 @@ mod tests {
             // SAFETY: everything has room for all blocks.
             let (row, _) = unsafe { pack(&x, 12, 1, &place) };
             assert_eq!(row == Row::Plain, fits, "{spread}: {} rests", rests.len());
+            if !fits {
+                assert!(rests.is_empty());
+                continue;
+            }
             let mut got = vec![0.0_f64; blocks * BLOCK];
             for (i, got) in got.iter_mut().enumerate() {
                 let (b, within) = (i / BLOCK, i % BLOCK);
@@ -212,7 +228,7 @@ mod tests {
             }
             for (i, (&got, &x)) in got.iter().zip(&x).enumerate() {
                 let error = (got - f64::from(x)).abs();
-                assert!(error <= f64::from(x).abs() * 2f64.powi(-17), "{i}: {got}, not {x}");
+                assert!(error <= f64::from(x).abs() * f64::from(part(k)), "{i}: {got}, not {x}");
             }
             assert!(got[k..].iter().all(|&v| v == 0.0));
             assert!(rests.iter().any(|rest| rest.k == 38), "beside 1e4, 1e-9 is nothing");

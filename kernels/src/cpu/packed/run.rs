@@ -353,19 +353,20 @@ impl Call<'_> {
 
     /// Sums of planes, `ldc` apart, to sums of x in the first of them.
     fn join_planes(&self, panel: usize, c: &mut [f32], ldc: usize) {
+        // A sum of their own for the rests, whose roundings the planes' are not to have.
         let mut sums = [0.0_f32; PANEL];
+        let layout = &self.prepared.layout;
+        for &rest in &self.rests {
+            let b = rest.k / BLOCK;
+            let (codes, scales) = (layout.codes(panel, b), layout.scales(panel, b));
+            // SAFETY: the variant runs here and the panel has the block.
+            unsafe { (self.kernels.add_rest)(codes, scales, rest, &mut sums) };
+        }
         // The smallest first.
         for p in (0..PLANES).rev() {
             for (sum, &plane) in sums.iter_mut().zip(&c[p * ldc..]) {
                 *sum += plane;
             }
-        }
-        let layout = &self.prepared.layout;
-        for &rest in &self.rests {
-            let (codes, scales) =
-                (layout.codes(panel, rest.k / BLOCK), layout.scales(panel, rest.k / BLOCK));
-            // SAFETY: the variant runs here and the panel has the block.
-            unsafe { (self.kernels.add_rest)(codes, scales, rest, &mut sums) };
         }
         c[..PANEL].copy_from_slice(&sums);
     }
@@ -518,3 +519,44 @@ const MOST_CHAIN: usize = 512;
 const PANEL_FLOATS: usize = 2 * PANEL * MOST_CHAIN / 2;
 const _: () = assert!(INTEGER_BLOCKS * PANEL * BLOCK <= 4 * PANEL_FLOATS);
 const _: () = assert!(block_bytes(crate::ElementFormat::MxInt8) == PANEL * BLOCK);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ElementFormat, QuantSpec, cpu::runnable};
+
+    /// Ordinary rows go in planes wherever there are integer products, and rows of many magnitudes do not.
+    #[test]
+    fn ordinary_rows_go_in_planes() {
+        let (n, k) = (48, 2080);
+        let spec = QuantSpec::mx(ElementFormat::Fp4E2M1).unwrap();
+        let problem = LinearProblem { n, k, weight: spec, activation: None, alpha: 1.0, beta: 1.0 };
+        let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 37 % 251) as u8).collect();
+        let scales = vec![127_u8; n * k / 32];
+        let w = PackedWeight::new(spec, n, k, &codes, &scales).unwrap();
+        let mut met = 0;
+        for kernels in runnable().iter().filter(|k| k.packed.integer.is_some()) {
+            let prepared = PreparedWeight::with(kernels, &problem, &w, &Serial).unwrap();
+            assert_eq!(kernels.packed.choose(&problem, 1), Some(Path::Planes), "{}", kernels.name);
+            let way = Way::new(kernels, &problem, Path::Planes).unwrap();
+            for (large, planes) in [(0, true), (3, true), (65, false)] {
+                let mut x: Vec<f32> = (0..k).map(|i| (i * 29 % 97) as f32 - 48.2).collect();
+                (0..large).for_each(|b| x[32 * b] = 1e9);
+                let (x, bias, mut y) = (Float::F32(&x), vec![0.0; n], vec![0.0; n]);
+                let product = Product {
+                    kernels,
+                    problem: &problem,
+                    x: &x,
+                    w: &w,
+                    prepared: &prepared,
+                    bias: &bias,
+                    par: &Serial,
+                };
+                let done = product.run(&way, 0, 1, &mut FloatMut::F32(&mut y));
+                assert_eq!(done, planes, "{} {large}", kernels.name);
+            }
+            met += 1;
+        }
+        println!("{met} variants with integer products");
+    }
+}
