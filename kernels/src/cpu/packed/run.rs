@@ -534,7 +534,6 @@ mod tests {
         let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 37 % 251) as u8).collect();
         let scales = vec![127_u8; n * k / 32];
         let w = PackedWeight::new(spec, n, k, &codes, &scales).unwrap();
-        let mut met = 0;
         for kernels in runnable().iter().filter(|k| k.packed.integer.is_some()) {
             let prepared = PreparedWeight::with(kernels, &problem, &w, &Serial).unwrap();
             assert_eq!(kernels.packed.choose(&problem, 1), Some(Path::Planes), "{}", kernels.name);
@@ -555,8 +554,6 @@ mod tests {
                 let done = product.run(&way, 0, 1, &mut FloatMut::F32(&mut y));
                 assert_eq!(done, planes, "{} {large}", kernels.name);
             }
-            met += 1;
         }
-        println!("{met} variants with integer products");
     }
 }
