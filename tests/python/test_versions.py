@@ -25,7 +25,7 @@ import mx_nodes as mx
 from broken_models import broken_models
 from mx_nodes import ActCase, Case
 
-FORMATS = ("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1")
+FORMATS = ("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "mxint8")
 TINYLM = Path(__file__).resolve().parents[2] / "fixtures/tinylm/torchscript/model.onnx"
 
 
