@@ -80,7 +80,6 @@ pub fn plan_folder(
 ) -> Result<Vec<GenaiPlan>, GenaiError> {
     let stages = Config::open(folder)?.stages()?;
     let (mut plans, mut quantised): (Vec<GenaiPlan>, _) = (Vec::new(), None);
-    let mut any = false;
     for Stage { file, .. } in stages {
         if plans.iter().any(|plan| plan.file == file) {
             continue;
@@ -91,14 +90,16 @@ pub fn plan_folder(
             rewrite::measure_plan(&model, &mut plan, options.threads)
                 .map_err(|source| RewriteError::Execute { path: path.clone(), source })?;
         }
-        any |= rewrite::require_sites(&path, &plan, options).is_ok();
         if plan.is_empty() && is_quantised(&model) {
             quantised.get_or_insert(path);
         }
         plans.push(GenaiPlan { file, plan });
     }
+    let nothing = |GenaiPlan { file, plan }: &GenaiPlan| {
+        rewrite::require_sites(&folder.join(file), plan, options).is_err()
+    };
     match quantised {
-        Some(path) if !any => Err(GenaiError::Quantised { path }),
+        Some(path) if plans.iter().all(nothing) => Err(GenaiError::Quantised { path }),
         _ => Ok(plans),
     }
 }

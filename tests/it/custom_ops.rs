@@ -10,23 +10,9 @@ fn python(script: &str, args: &[&str]) {
 }
 
 fn python_with(script: &str, args: &[&str], variables: &[(&str, &str)]) {
-    let Some((python, library)) = support::python_and_library() else { return };
-    let out = Command::new(python)
-        .arg(support::root().join("tests/python").join(script))
-        .args(args)
-        .env("MX_CUSTOM_OPS", library)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .envs(variables.iter().copied())
-        .output()
-        .expect("the Python interpreter was probed before");
-    let stdout = String::from_utf8_lossy(&out.stdout);
-    assert!(
-        out.status.success(),
-        "{script} {args:?}: {}\n{stdout}{}",
-        out.status,
-        String::from_utf8_lossy(&out.stderr)
-    );
-    println!("{script} {args:?}: {}", stdout.trim());
+    support::script(script, |command| {
+        command.args(args).envs(variables.iter().copied());
+    });
 }
 
 #[test]

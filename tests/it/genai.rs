@@ -385,16 +385,6 @@ fn outputs_that_would_do_harm_are_refused() {
 /// examples/generate.py with a KV cache against the same weights without one, and GenAI's folder in it.
 #[test]
 fn generation_with_a_cache_is_generation_without_one() {
-    let Some((python, library)) = support::python_and_library() else { return };
-    let out = Command::new(python)
-        .arg(support::root().join("tests/python/test_generate.py"))
-        .env("MX_REWRITE", support::mxrewrite())
-        .env("MX_CUSTOM_OPS", library)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .output()
-        .expect("the Python interpreter was probed before");
-    let stdout = String::from_utf8_lossy(&out.stdout);
-    let errors = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success() && stdout.contains("all checks passed"), "{stdout}{errors}");
-    println!("{}", stdout.trim());
+    let stdout = support::script("test_generate.py", |_| ());
+    assert!(stdout.is_none_or(|text| text.contains("all checks passed")));
 }

@@ -16,25 +16,11 @@ fn python(area: &str, models: &[&str]) {
 
 /// Runs a script with an argument of its own (unless that is empty) and models; a line is due for each.
 fn script(name: &str, area: &str, models: &[&str]) {
-    let Some((python, library)) = support::python_and_library() else { return };
-    let out = Command::new(python)
-        .arg(support::root().join("tests/python").join(name))
-        .args(Some(area).filter(|area| !area.is_empty()))
-        .args(models)
-        .current_dir(support::root())
-        .env("MX_REWRITE", support::mxrewrite())
-        .env("MX_CUSTOM_OPS", library)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .output()
-        .expect("the Python interpreter was probed before");
-    let stdout = String::from_utf8_lossy(&out.stdout);
-    assert!(
-        out.status.success() && stdout.lines().count() == models.len(),
-        "{name} {area}: {}\n{stdout}{}",
-        out.status,
-        String::from_utf8_lossy(&out.stderr)
-    );
-    println!("{}", stdout.trim());
+    let stdout = support::script(name, |command| {
+        command.args(Some(area).filter(|area| !area.is_empty())).args(models);
+    });
+    let lines = stdout.map_or(models.len(), |text| text.lines().count());
+    assert_eq!(lines, models.len(), "{name} {area}");
 }
 
 #[test]
@@ -100,17 +86,8 @@ fn base_types_compute_what_the_original_computes() {
 /// The generated model of the measurements is a Llama, and its layers are found.
 #[test]
 fn make_llama_writes_a_llama() {
-    let Some((python, _)) = support::python_and_library() else { return };
-    let out = Command::new(python)
-        .arg(support::root().join("tests/python/test_make_llama.py"))
-        .env("MX_REWRITE", support::mxrewrite())
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .output()
-        .expect("the Python interpreter was probed before");
-    let stdout = String::from_utf8_lossy(&out.stdout);
-    let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success() && stdout.lines().count() == 3, "{stdout}{stderr}");
-    println!("{}", stdout.trim());
+    let stdout = support::script("test_make_llama.py", |_| ());
+    assert_eq!(stdout.map_or(3, |text| text.lines().count()), 3);
 }
 
 /// A killed run leaves no model that is not whole, and no file but those that `--resume` takes up,

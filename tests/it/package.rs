@@ -2,7 +2,6 @@
 //! a wheel has them. `scripts/check_wheel.sh` tests a real wheel in a fresh environment by the same script.
 
 use std::path::Path;
-use std::process::Command;
 
 use crate::support;
 
@@ -40,24 +39,22 @@ fn package(folder: &Path) -> bool {
 
 /// Runs a script of `tests/python` with the package on its path.
 pub(crate) fn run(script: &str, parts: &[&str]) {
-    let Some((python, _)) = support::python_and_library() else { return };
+    if support::python_and_library().is_none() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     if !package(folder.path()) {
         return;
     }
-    let out = Command::new(python)
-        .arg(support::root().join("tests/python").join(script))
-        .args(parts)
-        .env("PYTHONPATH", folder.path())
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("MX_BINARIES", support::mxrewrite().parent().unwrap())
-        .env_remove("MX_OPS_LIBRARY")
-        .output()
-        .expect("the Python interpreter was probed before");
-    let stdout = String::from_utf8_lossy(&out.stdout);
-    let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{script} {parts:?}: {}\n{stdout}{stderr}", out.status);
-    println!("{}", stdout.trim());
+    support::script(script, |command| {
+        command
+            .args(parts)
+            .env("PYTHONPATH", folder.path())
+            .env("MX_BINARIES", support::mxrewrite().parent().unwrap())
+            // The package brings its own.
+            .env_remove("MX_OPS_LIBRARY")
+            .env_remove("MX_CUSTOM_OPS");
+    });
 }
 
 fn python(parts: &[&str]) {

@@ -60,3 +60,25 @@ pub fn python_and_library() -> Option<(PathBuf, PathBuf)> {
     };
     Some((python, library))
 }
+
+/// Runs a script of `tests/python` with the library and the programs named in its environment, and what
+/// else `set` adds. It must succeed; what it printed is shown and returned. `None` after a skip.
+pub fn script(name: &str, set: impl FnOnce(&mut Command)) -> Option<String> {
+    let (python, library) = python_and_library()?;
+    let mut command = Command::new(&python);
+    command
+        .arg(root().join("tests/python").join(name))
+        .current_dir(root())
+        .env("MX_PYTHON", &python)
+        .env("MX_REWRITE", mxrewrite())
+        .env("MX_CUSTOM_OPS", library)
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    set(&mut command);
+    let out = command.output().expect("the Python interpreter was probed before");
+    let stdout = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+    let arguments: Vec<_> = command.get_args().skip(1).collect();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{name} {arguments:?}: {}\n{stdout}\n{stderr}", out.status);
+    println!("{name} {arguments:?}: {stdout}");
+    Some(stdout)
+}

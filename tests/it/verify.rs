@@ -10,26 +10,11 @@ const MODELS: [&str; 2] =
 
 /// Runs an area of the Python script; a line is due for each model, or one without.
 fn python(area: &str, models: &[&str]) {
-    let Some((python, library)) = support::python_and_library() else { return };
-    let out = Command::new(&python)
-        .arg(support::root().join("tests/python/test_verify.py"))
-        .arg(area)
-        .args(models)
-        .current_dir(support::root())
-        .env("MX_REWRITE", support::mxrewrite())
-        .env("MX_CUSTOM_OPS", library)
-        .env("MX_PYTHON", python)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .output()
-        .expect("the Python interpreter was probed before");
-    let (stdout, stderr) =
-        (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    assert!(
-        out.status.success() && stdout.lines().count() == models.len().max(1),
-        "{area}: {}\n{stdout}{stderr}",
-        out.status
-    );
-    println!("{}", stdout.trim());
+    let stdout = support::script("test_verify.py", |command| {
+        command.arg(area).args(models);
+    });
+    let lines = stdout.map_or(models.len().max(1), |text| text.lines().count());
+    assert_eq!(lines, models.len().max(1), "{area}");
 }
 
 #[test]

@@ -21,6 +21,7 @@ pub(crate) const PLANES: usize = 4;
 const BITS: i32 = 7;
 /// Largest magnitude of a plane's integers.
 pub(crate) const LARGEST: i32 = 1 << (BITS - 1);
+
 /// The part of an element that may be lost with k elements: so many units of 2^-23.
 ///
 /// The bound of a sum is k/16 + 32 units. Magnitudes of an element's planes are at most three times its own, so
