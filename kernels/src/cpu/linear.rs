@@ -79,11 +79,9 @@ impl<'a> Panels<'a> {
         let layout = &self.prepared.layout;
         let (last, block) = (layout.rows.len() - 1, k0 / BLOCK);
         let panel = (n / PANEL).min(last / PANEL);
-        let (codes, scales) = (layout.codes(panel, block), layout.scales(panel, block));
+        let (panel, blocks) = (layout.at(panel, block), kc.div_ceil(BLOCK));
         // SAFETY: kc, rounded up to whole blocks, lies within the layout, and CHUNK is whole blocks.
-        unsafe {
-            (self.decode)(&*self.prepared.tables, codes, scales, kc.div_ceil(BLOCK), out.cast());
-        }
+        unsafe { (self.decode)(&*self.prepared.tables, panel, blocks, out.cast()) };
         if layout.special {
             *bad = std::array::from_fn(|j| layout.rows[(n + j).min(last)] != Row::Plain);
         }

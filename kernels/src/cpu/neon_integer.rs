@@ -9,7 +9,9 @@ use super::{
     neon::Neon,
     neon_dot::sdot,
     packed::{
-        integer::{self, Codes, Dot, DotArgs, E2M1, E2M3, Int8, IntFormat, Integers, Unpacked},
+        integer::{
+            self, Codes, Dot, DotArgs, E2M1, E2M3, E3M2, Int8, IntFormat, Integers, Unpacked,
+        },
         kernels::IntegerKernels,
         tables::Tables,
     },
@@ -39,10 +41,10 @@ unsafe fn four(tables: *const Tables, codes: Bytes) -> Bytes {
 
 /// Codes of six bits: the low four of `low`, above them bits 4 and 5 of `high`.
 #[inline(always)]
-unsafe fn six(tables: *const Tables, low: Bytes, high: Bytes) -> Bytes {
+unsafe fn six(codes_of: *const [u8; 64], low: Bytes, high: Bytes) -> Bytes {
     // SAFETY: register operations, and a table has 64 bytes.
     unsafe {
-        let [a, b, c, d] = load((*tables).signed.as_ptr());
+        let [a, b, c, d] = load(codes_of.cast());
         let table = uint8x16x4_t(a, b, c, d);
         std::array::from_fn(|i| {
             let high = vandq_u8(high[i], vdupq_n_u8(0x30));
@@ -90,7 +92,7 @@ impl Integers for NeonDot {
     }
 
     #[inline(always)]
-    unsafe fn decode<C: IntFormat>(
+    unsafe fn decode<C: IntFormat, const REST: bool>(
         tables: *const Tables,
         block: *const u8,
         c: usize,
@@ -103,14 +105,16 @@ impl Integers for NeonDot {
                     [four(tables, low_nibbles(codes)), four(tables, right::<4>(codes))]
                 }
                 6 => {
+                    let table =
+                        if REST { &raw const (*tables).rest } else { &raw const (*tables).signed };
                     let codes = load(block.add(64 * c));
                     let high = load(block.add(256 + 64 * (c / 2)));
                     let (even, odd) = (low_nibbles(codes), right::<4>(codes));
                     // The two high bits move to bits 4 and 5.
                     if c.is_multiple_of(2) {
-                        [six(tables, even, left::<4>(high)), six(tables, odd, left::<2>(high))]
+                        [six(table, even, left::<4>(high)), six(table, odd, left::<2>(high))]
                     } else {
-                        [six(tables, even, high), six(tables, odd, right::<2>(high))]
+                        [six(table, even, high), six(table, odd, right::<2>(high))]
                     }
                 }
                 _ => [load(block.add(128 * c)), load(block.add(128 * c + 64))],
@@ -134,6 +138,12 @@ impl Integers for NeonDot {
     unsafe fn join<const NARROW: bool>(a: Words, b: Words) -> Words {
         // SAFETY: register operations only.
         std::array::from_fn(|i| unsafe { vaddq_s32(a[i], b[i]) })
+    }
+
+    #[inline(always)]
+    unsafe fn join_planes(a: Words, b: Words) -> Words {
+        // SAFETY: register operations only.
+        std::array::from_fn(|i| unsafe { vaddq_s32(vshlq_n_s32::<4>(a[i]), b[i]) })
     }
 
     #[inline(always)]
@@ -186,7 +196,7 @@ impl Integers for NeonDot {
 #[target_feature(enable = "dotprod")]
 unsafe fn dot<W: integer::Source<NeonDot>, const MR: usize>(args: &DotArgs) {
     // SAFETY: the caller's promise is passed on.
-    unsafe { integer::dot::<NeonDot, W, MR, false>(args) }
+    unsafe { integer::dot::<NeonDot, W, MR, 1, false>(args) }
 }
 
 #[target_feature(enable = "dotprod")]
@@ -208,7 +218,14 @@ const fn dots<W: integer::Source<NeonDot>>() -> [&'static [Dot]; 2] {
 /// Only for machines with dotprod.
 pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
     wide: false,
-    codes: [dots::<Codes<E2M1>>(), dots::<Codes<E2M3>>(), dots::<Codes<Int8>>()],
+    // Two planes of sums of two rows fill the registers.
+    codes: [
+        dots::<Codes<E2M1>>(),
+        dots::<Codes<E2M3>>(),
+        dots::<Codes<Int8>>(),
+        [&[dot::<Codes<E3M2>, 1>, dot::<Codes<E3M2>, 2>]; 2],
+    ],
+    together: [&[]; 4],
     panels: dots::<Unpacked>(),
     unpack: [unpack::<E2M1>, unpack::<E2M3>, unpack::<Int8>],
 };

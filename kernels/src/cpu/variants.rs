@@ -6,8 +6,9 @@ use super::{info::is_intel, packed::kernels::x86};
 use super::{
     packed::{
         kernels::PackedKernels,
-        layout::Row,
+        layout::{PanelAt, Row},
         planes::{self, Rest},
+        tables::Tables,
         x::{self, Place, XForm},
     },
     panel::{PANEL, Weight},
@@ -56,7 +57,7 @@ pub(crate) struct Kernels {
     /// What works on repacked weights.
     pub packed: PackedKernels,
     pub pack_x: unsafe fn(&XForm, &[f32], &Place) -> (Row, i32),
-    pub add_rest: unsafe fn(*const u8, *const u8, Rest, &mut [f32; PANEL]),
+    pub add_rest: unsafe fn(&Tables, usize, PanelAt, Rest, &mut [f32; PANEL]),
     pub fake_row: unsafe fn(&RowQuant, &[f32], f32, &mut [f32]) -> bool,
     pub code_row: unsafe fn(&RowQuant, &[f32], &mut [u8], &mut [u8]),
     pub code_columns: unsafe fn(&RowQuant, &Strip<'_>, usize, &mut Scratch),
@@ -76,7 +77,8 @@ fn scale_row_impl(c: &[f32], factor: f64, bias: &[f64], out: &mut [f32]) {
 }
 
 /// Nothing that works on repacked weights.
-const NO_PACKED: PackedKernels = PackedKernels { integer: None, bf16: None, float: None };
+const NO_PACKED: PackedKernels =
+    PackedKernels { together: false, integer: None, bf16: None, float: None };
 
 macro_rules! variant {
     ($module:ident, $name:literal, $simd:ty, $panels:literal, [$($mr:literal),+],
@@ -191,13 +193,14 @@ macro_rules! variant {
 
             $(#[target_feature(enable = $feature)])*
             unsafe fn add_rest(
-                codes: *const u8,
-                scales: *const u8,
+                tables: &Tables,
+                bits: usize,
+                panel: PanelAt,
                 rest: Rest,
                 sums: &mut [f32; PANEL],
             ) {
                 // SAFETY: the caller's promise is passed on.
-                unsafe { planes::add_rest(codes, scales, rest, sums) }
+                unsafe { planes::add_rest(tables, bits, panel, rest, sums) }
             }
 
             pub(super) const TABLE: Kernels = Kernels {
@@ -251,6 +254,7 @@ variant!(
     [1, 2, 3, 4, 5, 6],
     ["avx2", "fma", "f16c"],
     PackedKernels {
+        together: false,
         integer: Some(&x86::maddubs::KERNELS),
         bf16: None,
         float: Some(&x86::avx2::FLOATS),
@@ -333,7 +337,12 @@ const AVX512_BF16_NEEDS: &[&str] = &[
 static AVX512_VNNI: Kernels = Kernels {
     name: "avx512vnni",
     needs: AVX512_VNNI_NEEDS,
-    packed: PackedKernels { integer: Some(&x86::vnni512::KERNELS), ..avx512_kernels::TABLE.packed },
+    packed: PackedKernels {
+        together: true,
+        integer: Some(&x86::vnni512::KERNELS),
+        bf16: None,
+        float: Some(&x86::float512::FLOATS),
+    },
     detect: || {
         std::arch::is_x86_feature_detected!("avx512vnni")
             && std::arch::is_x86_feature_detected!("avx512vbmi")
@@ -348,9 +357,10 @@ const AVX512_BF16_TABLE: Kernels = Kernels {
     name: "avx512bf16",
     needs: AVX512_BF16_NEEDS,
     packed: PackedKernels {
+        together: false,
         integer: Some(&x86::vnni512::KERNELS),
         bf16: Some(&x86::bf16::AVX512),
-        float: Some(&x86::bf16::FLOATS),
+        float: Some(&x86::float512::FLOATS),
     },
     detect: || std::arch::is_x86_feature_detected!("avx512bf16") && (AVX512_VNNI.detect)(),
     ..avx512_kernels::TABLE
@@ -360,13 +370,10 @@ const AVX512_BF16_TABLE: Kernels = Kernels {
 static AVX512_BF16: Kernels =
     Kernels { detect: || (AVX512_BF16_TABLE.detect)() && !is_intel(), ..AVX512_BF16_TABLE };
 
-/// The same for a machine on which only a row or two are worth bfloat16.
+/// The same where it is slower than [`AVX512_VNNI`], which comes first.
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16_INTEL: Kernels = Kernels {
-    packed: PackedKernels { bf16: Some(&x86::bf16::FEW_ROWS), ..AVX512_BF16_TABLE.packed },
-    detect: || (AVX512_BF16_TABLE.detect)() && is_intel(),
-    ..AVX512_BF16_TABLE
-};
+static AVX512_BF16_INTEL: Kernels =
+    Kernels { detect: || (AVX512_BF16_TABLE.detect)() && is_intel(), ..AVX512_BF16_TABLE };
 
 /// The same with AMX's tiles of bfloat16.
 #[cfg(target_arch = "x86_64")]
@@ -387,9 +394,10 @@ static AMX: Kernels = Kernels {
         "f16c",
     ],
     packed: PackedKernels {
+        together: true,
         integer: Some(&x86::vnni512::KERNELS),
         bf16: Some(&x86::bf16::AMX),
-        float: Some(&x86::bf16::FLOATS),
+        float: Some(&x86::float512::FLOATS),
     },
     detect: || (AVX512_BF16_TABLE.detect)() && super::packed::x86_amx::detect(),
     ..avx512_kernels::TABLE
@@ -415,7 +423,7 @@ static SCALAR: Kernels = scalar_kernels::TABLE;
 /// All variants of this build, the best first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[&Kernels] =
-    &[&AMX, &AVX512_BF16, &AVX512_BF16_INTEL, &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
+    &[&AMX, &AVX512_BF16, &AVX512_VNNI, &AVX512_BF16_INTEL, &AVX512, &AVX_VNNI, &AVX2, &SCALAR];
 /// All variants of this build, the best first.
 #[cfg(target_arch = "aarch64")]
 pub(crate) static ALL: &[&Kernels] = &[&NEON_DOTPROD, &NEON, &SCALAR];

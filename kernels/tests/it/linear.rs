@@ -266,6 +266,48 @@ fn pairs_of_formats_and_all_heights() {
     }
 }
 
+/// Few rows and many panels, which some kernels take several at a time: within the bound, and each feature's bits do
+/// not depend on those beside it, nor on the threads.
+#[test]
+fn panels_at_a_time() {
+    let formats = || specs().into_iter().filter(|s| s.scale == ScaleKind::E8M0).map(|s| s.format);
+    for way in ways() {
+        let mut random = Random(16);
+        for w_format in formats() {
+            for x_format in formats().map(Some).chain([None]) {
+                let spec = |format| QuantSpec::mx(format).unwrap();
+                let (m, k) = (1 + random.below(5), 1 + random.below(400));
+                for n in [64, 16 * 4 + 1, 16 * 7, 16 * 9 - 3] {
+                    let values = random.normals(n * k);
+                    let w = Weight::quantise(spec(w_format), n, k, &values);
+                    let x = Guarded::new(&random.normals(m * k));
+                    let run = |w: &Weight, threads: usize| {
+                        let problem = w.problem(x_format.map(spec));
+                        let mut y = Guarded::new(&vec![f32::NAN; m * w.n]);
+                        let out = FloatMut::F32(y.get_mut());
+                        let par = StdThreads(threads);
+                        way.linear(&problem, Float::F32(x.get()), &w.view(), None, out, &par)
+                            .unwrap();
+                        y.get().to_vec()
+                    };
+                    let what = format!("{way} {w_format} x {x_format:?} {m}x{n}x{k}");
+                    let y = run(&w, 1);
+                    let (want, magnitude) =
+                        exact(&w.problem(x_format.map(spec)), x.get(), &w.view());
+                    assert_close(&y, &want, &magnitude, 32.0, &what);
+                    let bits = |y: &[f32]| y.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(bits(&y), bits(&run(&w, 3)), "{what}: three threads");
+                    let few = Weight::quantise(spec(w_format), 16, k, &values[..16 * k]);
+                    let alone = run(&few, 1);
+                    for (row, alone) in y.chunks(n).zip(alone.chunks(16)) {
+                        assert_eq!(bits(&row[..16]), bits(alone), "{what}: a panel alone");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// All heights from 1 to 130 for each format, quantised and weight-only in every type of x. An emulator
 /// computes the exact sums so slowly that it takes every seventh above 16.
 #[test]

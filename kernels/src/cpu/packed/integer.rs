@@ -2,13 +2,16 @@
 //!
 //! e2m1, e2m3 and MXINT8 are integers once multiplied by 2, 8 and 64. A block's 32 products are summed
 //! without error; only then come the scales, one multiply-add a block: at most k / 32 roundings.
+//!
+//! e3m2 is an integer of nine bits and a sign once multiplied by 16. Such a weight is two planes of small integers, v =
+//! 16 a + b, each looked up; such an x is two rows. That is two or four products in place of one, all of them exact.
 #![allow(unsafe_code)]
 // Two or three arrays run along one index; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
 
 use super::{
     super::{panel::PANEL, simd::Simd},
-    layout::{BLOCK, block_bytes},
+    layout::{BLOCK, PanelAt, block_bytes},
     tables::Tables,
 };
 use crate::formats::ElementFormat;
@@ -17,12 +20,8 @@ use crate::formats::ElementFormat;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DotArgs {
     pub tables: *const Tables,
-    /// Codes of the panel from its first block on, or what a decoder made of them.
-    pub w: *const u8,
-    /// Scale bytes of the panel from its first block on.
-    pub scales: *const u8,
-    /// Whether each block holds small magnitudes, for floats of eight bits.
-    pub small: *const u8,
+    /// From the first block on; codes may be what a decoder made of them.
+    pub panel: PanelAt,
     /// [block][row][32] elements.
     pub x: *const u8,
     /// [block][row]: exponents of x in the place of a float's.
@@ -32,7 +31,9 @@ pub(crate) struct DotArgs {
     pub blocks: usize,
     /// bfloat16 that x is the sum of, for panels of bfloat16.
     pub parts: usize,
-    /// Rows of sixteen sums, `ldc` floats apart.
+    /// Blocks of a whole panel: what lies between two panels of a kernel that takes several.
+    pub panel_blocks: usize,
+    /// Rows of sixteen sums, `ldc` floats apart; of several panels side by side.
     pub c: *mut f32,
     pub ldc: usize,
     /// Whether to add to `c`.
@@ -46,6 +47,8 @@ pub(crate) type Unpack = unsafe fn(*const Tables, *const u8, usize, *mut u8);
 /// A format as a type, as far as the integer kernels know it.
 pub(crate) trait IntFormat {
     const FORMAT: ElementFormat;
+    /// Integers that a code is looked up as: one, or the 16 times larger part and the rest.
+    const PLANES: usize = 1;
 }
 pub(crate) struct E2M1;
 impl IntFormat for E2M1 {
@@ -54,6 +57,11 @@ impl IntFormat for E2M1 {
 pub(crate) struct E2M3;
 impl IntFormat for E2M3 {
     const FORMAT: ElementFormat = ElementFormat::Fp6E2M3;
+}
+pub(crate) struct E3M2;
+impl IntFormat for E3M2 {
+    const FORMAT: ElementFormat = ElementFormat::Fp6E3M2;
+    const PLANES: usize = 2;
 }
 pub(crate) struct Int8;
 impl IntFormat for Int8 {
@@ -75,8 +83,16 @@ pub(crate) trait Integers {
     /// A decoded register: 64 bytes.
     unsafe fn load(from: *const u8) -> Self::W;
     unsafe fn store(to: *mut u8, w: Self::W);
-    /// Registers 2c and 2c + 1 of a block.
-    unsafe fn decode<C: IntFormat>(
+    /// Asks for `lines` lines of codes some way behind those at `from`.
+    #[inline(always)]
+    unsafe fn ask(from: *const u8, lines: usize) {
+        for line in 0..lines {
+            // SAFETY: a prefetch never faults.
+            unsafe { Self::F::prefetch(from.wrapping_add(2048 + line * 64)) }
+        }
+    }
+    /// Registers 2c and 2c + 1 of a block, of the only plane, or the first, or the `REST`.
+    unsafe fn decode<C: IntFormat, const REST: bool>(
         tables: *const Tables,
         block: *const u8,
         c: usize,
@@ -86,6 +102,8 @@ pub(crate) trait Integers {
     unsafe fn zero() -> Self::Acc;
     /// The sum of two sums.
     unsafe fn join<const NARROW: bool>(a: Self::Acc, b: Self::Acc) -> Self::Acc;
+    /// 16 a + b, both of 32 bits.
+    unsafe fn join_planes(a: Self::Acc, b: Self::Acc) -> Self::Acc;
     /// acc + the products with four bytes of x, the same for every row. `NARROW` where a block's sums
     /// of pairs fit sixteen bits.
     unsafe fn dot<const NARROW: bool>(acc: Self::Acc, w: Self::W, x: *const u8) -> Self::Acc;
@@ -105,20 +123,31 @@ pub(crate) trait Integers {
 /// Where the registers of a block come from.
 pub(crate) trait Source<S: Integers> {
     const BYTES: usize;
-    /// Bytes ahead of their use that are asked for; 0 for none.
-    const AHEAD: usize;
-    unsafe fn pair(tables: *const Tables, block: *const u8, c: usize) -> [S::W; 2];
+    const PLANES: usize;
+    /// Whether they come from memory.
+    const FAR: bool;
+    /// See [`Integers::decode`].
+    unsafe fn pair<const REST: bool>(
+        tables: *const Tables,
+        block: *const u8,
+        c: usize,
+    ) -> [S::W; 2];
 }
 
 /// Straight from the codes.
 pub(crate) struct Codes<C>(std::marker::PhantomData<C>);
 impl<S: Integers, C: IntFormat> Source<S> for Codes<C> {
     const BYTES: usize = block_bytes(C::FORMAT);
-    const AHEAD: usize = 2048;
+    const PLANES: usize = C::PLANES;
+    const FAR: bool = true;
     #[inline(always)]
-    unsafe fn pair(tables: *const Tables, block: *const u8, c: usize) -> [S::W; 2] {
+    unsafe fn pair<const REST: bool>(
+        tables: *const Tables,
+        block: *const u8,
+        c: usize,
+    ) -> [S::W; 2] {
         // SAFETY: the caller's promise is passed on.
-        unsafe { S::decode::<C>(tables, block, c) }
+        unsafe { S::decode::<C, REST>(tables, block, c) }
     }
 }
 
@@ -126,9 +155,10 @@ impl<S: Integers, C: IntFormat> Source<S> for Codes<C> {
 pub(crate) struct Unpacked;
 impl<S: Integers> Source<S> for Unpacked {
     const BYTES: usize = PANEL * BLOCK;
-    const AHEAD: usize = 0;
+    const PLANES: usize = 1;
+    const FAR: bool = false;
     #[inline(always)]
-    unsafe fn pair(_: *const Tables, block: *const u8, c: usize) -> [S::W; 2] {
+    unsafe fn pair<const REST: bool>(_: *const Tables, block: *const u8, c: usize) -> [S::W; 2] {
         // SAFETY: a block has eight registers.
         unsafe { [S::load(block.add(128 * c)), S::load(block.add(128 * c + 64))] }
     }
@@ -152,7 +182,7 @@ pub(crate) unsafe fn unpack<S: Integers, C: IntFormat>(
                 S::F::prefetch(codes.wrapping_add(b * block_bytes(C::FORMAT) + 2048 + c * 128));
                 S::F::prefetch(codes.wrapping_add(b * block_bytes(C::FORMAT) + 2112 + c * 128));
                 let [first, second] =
-                    S::decode::<C>(tables, codes.add(b * block_bytes(C::FORMAT)), c);
+                    S::decode::<C, false>(tables, codes.add(b * block_bytes(C::FORMAT)), c);
                 let out = out.add(b * PANEL * BLOCK + c * 128);
                 S::store(out, first);
                 S::store(out.add(64), second);
@@ -161,57 +191,82 @@ pub(crate) unsafe fn unpack<S: Integers, C: IntFormat>(
     }
 }
 
-/// c[MR][16] (+)= x * w over the blocks.
+/// c[MR][NP * 16] (+)= x * w over the blocks, of NP panels in turns.
 ///
 /// # Safety
-/// The machine has the instructions of `S`; everything in `args` holds MR rows and `args.blocks` blocks.
+/// The machine has the instructions of `S`; everything in `args` holds MR rows, NP panels and `args.blocks` blocks.
 #[inline(always)]
-pub(crate) unsafe fn dot<S: Integers, W: Source<S>, const MR: usize, const NARROW: bool>(
+pub(crate) unsafe fn dot<
+    S: Integers,
+    W: Source<S>,
+    const MR: usize,
+    const NP: usize,
+    const NARROW: bool,
+>(
     args: &DotArgs,
 ) {
+    // With few rows the sums of a block are two chains, as each waits for itself.
+    let two = W::PLANES == 2 || MR * NP <= 2;
     // SAFETY: all offsets stay within what the caller vouches for.
     unsafe {
-        let mut sums = [S::F::splat(0.0); MR];
+        let mut sums = [[S::F::splat(0.0); NP]; MR];
         for b in 0..args.blocks {
-            let w = args.w.add(b * W::BYTES);
             let x = args.x.add(b * MR * BLOCK);
             let (x_sums, x_scales) = (args.x_sums.add(b * MR), args.x_scales.add(b * MR));
-            if W::AHEAD > 0 {
-                for line in 0..W::BYTES / 64 {
-                    S::F::prefetch(w.wrapping_add(W::AHEAD + line * 64));
+            if W::FAR {
+                for p in 0..NP {
+                    let w = args.panel.codes.add((p * args.panel_blocks + b) * W::BYTES);
+                    S::ask(w, W::BYTES / 64);
                 }
             }
-            let mut acc = [S::start(x_sums); MR];
+            let mut acc = [[S::start(x_sums); NP]; MR];
             for r in 1..MR {
-                acc[r] = S::start(x_sums.add(r));
+                acc[r] = [S::start(x_sums.add(r)); NP];
             }
-            // With few rows the sums of a block are two chains, as each waits for itself.
-            let mut odd = [S::zero(); MR];
+            let mut other = [[S::zero(); NP]; MR];
             for c in 0..4 {
-                let [first, second] = W::pair(args.tables, w, c);
-                for r in 0..MR {
-                    acc[r] = S::dot::<NARROW>(acc[r], first, x.add(r * BLOCK + 8 * c));
-                }
-                for r in 0..MR {
-                    let sums = if MR <= 2 { &mut odd[r] } else { &mut acc[r] };
-                    *sums = S::dot::<NARROW>(*sums, second, x.add(r * BLOCK + 8 * c + 4));
+                for p in 0..NP {
+                    let w = args.panel.codes.add((p * args.panel_blocks + b) * W::BYTES);
+                    let [first, second] = W::pair::<false>(args.tables, w, c);
+                    for r in 0..MR {
+                        acc[r][p] = S::dot::<NARROW>(acc[r][p], first, x.add(r * BLOCK + 8 * c));
+                    }
+                    for r in 0..MR {
+                        let chain = two && W::PLANES == 1;
+                        let sum = if chain { &mut other[r][p] } else { &mut acc[r][p] };
+                        *sum = S::dot::<NARROW>(*sum, second, x.add(r * BLOCK + 8 * c + 4));
+                    }
+                    if W::PLANES == 2 {
+                        let [first, second] = W::pair::<true>(args.tables, w, c);
+                        for r in 0..MR {
+                            let sum = &mut other[r][p];
+                            *sum = S::dot::<NARROW>(*sum, first, x.add(r * BLOCK + 8 * c));
+                            *sum = S::dot::<NARROW>(*sum, second, x.add(r * BLOCK + 8 * c + 4));
+                        }
+                    }
                 }
             }
-            if MR <= 2 {
+            for p in 0..NP {
+                let scales = S::scales(args.panel.scales.add((p * args.panel_blocks + b) * PANEL));
                 for r in 0..MR {
-                    acc[r] = S::join::<NARROW>(acc[r], odd[r]);
+                    let sum = if W::PLANES == 2 {
+                        S::join_planes(acc[r][p], other[r][p])
+                    } else if two {
+                        S::join::<NARROW>(acc[r][p], other[r][p])
+                    } else {
+                        acc[r][p]
+                    };
+                    let (x_scale, x_sum) = (x_scales.add(r), x_sums.add(r));
+                    sums[r][p] = S::scale_add::<NARROW>(sums[r][p], sum, scales, x_scale, x_sum);
                 }
-            }
-            let scales = S::scales(args.scales.add(b * PANEL));
-            for r in 0..MR {
-                let (x_scale, sum) = (x_scales.add(r), x_sums.add(r));
-                sums[r] = S::scale_add::<NARROW>(sums[r], acc[r], scales, x_scale, sum);
             }
         }
         for r in 0..MR {
-            let c = args.c.add(r * args.ldc);
-            let sum = if args.add { S::F::add(S::F::load(c), sums[r]) } else { sums[r] };
-            S::F::store(c, sum);
+            for p in 0..NP {
+                let c = args.c.add(r * args.ldc + p * PANEL);
+                let sum = if args.add { S::F::add(S::F::load(c), sums[r][p]) } else { sums[r][p] };
+                S::F::store(c, sum);
+            }
         }
     }
 }

@@ -1,20 +1,29 @@
 //! The packed kernels of each machine as function pointers.
 #![allow(unsafe_code)]
 
-use super::{integer::Dot, tables::Tables};
+use super::{integer::Dot, layout::PanelAt, tables::Tables};
 use crate::formats::ElementFormat;
 
 pub(crate) type Unpack = super::integer::Unpack;
-/// Codes and scales of some blocks of a panel to bfloat16 pairs or floats.
-pub(crate) type Decode = unsafe fn(*const Tables, *const u8, *const u8, usize, *mut u8);
+/// Some blocks of a panel to bfloat16 pairs or floats.
+pub(crate) type Decode = unsafe fn(*const Tables, PanelAt, usize, *mut u8);
 /// A tile of some rows and all panels that the kernel spans, so many bytes apart.
 pub(crate) type Tile = unsafe fn(&super::integer::DotArgs, usize);
+
+/// A kernel that takes some panels in turns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Together {
+    pub panels: usize,
+    pub dot: Dot,
+}
 
 /// What a machine has; all of it optional.
 ///
 /// The functions may only be called where the variant that lists them was detected.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct PackedKernels {
+    /// Whether memory is read faster from several panels at once.
+    pub together: bool,
     pub integer: Option<&'static IntegerKernels>,
     pub bf16: Option<&'static Bf16Kernels>,
     pub float: Option<&'static FloatKernels>,
@@ -25,9 +34,11 @@ pub(crate) struct PackedKernels {
 pub(crate) struct IntegerKernels {
     /// Whether sums of two products may need more than sixteen bits.
     pub wide: bool,
-    /// From codes: by format (e2m1, e2m3, mxint8), by whether a block's sums of pairs fit sixteen bits,
-    /// by rows of x.
-    pub codes: [[&'static [Dot]; 2]; 3],
+    /// From codes: by [`code_index`], by whether a block's sums of pairs fit sixteen bits, by rows of x. Those of
+    /// e3m2 may be missing.
+    pub codes: [[&'static [Dot]; 2]; 4],
+    /// The same of several panels, where sums have 32 bits; may be fewer.
+    pub together: [&'static [Together]; 4],
     /// From unpacked panels, by the latter two.
     pub panels: [&'static [Dot]; 2],
     pub unpack: [Unpack; 3],
@@ -57,6 +68,8 @@ pub(crate) struct Bf16Kernels {
 pub(crate) struct FloatKernels {
     /// From codes, by [`float_index`], by rows of x in a tile; may be empty.
     pub dots: [&'static [Dot]; 5],
+    /// The same of several panels; may be fewer.
+    pub together: [&'static [Together]; 5],
     /// Most rows of x that codes are multiplied with directly.
     pub code_rows: usize,
     /// To panels of f32, [k][16].
@@ -70,6 +83,14 @@ pub(crate) const fn integer_index(format: ElementFormat) -> Option<usize> {
         ElementFormat::Fp6E2M3 => Some(1),
         ElementFormat::MxInt8 => Some(2),
         _ => None,
+    }
+}
+
+/// Place of a format in the table of integer kernels from the codes: also e3m2, which is two integers.
+pub(crate) const fn code_index(format: ElementFormat) -> Option<usize> {
+    match format {
+        ElementFormat::Fp6E3M2 => Some(3),
+        _ => integer_index(format),
     }
 }
 
@@ -89,26 +110,32 @@ pub(crate) const fn float_index(format: ElementFormat) -> Option<usize> {
 pub(crate) mod x86 {
     use super::{
         super::{
-            integer::{self, Codes, DotArgs, E2M1, E2M3, Int8, Unpacked},
+            integer::{self, Codes, DotArgs, E2M1, E2M3, E3M2 as I3M2, Int8, Unpacked},
             x86_amx,
             x86_bf16::{self, E2M1 as FE2M1, E2M3 as FE2M3, E3M2, E4M3, E5M2, Format},
-            x86_float,
+            x86_float, x86_float512,
             x86_integer::{AvxVnni, Maddubs, Vnni512},
         },
         *,
     };
 
     macro_rules! integer_kernels {
-        ($module:ident, $machine:ty, $wide:literal, [$($mr:literal),+], [$($feature:literal),*]) => {
+        ($module:ident, $machine:ty, $wide:literal, [$($mr:literal),+], [$($split:literal),*],
+         [$(($rows:literal, $panels:literal)),*], [$($feature:literal),*]) => {
             pub(crate) mod $module {
                 use super::*;
 
                 $(#[target_feature(enable = $feature)])*
-                unsafe fn dot<W: integer::Source<$machine>, const MR: usize, const NARROW: bool>(
+                unsafe fn dot<
+                    W: integer::Source<$machine>,
+                    const MR: usize,
+                    const NP: usize,
+                    const NARROW: bool,
+                >(
                     args: &DotArgs,
                 ) {
                     // SAFETY: the caller's promise is passed on.
-                    unsafe { integer::dot::<$machine, W, MR, NARROW>(args) }
+                    unsafe { integer::dot::<$machine, W, MR, NP, NARROW>(args) }
                 }
 
                 $(#[target_feature(enable = $feature)])*
@@ -125,9 +152,11 @@ pub(crate) mod x86 {
                 struct Of<W>(std::marker::PhantomData<W>);
                 impl<W: integer::Source<$machine>> Of<W> {
                     const DOTS: [&'static [Dot]; 2] = [
-                        &[$(dot::<W, $mr, { !$wide }>),+],
-                        &[$(dot::<W, $mr, true>),+],
+                        &[$(dot::<W, $mr, 1, { !$wide }>),+],
+                        &[$(dot::<W, $mr, 1, true>),+],
                     ];
+                    const TOGETHER: &'static [Together] =
+                        &[$(Together { panels: $panels, dot: dot::<W, $rows, $panels, true> }),*];
                 }
 
                 pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
@@ -136,6 +165,13 @@ pub(crate) mod x86 {
                         Of::<Codes<E2M1>>::DOTS,
                         Of::<Codes<E2M3>>::DOTS,
                         Of::<Codes<Int8>>::DOTS,
+                        [&[$(dot::<Codes<I3M2>, $split, 1, true>),*]; 2],
+                    ],
+                    together: [
+                        Of::<Codes<E2M1>>::TOGETHER,
+                        Of::<Codes<E2M3>>::TOGETHER,
+                        Of::<Codes<Int8>>::TOGETHER,
+                        Of::<Codes<I3M2>>::TOGETHER,
                     ],
                     panels: Of::<Unpacked>::DOTS,
                     unpack: [unpack::<E2M1>, unpack::<E2M3>, unpack::<Int8>],
@@ -150,6 +186,8 @@ pub(crate) mod x86 {
         Vnni512,
         false,
         [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        [(1, 4), (2, 4), (3, 2), (4, 2)],
         ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma"]
     );
     integer_kernels!(
@@ -157,9 +195,11 @@ pub(crate) mod x86 {
         AvxVnni,
         false,
         [1, 2, 3, 4, 5, 6],
+        [1, 2],
+        [],
         ["avx2", "fma", "f16c", "avxvnni"]
     );
-    integer_kernels!(maddubs, Maddubs, true, [1, 2, 3, 4], ["avx2", "fma", "f16c"]);
+    integer_kernels!(maddubs, Maddubs, true, [1, 2, 3, 4], [], [], ["avx2", "fma", "f16c"]);
 
     pub(crate) mod bf16 {
         use super::*;
@@ -175,34 +215,10 @@ pub(crate) mod x86 {
                 // SAFETY: the caller's promise is passed on.
                 unsafe { x86_bf16::dot::<C, MR, P>(args) }
             }
-            unsafe fn dot_f32<const MR: usize>(args: &DotArgs) {
-                // SAFETY: the caller's promise is passed on.
-                unsafe { x86_bf16::dot_f32::<MR>(args) }
-            }
             unsafe fn tile<const MR: usize>(args: &DotArgs, panel_stride: usize) {
                 // SAFETY: the caller's promise is passed on.
                 unsafe { x86_bf16::tile::<MR, 2>(args, panel_stride) }
             }
-            unsafe fn decode<C: Format, const F32: bool>(
-                tables: *const Tables,
-                codes: *const u8,
-                scales: *const u8,
-                blocks: usize,
-                out: *mut u8,
-            ) {
-                // SAFETY: the caller's promise is passed on.
-                unsafe { x86_bf16::decode::<C, F32>(tables, codes, scales, blocks, out) }
-            }
-        }
-
-        const fn decoders<const F32: bool>() -> [Decode; 5] {
-            [
-                decode::<E4M3, F32>,
-                decode::<E5M2, F32>,
-                decode::<E3M2, F32>,
-                decode::<FE2M3, F32>,
-                decode::<FE2M1, F32>,
-            ]
         }
 
         const fn one<C: Format>() -> &'static [Dot] {
@@ -224,7 +240,7 @@ pub(crate) mod x86 {
         const KERNELS: Bf16Kernels = Bf16Kernels {
             one: [one::<E4M3>(), one::<E5M2>(), one::<E3M2>(), one::<FE2M3>(), one::<FE2M1>()],
             two: [two::<E4M3>(), two::<E5M2>(), two::<E3M2>(), two::<FE2M3>(), two::<FE2M1>()],
-            decode: decoders::<false>(),
+            decode: float512::decoders::<false>(),
             panels: 2,
             tiles: &[
                 tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>, tile::<6>, tile::<7>,
@@ -237,15 +253,8 @@ pub(crate) mod x86 {
 
         pub(crate) static AVX512: Bf16Kernels = KERNELS;
 
-        /// On Intel x in two parts is slower than fp32 for e2m1, whose values a register holds.
-        const TWO: [&[Dot]; 5] = [two::<E4M3>(), two::<E5M2>(), two::<E3M2>(), two::<FE2M3>(), &[]];
-
-        /// Without panels.
-        pub(crate) static FEW_ROWS: Bf16Kernels =
-            Bf16Kernels { two: TWO, tiles: &[], code_rows: 2, ..KERNELS };
-
         /// With AMX's tiles. Intel's vector instruction for bfloat16 is slower than its multiply-add, so
-        /// only a row or two go through it.
+        /// a few rows take that.
         pub(crate) static AMX: Bf16Kernels = Bf16Kernels {
             tiles: &[
                 x86_amx::tile::<1>,
@@ -281,21 +290,77 @@ pub(crate) mod x86 {
                 x86_amx::tile::<31>,
                 x86_amx::tile::<32>,
             ],
-            two: TWO,
-            code_rows: 2,
+            one: [&[]; 5],
+            two: [&[]; 5],
+            code_rows: 0,
             integer_rows: 8,
             parts: true,
             ..KERNELS
         };
+    }
+
+    pub(crate) mod float512 {
+        use super::*;
+
+        macro_rules! avx512_vbmi {
+            ($($function:item)+) => { $(
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+                $function
+            )+ };
+        }
+        avx512_vbmi! {
+            unsafe fn dot<C: Format, const MR: usize, const NP: usize>(args: &DotArgs) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_float512::dot::<C, MR, NP>(args) }
+            }
+            unsafe fn decode<C: Format, const F32: bool>(
+                tables: *const Tables,
+                panel: PanelAt,
+                blocks: usize,
+                out: *mut u8,
+            ) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { x86_bf16::decode::<C, F32>(tables, panel, blocks, out) }
+            }
+        }
+
+        /// To bfloat16 or to floats.
+        pub(crate) const fn decoders<const F32: bool>() -> [Decode; 5] {
+            [
+                decode::<E4M3, F32>,
+                decode::<E5M2, F32>,
+                decode::<E3M2, F32>,
+                decode::<FE2M3, F32>,
+                decode::<FE2M1, F32>,
+            ]
+        }
+
+        const fn dots<C: Format>() -> &'static [Dot] {
+            &[dot::<C, 1, 1>, dot::<C, 2, 1>, dot::<C, 3, 1>, dot::<C, 4, 1>]
+        }
+        const fn together<C: Format>() -> &'static [Together] {
+            &[
+                Together { panels: 4, dot: dot::<C, 1, 4> },
+                Together { panels: 4, dot: dot::<C, 2, 4> },
+                Together { panels: 2, dot: dot::<C, 3, 2> },
+                Together { panels: 2, dot: dot::<C, 4, 2> },
+            ]
+        }
 
         pub(crate) static FLOATS: FloatKernels = FloatKernels {
-            // For rows that do not go through bfloat16; whoever has this has AVX2.
             dots: [
-                avx2::DOTS[0],
-                avx2::DOTS[1],
-                avx2::DOTS[2],
-                avx2::DOTS[3],
-                &[dot_f32::<1>, dot_f32::<2>, dot_f32::<3>, dot_f32::<4>],
+                dots::<E4M3>(),
+                dots::<E5M2>(),
+                dots::<E3M2>(),
+                dots::<FE2M3>(),
+                dots::<FE2M1>(),
+            ],
+            together: [
+                together::<E4M3>(),
+                together::<E5M2>(),
+                together::<E3M2>(),
+                together::<FE2M3>(),
+                together::<FE2M1>(),
             ],
             code_rows: 4,
             decode: decoders::<true>(),
@@ -313,13 +378,12 @@ pub(crate) mod x86 {
         #[target_feature(enable = "avx2,fma")]
         unsafe fn decode<C: Format>(
             tables: *const Tables,
-            codes: *const u8,
-            scales: *const u8,
+            panel: PanelAt,
             blocks: usize,
             out: *mut u8,
         ) {
             // SAFETY: the caller's promise is passed on.
-            unsafe { x86_float::decode::<C>(tables, codes, scales, blocks, out) }
+            unsafe { x86_float::decode::<C>(tables, panel, blocks, out) }
         }
         /// Up to so many rows of x a tile's sums and a step's values fit the registers.
         macro_rules! dots {
@@ -340,6 +404,7 @@ pub(crate) mod x86 {
 
         const KERNELS: FloatKernels = FloatKernels {
             dots: DOTS,
+            together: [&[]; 5],
             code_rows: 8,
             decode: [
                 decode::<E4M3>,

@@ -55,6 +55,17 @@ pub(crate) const fn block_bytes(format: ElementFormat) -> usize {
     PANEL * BLOCK * format.bits() as usize / 8
 }
 
+/// A panel from some block on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PanelAt {
+    /// Codes, aligned to 64 bytes.
+    pub codes: *const u8,
+    /// Sixteen scale bytes a block.
+    pub scales: *const u8,
+    /// Whether each block holds small magnitudes; only for floats of eight bits.
+    pub small: *const u8,
+}
+
 /// A weight in panels.
 #[derive(Debug)]
 pub(crate) struct Layout {
@@ -77,6 +88,8 @@ pub(crate) struct Layout {
     /// Blocks of 32 along k.
     pub blocks: usize,
     block_bytes: usize,
+    /// Of a code.
+    pub bits: usize,
 }
 
 impl Layout {
@@ -122,22 +135,18 @@ impl Layout {
         let special = rows.iter().any(|&row| row != Row::Plain);
         // Blocks of zeros have the scale 2^0.
         let low = scales.iter().min().map_or(0, |&byte| i32::from(byte) - 127).min(0);
-        Self { bytes, start, scales, small, shifts, rows, special, low, blocks, block_bytes }
+        let bits = w.spec().format.bits() as usize;
+        Self { bytes, start, scales, small, shifts, rows, special, low, blocks, block_bytes, bits }
     }
 
-    /// Codes of panel `p` from block `b` on, aligned to 64 bytes.
-    pub(crate) fn codes(&self, p: usize, b: usize) -> *const u8 {
-        self.bytes[self.start + (p * self.blocks + b) * self.block_bytes..].as_ptr()
-    }
-
-    /// Scale bytes of panel `p` from block `b` on.
-    pub(crate) fn scales(&self, p: usize, b: usize) -> *const u8 {
-        self.scales[(p * self.blocks + b) * PANEL..].as_ptr()
-    }
-
-    /// Whether blocks of panel `p` from block `b` on hold small magnitudes; only for floats of eight bits.
-    pub(crate) fn small(&self, p: usize, b: usize) -> *const u8 {
-        self.small.get(p * self.blocks + b..).unwrap_or_default().as_ptr()
+    /// Panel `p` from block `b` on.
+    pub(crate) fn at(&self, p: usize, b: usize) -> PanelAt {
+        let block = p * self.blocks + b;
+        PanelAt {
+            codes: self.bytes[self.start + block * self.block_bytes..].as_ptr(),
+            scales: self.scales[block * PANEL..].as_ptr(),
+            small: self.small.get(block..).unwrap_or_default().as_ptr(),
+        }
     }
 
     /// Takes the shifts of the rows from `n0` on out of their sums.

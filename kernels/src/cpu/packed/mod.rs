@@ -18,12 +18,14 @@ mod x86_bf16;
 #[cfg(target_arch = "x86_64")]
 mod x86_float;
 #[cfg(target_arch = "x86_64")]
+mod x86_float512;
+#[cfg(target_arch = "x86_64")]
 mod x86_integer;
 
 pub(crate) use run::linear;
 
 use self::{
-    kernels::{PackedKernels, float_index, integer_index},
+    kernels::{PackedKernels, code_index, float_index, integer_index},
     layout::{Layout, Row},
     tables::Tables,
 };
@@ -96,6 +98,8 @@ const FEW_FEATURES: usize = 8;
 pub(crate) enum Path {
     /// Exact integers.
     Integer,
+    /// The same where e3m2 takes part, two integers an element.
+    Split,
     /// The same with an x of floats in planes, see `planes`.
     Planes,
     /// bfloat16 straight from the codes, x in so many parts.
@@ -110,6 +114,8 @@ pub(crate) enum Path {
 
 /// Up to so many rows of x fp32 straight from the codes beats panels of bfloat16.
 const FLOAT_ROWS: usize = 4;
+/// Most rows of the kernels that are rows of x in two integers an element.
+const SPLIT_ROWS: usize = 8;
 /// From this k on x in two bfloat16, exact to 2^-18, keeps to the bound of any data.
 const TWO_PARTS: usize = 512;
 
@@ -142,17 +148,45 @@ impl PackedKernels {
         {
             return Some(Path::Integer);
         }
+        if quantised.is_some_and(|x| self.takes_split(format, x, m)) {
+            return Some(Path::Split);
+        }
         if m == 1 && self.takes_planes(problem) && (parts != Some(1) || self.bf16.is_none()) {
             return Some(Path::Planes);
         }
         self.choose_floats(problem, m, parts)
     }
 
-    /// Whether one row of x may go in planes; the sums of other formats have no room for them.
+    /// Whether bfloat16 is the fast way for a few rows.
+    fn bf16_codes(&self) -> bool {
+        self.bf16.is_some_and(|bf16| bf16.code_rows > 0)
+    }
+
+    /// Whether m rows of x go through kernels for two integers an element.
+    fn takes_split(&self, w: ElementFormat, x: ElementFormat, m: usize) -> bool {
+        let split = [w, x].contains(&ElementFormat::Fp6E3M2);
+        let (Some(integer), Some(w), Some(_)) = (self.integer, code_index(w), code_index(x)) else {
+            return false;
+        };
+        let rows = m * if x == ElementFormat::Fp6E3M2 { 2 } else { 1 };
+        split
+            && !integer.wide
+            && !self.bf16_codes()
+            && rows <= integer.codes[w][0].len().min(SPLIT_ROWS)
+    }
+
+    /// Whether one row of x may go in planes. Sums of sixteen bits have room for those of e2m1 alone.
     fn takes_planes(&self, problem: &LinearProblem) -> bool {
-        self.integer.is_some()
-            && problem.activation.is_none()
-            && problem.weight.format == ElementFormat::Fp4E2M1
+        let Some(integer) = self.integer else { return false };
+        let fits = match problem.weight.format {
+            ElementFormat::Fp4E2M1 => true,
+            ElementFormat::Fp6E2M3 => !integer.wide,
+            ElementFormat::Fp6E3M2 => {
+                integer.codes[3][0].len() >= planes::PLANES && !self.bf16_codes()
+            }
+            _ => false,
+        };
+        fits && problem.activation.is_none()
     }
 
     /// The way by floats.

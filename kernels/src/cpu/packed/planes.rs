@@ -11,7 +11,8 @@
 
 use super::{
     super::{panel::PANEL, rows},
-    layout::{BLOCK, ORDER, Row},
+    layout::{BLOCK, ORDER, PanelAt, Row},
+    tables::Tables,
     x::{HUGE, Place, store_integers},
 };
 
@@ -143,35 +144,36 @@ unsafe fn planes(
     }
 }
 
-/// Twice the magnitude of an e2m1 code, four bits each.
-const TWICE: u32 = 0xc864_3210;
-
-/// Adds `rest` times its weights to the sums of a panel of e2m1: `codes` and `scales` are the block's that
-/// holds its k.
+/// Adds `rest` times its weights to the sums of a panel of codes of four or six bits; `panel` starts at the
+/// block that holds its k.
 ///
 /// # Safety
-/// The block has its 256 and its sixteen bytes.
+/// The block has its codes and its sixteen scales.
 #[inline(always)]
 pub(crate) unsafe fn add_rest(
-    codes: *const u8,
-    scales: *const u8,
+    tables: &Tables,
+    bits: usize,
+    panel: PanelAt,
     rest: Rest,
     sums: &mut [f32; PANEL],
 ) {
     let k = rest.k % BLOCK;
     // See `layout`: eight k a register, low nibbles first, the middle bytes of a lane in each other's place.
-    let bit = 8 * ORDER[k % 4] + 4 * (k / 4 % 2);
+    let byte = 8 * ORDER[k % 4];
+    let bit = byte + 4 * (k / 4 % 2);
     // SAFETY: the caller vouches for the block; a register is sixteen lanes.
-    let (lanes, scales) = unsafe {
-        let lanes = codes.add(64 * (k / 8)).cast::<[u32; PANEL]>();
-        (lanes.read_unaligned(), scales.cast::<[u8; PANEL]>().read_unaligned())
+    let (lanes, high, scales) = unsafe {
+        let register = |i: usize| panel.codes.add(64 * i).cast::<[u32; PANEL]>().read_unaligned();
+        // Of six bits the two high ones: sixteen k a register, two bits for each four of them.
+        let high = if bits == 6 { register(4 + k / 16) } else { [0; PANEL] };
+        (register(k / 8), high, panel.scales.cast::<[u8; PANEL]>().read_unaligned())
     };
-    let half = 0.5 * rest.value;
-    for ((sum, lane), scale) in sums.iter_mut().zip(lanes).zip(scales) {
-        let code = lane >> bit;
-        let twice = (TWICE >> (4 * (code & 7)) & 0xf) as i32 as f32;
-        let signed = f32::from_bits(twice.to_bits() | (code & 8) << 28);
-        *sum += signed * f32::from_bits(u32::from(scale) << 23) * half;
+    let high_bit = byte + 2 * (k / 4 % 4);
+    for i in 0..PANEL {
+        let code = (lanes[i] >> bit & 0xf | (high[i] >> high_bit & 3) << 4) as usize;
+        let value = u32::from(tables.high[code]) << 24 | u32::from(tables.low[code]) << 16;
+        let weight = f32::from_bits(value) * f32::from_bits(u32::from(scales[i]) << 23);
+        sums[i] += weight * rest.value;
     }
 }
 

@@ -8,9 +8,9 @@ use std::sync::OnceLock;
 use super::{
     Path, PreparedWeight,
     integer::{Dot, DotArgs},
-    kernels::{Bf16Kernels, IntegerKernels},
+    kernels::{Bf16Kernels, IntegerKernels, Together},
     layout::{BLOCK, LOWEST, Row, block_bytes},
-    planes::{PLANES, Rest},
+    planes::Rest,
     way::{Inner, Tiles, Way},
     x::{Form, Place, XForm},
 };
@@ -201,9 +201,10 @@ impl Call<'_> {
         }
         let single = self.tiles.count() == 1;
         match self.way.inner {
-            Inner::Codes(dots) => self.run_codes(dots, par),
+            Inner::Codes(dots, together) => self.run_codes(dots, together, par),
             Inner::Integer(kernels, index, narrow) if single => {
-                self.run_codes(kernels.codes[index][narrow], par);
+                let together = if self.way.together { kernels.together[index] } else { &[] };
+                self.run_codes(kernels.codes[index][narrow], together, par);
             }
             _ => self.run_panels(par),
         }
@@ -276,15 +277,16 @@ impl Call<'_> {
         let (start, end) = (self.tiles.start(tile), self.tiles.start(tile + 1));
         let (scales, sums) = self.scales();
         let parts = if let Form::Parts(parts) = self.way.form { parts } else { 1 };
+        let rows = self.way.form.rows();
         // SAFETY: a tile's rows start behind those of the tiles before it.
         unsafe {
             let first = start * self.blocks();
             let at = self.data.add(first * self.way.form.block_bytes() + tile * GAP);
             Place {
                 data: at.add((r - start) * self.way.form.block_bytes() / parts),
-                scales: scales.add(first + r - start),
-                sums: sums.add(first + r - start),
-                rows: (end - start) * self.way.form.rows(),
+                scales: scales.add((first + r - start) * rows),
+                sums: sums.add((first + r - start) * rows),
+                rows: (end - start) * rows,
                 rests,
             }
         }
@@ -308,14 +310,13 @@ impl Call<'_> {
         unsafe {
             DotArgs {
                 tables: &*self.prepared.tables,
-                w: layout.codes(p, b),
-                scales: layout.scales(p, b),
-                small: layout.small(p, b),
+                panel: layout.at(p, b),
                 x: self.data.add(first * self.way.form.block_bytes() + t * GAP),
                 x_scales: scales.add(first * self.way.form.rows()),
                 x_sums: sums.add(first * self.way.form.rows()),
                 blocks,
                 parts: if let Form::Parts(parts) = self.way.form { parts } else { 1 },
+                panel_blocks: self.blocks(),
                 c,
                 ldc,
                 add: b > 0,
@@ -324,51 +325,68 @@ impl Call<'_> {
     }
 
     /// Few rows: each task takes a stretch of panels straight from the codes.
-    fn run_codes(&self, dots: &[Dot], par: &dyn Parallel) {
+    fn run_codes(&self, dots: &[Dot], together: &[Together], par: &dyn Parallel) {
         let panels = self.w.n().div_ceil(PANEL);
-        let per_task = panels.div_ceil(4 * par.threads()).clamp(1, CODE_PANELS);
         let tiles = self.tiles.count();
         let rows = self.way.form.rows();
+        let several = if tiles == 1 { together.get(self.tiles.rows * rows - 1) } else { None };
+        let most = several.map_or(1, |kernel| kernel.panels);
+        let mut per_task = match par.threads() {
+            1 => CODE_PANELS,
+            threads => panels.div_ceil(4 * threads).clamp(1, CODE_PANELS),
+        };
+        if per_task > most {
+            per_task = per_task.next_multiple_of(most);
+        }
         par.run(panels.div_ceil(per_task), &|task| {
             let p0 = task * per_task;
             let count = per_task.min(panels - p0);
             let ldc = count * PANEL;
             scratch::for_task(self.tiles.rows * rows * ldc, |c| {
-                for p in 0..count {
+                let mut p = 0;
+                while p < count {
+                    let several = several.filter(|kernel| kernel.panels <= count - p);
                     for t in 0..tiles {
                         let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
+                        let dot = several.map_or(dots[(end - start) * rows - 1], |k| k.dot);
                         let c = c[start * rows * ldc + p * PANEL..].as_mut_ptr();
                         let args = self.args(t, p0 + p, 0, self.blocks(), c, ldc);
                         // SAFETY: the variant runs here and everything is as `args` says.
-                        unsafe { dots[(end - start) * rows - 1](&args) };
+                        unsafe { dot(&args) };
                     }
-                    if rows > 1 {
-                        self.join_planes(p0 + p, &mut c[p * PANEL..], ldc);
-                    }
+                    p += several.map_or(1, |kernel| kernel.panels);
+                }
+                if rows > 1 {
+                    self.join_parts(p0, c, ldc);
                 }
                 self.finish(0, self.tiles.rows, p0 * PANEL, c, ldc);
             });
         });
     }
 
-    /// Sums of planes, `ldc` apart, to sums of x in the first of them.
-    fn join_planes(&self, panel: usize, c: &mut [f32], ldc: usize) {
-        // A sum of their own for the rests, whose roundings the planes' are not to have.
-        let mut sums = [0.0_f32; PANEL];
+    /// Sums of the parts of each row of x, `ldc` apart, to sums of the row, from panel `p0` on.
+    fn join_parts(&self, p0: usize, c: &mut [f32], ldc: usize) {
+        let parts = self.way.form.rows();
         let layout = &self.prepared.layout;
-        for &rest in &self.rests {
-            let b = rest.k / BLOCK;
-            let (codes, scales) = (layout.codes(panel, b), layout.scales(panel, b));
-            // SAFETY: the variant runs here and the panel has the block.
-            unsafe { (self.kernels.add_rest)(codes, scales, rest, &mut sums) };
-        }
-        // The smallest first.
-        for p in (0..PLANES).rev() {
-            for (sum, &plane) in sums.iter_mut().zip(&c[p * ldc..]) {
-                *sum += plane;
+        for r in 0..self.tiles.rows {
+            for at in (0..ldc).step_by(PANEL) {
+                // A sum of their own for the rests, whose roundings the parts' are not to have.
+                let mut sums = [0.0_f32; PANEL];
+                for &rest in &self.rests {
+                    let (panel, b) = (p0 + at / PANEL, rest.k / BLOCK);
+                    let (tables, at) = (&self.prepared.tables, layout.at(panel, b));
+                    // SAFETY: the variant runs here and the panel has the block.
+                    unsafe { (self.kernels.add_rest)(tables, layout.bits, at, rest, &mut sums) };
+                }
+                // The smallest first.
+                for p in (r * parts..(r + 1) * parts).rev() {
+                    for (sum, &part) in sums.iter_mut().zip(&c[p * ldc + at..]) {
+                        *sum += part;
+                    }
+                }
+                c[r * ldc + at..][..PANEL].copy_from_slice(&sums);
             }
         }
-        c[..PANEL].copy_from_slice(&sums);
     }
 
     /// More rows: tasks take COLUMNS output features, fewer where that leaves threads idle, and split
@@ -401,7 +419,7 @@ impl Call<'_> {
                     Inner::Bf16(kernels, index) => {
                         self.bf16_task(kernels, index, range, n0, used, panel, c);
                     }
-                    Inner::Codes(_) => {}
+                    Inner::Codes(..) => {}
                 }
                 let (m0, m1) = (self.tiles.start(range.0), self.tiles.start(range.1));
                 self.finish(m0, m1, n0, c, used);
@@ -453,14 +471,14 @@ impl Call<'_> {
         let (m0, m1) = (self.tiles.start(t0), self.tiles.start(t1));
         let out = panel.as_mut_ptr().cast::<u8>();
         self.steps(m1 - m0, columns / PANEL, INTEGER_BLOCKS, |p, b, blocks| {
-            let codes = self.prepared.layout.codes(n0 / PANEL + p, b);
+            let codes = self.prepared.layout.at(n0 / PANEL + p, b).codes;
             // SAFETY: the variant runs here, the panel holds INTEGER_BLOCKS blocks.
             unsafe { kernels.unpack[index](&*self.prepared.tables, codes, blocks, out) };
             for t in t0..t1 {
                 let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
                 let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
                 let mut args = self.args(t, n0 / PANEL + p, b, blocks, c, columns);
-                args.w = out;
+                args.panel.codes = out;
                 // SAFETY: as above, and everything is as `args` says.
                 unsafe { kernels.panels[narrow][end - start - 1](&args) };
             }
@@ -488,18 +506,17 @@ impl Call<'_> {
             for v in 0..kernels.panels {
                 // Past the last panel the columns of the tile are never written to y.
                 let source = (n0 / PANEL + p + v).min(last);
-                let (codes, scales) = (layout.codes(source, b), layout.scales(source, b));
                 // SAFETY: the variant runs here, `panel` holds so many panels of `step` blocks.
                 unsafe {
-                    let out = out.add(v * stride);
-                    kernels.decode[index](&*self.prepared.tables, codes, scales, blocks, out);
+                    let (out, at) = (out.add(v * stride), layout.at(source, b));
+                    kernels.decode[index](&*self.prepared.tables, at, blocks, out);
                 }
             }
             for t in t0..t1 {
                 let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
                 let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
                 let mut args = self.args(t, (n0 / PANEL + p).min(last), b, blocks, c, columns);
-                args.w = out;
+                args.panel.codes = out;
                 // SAFETY: as above, and everything is as `args` says.
                 unsafe { kernels.tiles[end - start - 1](&args, stride) };
             }
@@ -525,34 +542,49 @@ mod tests {
     use super::*;
     use crate::{ElementFormat, QuantSpec, cpu::runnable};
 
-    /// Ordinary rows go in planes wherever there are integer products, and rows of many magnitudes do not.
+    /// Ordinary rows go in planes wherever sums have room for them, and rows of many magnitudes do not.
     #[test]
     fn ordinary_rows_go_in_planes() {
         let (n, k) = (48, 2080);
-        let spec = QuantSpec::mx(ElementFormat::Fp4E2M1).unwrap();
-        let problem = LinearProblem { n, k, weight: spec, activation: None, alpha: 1.0, beta: 1.0 };
-        let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 37 % 251) as u8).collect();
-        let scales = vec![127_u8; n * k / 32];
-        let w = PackedWeight::new(spec, n, k, &codes, &scales).unwrap();
-        for kernels in runnable().iter().filter(|k| k.packed.integer.is_some()) {
-            let prepared = PreparedWeight::with(kernels, &problem, &w, &Serial).unwrap();
-            assert_eq!(kernels.packed.choose(&problem, 1), Some(Path::Planes), "{}", kernels.name);
-            let way = Way::new(kernels, &problem, Path::Planes).unwrap();
-            for (large, planes) in [(0, true), (3, true), (65, false)] {
-                let mut x: Vec<f32> = (0..k).map(|i| (i * 29 % 97) as f32 - 48.2).collect();
-                (0..large).for_each(|b| x[32 * b] = 1e9);
-                let (x, bias, mut y) = (Float::F32(&x), vec![0.0; n], vec![0.0; n]);
-                let product = Product {
-                    kernels,
-                    problem: &problem,
-                    x: &x,
-                    w: &w,
-                    prepared: &prepared,
-                    bias: &bias,
-                    par: &Serial,
+        for format in [ElementFormat::Fp4E2M1, ElementFormat::Fp6E2M3, ElementFormat::Fp6E3M2] {
+            let spec = QuantSpec::mx(format).unwrap();
+            let problem =
+                LinearProblem { n, k, weight: spec, activation: None, alpha: 1.0, beta: 1.0 };
+            let codes: Vec<u8> = (0..spec.codes_len(n, k)).map(|i| (i * 37 % 251) as u8).collect();
+            let scales = vec![127_u8; n * k / 32];
+            let w = PackedWeight::new(spec, n, k, &codes, &scales).unwrap();
+            for kernels in runnable().iter().filter(|k| k.packed.integer.is_some()) {
+                let what = format!("{} {format}", kernels.name);
+                let Some(prepared) = PreparedWeight::with(kernels, &problem, &w, &Serial) else {
+                    assert_ne!(format, ElementFormat::Fp4E2M1, "{what}");
+                    continue;
                 };
-                let done = product.run(&way, 0, 1, &mut FloatMut::F32(&mut y));
-                assert_eq!(done, planes, "{} {large}", kernels.name);
+                let room = kernels.packed.integer.is_some_and(|integer| !integer.wide);
+                match format {
+                    ElementFormat::Fp4E2M1 => {}
+                    ElementFormat::Fp6E2M3 if room => {}
+                    // Where bfloat16 is fast, e3m2 goes that way.
+                    ElementFormat::Fp6E3M2 if room && kernels.packed.together => {}
+                    _ => continue,
+                }
+                assert_eq!(kernels.packed.choose(&problem, 1), Some(Path::Planes), "{what}");
+                let way = Way::new(kernels, &problem, Path::Planes).unwrap();
+                for (large, planes) in [(0, true), (3, true), (65, false)] {
+                    let mut x: Vec<f32> = (0..k).map(|i| (i * 29 % 97) as f32 - 48.2).collect();
+                    (0..large).for_each(|b| x[32 * b] = 1e9);
+                    let (x, bias, mut y) = (Float::F32(&x), vec![0.0; n], vec![0.0; n]);
+                    let product = Product {
+                        kernels,
+                        problem: &problem,
+                        x: &x,
+                        w: &w,
+                        prepared: &prepared,
+                        bias: &bias,
+                        par: &Serial,
+                    };
+                    let done = product.run(&way, 0, 1, &mut FloatMut::F32(&mut y));
+                    assert_eq!(done, planes, "{what} {large}");
+                }
             }
         }
     }

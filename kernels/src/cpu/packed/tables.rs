@@ -13,11 +13,23 @@ pub(crate) const fn integer_shift(format: ElementFormat) -> Option<i32> {
     }
 }
 
-/// What is added to a weight's integers so that none is negative.
+/// [`integer_shift`] with which e3m2 is 16 a + b, a and b small.
+pub(crate) const SPLIT_SHIFT: i32 = 4;
+
+/// log2 of the factor that makes every value an integer, or two small ones.
+pub(crate) const fn whole_shift(format: ElementFormat) -> Option<i32> {
+    match format {
+        ElementFormat::Fp6E3M2 => Some(SPLIT_SHIFT),
+        _ => integer_shift(format),
+    }
+}
+
+/// What is added to a weight's integers so that none is negative; to the larger one of two.
 pub(crate) const fn offset(format: ElementFormat) -> i32 {
     match format {
         ElementFormat::Fp4E2M1 => 12,
         ElementFormat::Fp6E2M3 => 60,
+        ElementFormat::Fp6E3M2 => 28,
         _ => 128,
     }
 }
@@ -55,8 +67,10 @@ pub(crate) const fn words(format: ElementFormat) -> Words {
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Tables {
-    /// Integer + [`offset`] of a code of at most six bits.
+    /// Integer + [`offset`] of a code of at most six bits; of e3m2 the integer / 16, rounded down.
     pub unsigned: [u8; 64],
+    /// What that leaves of e3m2.
+    pub rest: [u8; 64],
     /// The same without the offset, as i8.
     pub signed: [u8; 64],
     /// High and low bytes of the value as bfloat16: of the 128 magnitudes of eight-bit codes, of
@@ -75,12 +89,15 @@ impl Tables {
     pub(crate) fn new(format: ElementFormat) -> Self {
         let count = format.code_count().min(128);
         let value = |i: usize| format.decode(i as u32 % count);
-        let shift = integer_shift(format).unwrap_or(0);
-        let integer = |i: usize| (value(i) * (1 << shift) as f32) as i32;
+        let shift = whole_shift(format).unwrap_or(0);
+        let whole = |i: usize| (value(i) * (1 << shift) as f32) as i32;
+        let split = format == ElementFormat::Fp6E3M2;
+        let integer = |i: usize| if split { whole(i) >> 4 } else { whole(i) };
         let bf16 = |i: usize| (value(i).to_bits() >> 16) as u16;
         let mend = |i: usize| mend(format, i as u8);
         Self {
             unsigned: std::array::from_fn(|i| (integer(i) + offset(format)) as u8),
+            rest: std::array::from_fn(|i| if split { (whole(i) & 15) as u8 } else { 0 }),
             signed: std::array::from_fn(|i| integer(i) as u8),
             high: std::array::from_fn(|i| (bf16(i) >> 8) as u8),
             low: std::array::from_fn(|i| bf16(i) as u8),

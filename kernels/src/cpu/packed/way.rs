@@ -3,12 +3,12 @@
 use super::{
     Path,
     integer::Dot,
-    kernels::{Bf16Kernels, IntegerKernels, float_index, integer_index},
+    kernels::{Bf16Kernels, IntegerKernels, Together, code_index, float_index, integer_index},
     layout::BLOCK,
     tables,
     x::Form,
 };
-use crate::{cpu::Kernels, tensor::LinearProblem};
+use crate::{cpu::Kernels, formats::ElementFormat, tensor::LinearProblem};
 
 /// Rows of x in tiles, evenly high.
 #[derive(Debug, Clone, Copy)]
@@ -37,7 +37,7 @@ impl Tiles {
 /// The kernels of a path, and what they want of x.
 pub(super) enum Inner<'a> {
     /// All rows in one tile, by rows.
-    Codes(&'a [Dot]),
+    Codes(&'a [Dot], &'a [Together]),
     Integer(&'a IntegerKernels, usize, usize),
     Bf16(&'a Bf16Kernels, usize),
 }
@@ -47,6 +47,8 @@ pub(super) struct Way<'a> {
     pub form: Form,
     /// Rows of the highest tile.
     pub most: usize,
+    /// Whether panels are read together, where there are kernels for it.
+    pub together: bool,
 }
 
 impl<'a> Way<'a> {
@@ -54,7 +56,8 @@ impl<'a> Way<'a> {
         let packed = &kernels.packed;
         let (w, x) = (problem.weight.format, problem.activation.map(|spec| spec.format));
         let quantised = x.is_some();
-        Some(match path {
+        let together = |kernels: &'a [Together]| if packed.together { kernels } else { &[] };
+        let (inner, form, most) = match path {
             Path::Integer => {
                 let (integer, x) = (packed.integer?, x?);
                 let index = integer_index(w)?;
@@ -66,31 +69,47 @@ impl<'a> Way<'a> {
                     offset: tables::offset(w),
                 };
                 let most = integer.panels[narrow].len();
-                Self { inner: Inner::Integer(integer, index, narrow), form, most }
+                (Inner::Integer(integer, index, narrow), form, most)
+            }
+            Path::Split => {
+                let (integer, index, x) = (packed.integer?, code_index(w)?, x?);
+                let shift = tables::whole_shift(x)?;
+                let (total, offset) = (shift + tables::whole_shift(w)?, tables::offset(w));
+                let form = match x {
+                    ElementFormat::Fp6E3M2 => Form::Split { total, offset },
+                    _ => Form::Integer { shift, total, offset },
+                };
+                let dots = integer.codes[index][0];
+                let inner = Inner::Codes(dots, together(integer.together[index]));
+                (inner, form, dots.len() / form.rows())
             }
             Path::Planes => {
-                let dots = packed.integer?.codes[integer_index(w)?][1];
+                let (integer, index) = (packed.integer?, code_index(w)?);
                 let form =
-                    Form::Planes { offset: tables::offset(w), shift: tables::integer_shift(w)? };
-                Self { inner: Inner::Codes(dots), form, most: 1 }
+                    Form::Planes { offset: tables::offset(w), shift: tables::whole_shift(w)? };
+                let together = together(integer.together[index]);
+                (Inner::Codes(integer.codes[index][1], together), form, 1)
             }
             Path::Bf16Codes(parts) => {
                 let bf16 = packed.bf16?;
                 let table = if parts == 1 { &bf16.one } else { &bf16.two };
                 let dots = table[float_index(w)?];
                 let form = if quantised { Form::Bf16 } else { Form::Parts(parts) };
-                Self { inner: Inner::Codes(dots), form, most: dots.len() }
+                (Inner::Codes(dots, &[]), form, dots.len())
             }
             Path::Bf16Panels(parts) => {
                 let bf16 = packed.bf16?;
                 let form = if quantised { Form::FoldedBf16 } else { Form::Parts(parts) };
-                Self { inner: Inner::Bf16(bf16, float_index(w)?), form, most: bf16.tiles.len() }
+                (Inner::Bf16(bf16, float_index(w)?), form, bf16.tiles.len())
             }
             Path::FloatCodes => {
-                let dots = packed.float?.dots[float_index(w)?];
-                Self { inner: Inner::Codes(dots), form: Form::F32, most: dots.len() }
+                let (float, index) = (packed.float?, float_index(w)?);
+                let dots = float.dots[index];
+                let inner = Inner::Codes(dots, together(float.together[index]));
+                (inner, Form::F32, dots.len())
             }
             Path::FloatPanels => return None,
-        })
+        };
+        Some(Self { inner, form, most, together: packed.together })
     }
 }

@@ -8,6 +8,7 @@ use super::{
     super::rows::{self, RowQuant, by_rounding},
     layout::{BLOCK, Row, X_WINDOW},
     planes::{self, PLANES, Rest},
+    tables,
 };
 use crate::quantize::Rounding;
 
@@ -17,6 +18,8 @@ pub(crate) enum Form {
     /// i8, values times 2^shift, in [`super::layout::ORDER`]. `total` is the shift of both operands, taken
     /// back by the scale; `offset` is the weight's.
     Integer { shift: i32, total: i32, offset: i32 },
+    /// e3m2 as two such integers each, 16 times one and the other: [block][row][2][32].
+    Split { total: i32, offset: i32 },
     /// x itself in planes of such integers: [block][plane][32].
     Planes { offset: i32, shift: i32 },
     /// bfloat16 without their scale.
@@ -35,6 +38,7 @@ impl Form {
         BLOCK
             * match self {
                 Self::Integer { .. } => 1,
+                Self::Split { .. } => 2,
                 Self::Planes { .. } => PLANES,
                 Self::Bf16 | Self::FoldedBf16 => 2,
                 Self::Parts(parts) => 2 * parts,
@@ -46,7 +50,11 @@ impl Form {
 impl Form {
     /// Rows of the kernels that are one of x.
     pub(crate) const fn rows(self) -> usize {
-        if let Self::Planes { .. } = self { PLANES } else { 1 }
+        match self {
+            Self::Split { .. } => 2,
+            Self::Planes { .. } => PLANES,
+            _ => 1,
+        }
     }
 }
 
@@ -146,9 +154,28 @@ fn elements<const R: u8>(q: &RowQuant, x: &[f32; BLOCK], inverse: f32, out: &mut
 unsafe fn write(form: Form, values: &mut [f32; BLOCK], exponent: i32, b: usize, place: &Place) {
     // SAFETY: the caller vouches for the block.
     unsafe {
-        let data = place.data.add(b * place.rows * form.block_bytes());
+        let data = place.data.add(b * place.rows * (form.block_bytes() / form.rows()));
         let at = b * place.rows;
         match form {
+            Form::Split { total, offset } => {
+                let mut parts = [[0_u8; BLOCK]; 2];
+                let mut sums = [0; 2];
+                for (i, v) in values.iter().enumerate() {
+                    // SAFETY: the integers are 448 at most.
+                    let whole = (v * 16.0).to_int_unchecked::<i32>();
+                    // Both have the sign of x: in sums of magnitudes they are x.
+                    for (p, part) in [whole / 16, whole % 16].into_iter().enumerate() {
+                        sums[p] += part;
+                        parts[p][i] = part as u8;
+                    }
+                }
+                for p in 0..2 {
+                    store_integers(&parts[p], data.add(p * BLOCK));
+                    let unit = if p == 0 { tables::SPLIT_SHIFT } else { 0 };
+                    *place.scales.add(at + p) = (exponent + unit - total) << 23;
+                    *place.sums.add(at + p) = -offset * sums[p];
+                }
+            }
             Form::Integer { shift, total, offset } => {
                 let factor = (1 << shift) as f32;
                 let mut sum = 0;

@@ -125,7 +125,7 @@ pub(crate) unsafe fn tile<const MR: usize>(args: &DotArgs, panel_stride: usize) 
             asm!("tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
         }
         for b in 0..args.blocks {
-            let w = args.w.add(b * PANEL * STRIDE);
+            let w = args.panel.codes.add(b * PANEL * STRIDE);
             asm!(
                 "tileloadd tmm6, [{w} + {stride}*1]",
                 "tileloadd tmm7, [{v} + {stride}*1]",

@@ -11,8 +11,8 @@ use std::arch::x86_64::*;
 use super::{
     super::panel::PANEL,
     integer::DotArgs,
-    layout::{BLOCK, ORDER, block_bytes},
-    tables::Tables,
+    layout::{BLOCK, PanelAt, block_bytes},
+    tables::{Tables, words},
     x86_integer::six_512,
 };
 use crate::formats::ElementFormat;
@@ -34,7 +34,7 @@ formats!(E4M3 = Fp8E4M3, E5M2 = Fp8E5M2, E3M2 = Fp6E3M2, E2M3 = Fp6E2M3, E2M1 = 
 
 /// Tables in registers.
 #[derive(Clone, Copy)]
-struct Look {
+pub(super) struct Look {
     high: [__m512i; 2],
     low: [__m512i; 2],
     words: __m512i,
@@ -42,7 +42,7 @@ struct Look {
 
 impl Look {
     #[inline(always)]
-    unsafe fn new(tables: *const Tables) -> Self {
+    pub(super) unsafe fn new(tables: *const Tables) -> Self {
         // SAFETY: tables are aligned and as long as what is read.
         unsafe {
             let high = (*tables).high.as_ptr().cast::<__m512i>();
@@ -81,7 +81,7 @@ impl Look {
 
     /// The sixteen pairs of k of a block from its `c`-th eighth pair on: registers 2c and 2c + 1.
     #[inline(always)]
-    unsafe fn eight<C: Format>(&self, block: *const u8, c: usize) -> [__m512i; 4] {
+    pub(super) unsafe fn eight<C: Format>(&self, block: *const u8, c: usize) -> [__m512i; 4] {
         // SAFETY: the caller vouches for the block.
         unsafe {
             match C::FORMAT.bits() {
@@ -141,7 +141,7 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const P: usize>(args: &DotA
         let look = Look::new(args.tables);
         let mut sums = [_mm512_setzero_ps(); MR];
         for b in 0..args.blocks {
-            let w = args.w.add(b * block_bytes(C::FORMAT));
+            let w = args.panel.codes.add(b * block_bytes(C::FORMAT));
             let x = args.x.add(b * P * MR * 2 * BLOCK);
             for line in 0..block_bytes(C::FORMAT) / 64 {
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
@@ -180,7 +180,7 @@ unsafe fn add_block<const MR: usize>(
 ) {
     // SAFETY: the caller vouches for the block's scales.
     unsafe {
-        let scales = _mm_loadu_si128(args.scales.add(b * PANEL).cast());
+        let scales = _mm_loadu_si128(args.panel.scales.add(b * PANEL).cast());
         let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
         for r in 0..MR {
             let x_scale = _mm512_set1_epi32(*args.x_scales.add(b * MR + r));
@@ -195,47 +195,8 @@ unsafe fn add_block<const MR: usize>(
     }
 }
 
-/// [`dot`] of e2m1 with x in f32, for machines whose instruction for bfloat16 is slow: a code of four bits
-/// is the index of its value in a register.
-///
-/// # Safety
-/// avx512f is there; everything in `args` holds MR rows and `args.blocks` blocks.
 #[inline(always)]
-pub(crate) unsafe fn dot_f32<const MR: usize>(args: &DotArgs) {
-    // SAFETY: all offsets stay within what the caller vouches for.
-    unsafe {
-        let table = _mm512_loadu_ps((*args.tables).floats.as_ptr());
-        let mut sums = [_mm512_setzero_ps(); MR];
-        for b in 0..args.blocks {
-            let w = args.w.add(b * block_bytes(ElementFormat::Fp4E2M1));
-            let x = args.x.add(b * MR * 4 * BLOCK).cast::<f32>();
-            for line in 0..4 {
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
-            }
-            let mut acc = [[_mm512_setzero_ps(); 4]; MR];
-            for c in 0..4 {
-                let mut codes = _mm512_load_si512(w.add(64 * c).cast());
-                for nibble in 0..8 {
-                    let values = _mm512_permutexvar_ps(codes, table);
-                    codes = _mm512_srli_epi32::<4>(codes);
-                    let k = 8 * c + 4 * (nibble % 2) + ORDER[nibble / 2];
-                    for r in 0..MR {
-                        let x = _mm512_set1_ps(*x.add(r * BLOCK + k));
-                        let sum = &mut acc[r][if MR <= CHAINED_ROWS { nibble % 4 } else { 0 }];
-                        *sum = _mm512_fmadd_ps(values, x, *sum);
-                    }
-                }
-            }
-            add_block(args, b, &acc, &mut sums);
-        }
-        for r in 0..MR {
-            add_to(args.c.add(r * args.ldc), sums[r], args.add);
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn add_to(c: *mut f32, sum: __m512, add: bool) {
+pub(super) unsafe fn add_to(c: *mut f32, sum: __m512, add: bool) {
     // SAFETY: the caller vouches for sixteen floats.
     unsafe {
         let sum = if add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
@@ -266,6 +227,35 @@ unsafe fn fold(pair: __m512i, exponents: __m512i) -> __m512i {
     }
 }
 
+/// Codes of eight bits as upper halves of floats: k and k + 1 of each row, then k + 2 and k + 3; times
+/// 2^-[`left_out`](super::tables::Words::left_out), and wrong for magnitudes without an implicit bit.
+#[inline(always)]
+pub(super) unsafe fn shifted<C: Format>(codes: __m512i) -> [__m512i; 2] {
+    // SAFETY: register operations only.
+    unsafe { [place::<C>(_mm512_slli_epi16::<8>(codes)), place::<C>(codes)] }
+}
+
+/// The upper bytes of words.
+#[inline(always)]
+unsafe fn place<C: Format>(codes: __m512i) -> __m512i {
+    let words = const { words(C::FORMAT) };
+    // SAFETY: register operations only.
+    unsafe {
+        let mask = _mm512_set1_epi16(words.mask as i16);
+        let exponent = _mm512_set1_epi16(words.exponent as i16);
+        let codes = match C::FORMAT {
+            ElementFormat::Fp8E5M2 => _mm512_srai_epi16::<3>(codes),
+            _ => _mm512_srai_epi16::<4>(codes),
+        };
+        // exponent | codes & mask
+        _mm512_ternarylogic_epi32::<0xf8>(exponent, codes, mask)
+    }
+}
+
+// What `shifted` has in its instructions.
+const _: () = assert!(words(ElementFormat::Fp8E4M3).shift == 4);
+const _: () = assert!(words(ElementFormat::Fp8E5M2).shift == 3);
+
 /// Decodes `blocks` blocks of a panel with their scales: to bfloat16, [k / 2][16 rows][2], or to f32, [k][16
 /// rows].
 ///
@@ -274,8 +264,7 @@ unsafe fn fold(pair: __m512i, exponents: __m512i) -> __m512i {
 #[inline(always)]
 pub(crate) unsafe fn decode<C: Format, const F32: bool>(
     tables: *const Tables,
-    codes: *const u8,
-    scales: *const u8,
+    panel: PanelAt,
     blocks: usize,
     out: *mut u8,
 ) {
@@ -283,15 +272,29 @@ pub(crate) unsafe fn decode<C: Format, const F32: bool>(
     unsafe {
         let look = Look::new(tables);
         for b in 0..blocks {
-            let e = exponents(scales.add(b * PANEL));
+            let codes = panel.codes.add(b * block_bytes(C::FORMAT));
+            let mut e = exponents(panel.scales.add(b * PANEL));
+            let small = C::FORMAT.bits() < 8 || *panel.small.add(b) != 0;
+            if !small {
+                let left_out = const { words(C::FORMAT).left_out << 7 };
+                e = _mm512_add_epi16(e, _mm512_set1_epi16(left_out as i16));
+            }
             for c in 0..4 {
-                let codes = codes.add(b * block_bytes(C::FORMAT));
                 let ahead = codes.wrapping_add(2048 + c * block_bytes(C::FORMAT) / 4);
                 _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
-                let pairs = look.eight::<C>(codes, c);
+                let pairs = if small {
+                    look.eight::<C>(codes, c)
+                } else {
+                    let codes = codes.add(128 * c).cast::<__m512i>();
+                    let first = shifted::<C>(_mm512_load_si512(codes));
+                    let second = shifted::<C>(_mm512_load_si512(codes.add(1)));
+                    [first[0], first[1], second[0], second[1]]
+                };
                 for (j, pair) in pairs.into_iter().enumerate() {
-                    let (pair, at) = (fold(pair, e), b * 16 + 4 * c + j);
+                    // None of the shifted ones is zero.
+                    let pair = if small { fold(pair, e) } else { _mm512_add_epi16(pair, e) };
+                    let at = b * 16 + 4 * c + j;
                     if F32 {
                         let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
                         let out = out.add(at * 128);
@@ -317,7 +320,7 @@ pub(crate) unsafe fn tile<const MR: usize, const NV: usize>(args: &DotArgs, pane
         let mut acc = [[_mm512_setzero_ps(); NV]; MR];
         for b in 0..args.blocks {
             let x = args.x.add(b * MR * 2 * BLOCK);
-            let w = args.w.add(b * 1024);
+            let w = args.panel.codes.add(b * 1024);
             for j in 0..16 {
                 let mut pairs = [_mm512_setzero_si512(); NV];
                 for v in 0..NV {

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use super::{
     super::panel::PANEL,
     integer::DotArgs,
-    layout::{BLOCK, block_bytes},
+    layout::{BLOCK, PanelAt, block_bytes},
     tables::{Tables, words},
     x86_bf16::Format,
 };
@@ -246,12 +246,12 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const HS: usize>(args: &Dot
         let two = std::hint::black_box(2);
         let mut sums = [[[_mm256_setzero_ps(); 2]; 2]; MR];
         for b in 0..args.blocks {
-            let w = args.w.add(b * block_bytes(C::FORMAT));
+            let w = args.panel.codes.add(b * block_bytes(C::FORMAT));
             let x = args.x.add(b * MR * 4 * BLOCK).cast::<f32>();
             for line in 0..block_bytes(C::FORMAT) / 64 {
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
             }
-            let small = one_k::<C>() && *args.small.add(b) != 0;
+            let small = one_k::<C>() && *args.panel.small.add(b) != 0;
             let steps = if HS == 2 { 1 } else { two };
             for step in 0..steps {
                 let acc = match small {
@@ -260,7 +260,7 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const HS: usize>(args: &Dot
                 };
                 for s in 0..HS {
                     let h = step + s;
-                    let scales = scales::<C>(args.scales.add(b * PANEL + h * HALF));
+                    let scales = scales::<C>(args.panel.scales.add(b * PANEL + h * HALF));
                     for r in 0..MR {
                         let x_scale = _mm256_set1_epi32(*args.x_scales.add(b * MR + r));
                         let scale = _mm256_castsi256_ps(_mm256_add_epi32(scales, x_scale));
@@ -298,40 +298,58 @@ pub(crate) unsafe fn dot<C: Format, const MR: usize, const HS: usize>(args: &Dot
 #[inline(always)]
 pub(crate) unsafe fn decode<C: Format>(
     tables: *const Tables,
-    w: *const u8,
-    scale_bytes: *const u8,
+    panel: PanelAt,
     blocks: usize,
     out: *mut u8,
 ) {
     // SAFETY: the caller vouches for the blocks and the tables.
     unsafe {
-        let two = std::hint::black_box(2);
         for b in 0..blocks {
-            let w = w.add(b * block_bytes(C::FORMAT));
-            for h in 0..two {
-                let factors = scales::<C>(scale_bytes.add(b * PANEL + h * HALF));
-                let low = _mm256_castsi256_ps(_mm256_unpacklo_epi32(factors, factors));
-                let high = _mm256_castsi256_ps(_mm256_unpackhi_epi32(factors, factors));
-                for half in 0..two {
-                    let piece = Piece::new::<C>(w, half);
-                    for part in 0..4 {
-                        let values = floats::<C, true>(&*tables, piece, part, h);
-                        let k = b * BLOCK + PIECE * half + 4 * part;
-                        let out = out.cast::<f32>().add(k * PANEL + HALF * h);
-                        if one_k::<C>() {
-                            for (i, value) in values.into_iter().enumerate() {
-                                let value = _mm256_mul_ps(value, _mm256_castsi256_ps(factors));
-                                _mm256_storeu_ps(out.add(i * PANEL), value);
-                            }
-                        } else {
-                            for i in 0..2 {
-                                let a = _mm256_mul_ps(values[i], low);
-                                let b = _mm256_mul_ps(values[2 + i], high);
-                                let out = out.add(2 * i * PANEL);
-                                _mm256_storeu_ps(out, _mm256_shuffle_ps::<0b10_00_10_00>(a, b));
-                                let second = _mm256_shuffle_ps::<0b11_01_11_01>(a, b);
-                                _mm256_storeu_ps(out.add(PANEL), second);
-                            }
+            let w = panel.codes.add(b * block_bytes(C::FORMAT));
+            let scales = panel.scales.add(b * PANEL);
+            let out = out.add(b * BLOCK * PANEL * 4).cast();
+            match one_k::<C>() && *panel.small.add(b) == 0 {
+                true => decode_block::<C, false>(&*tables, w, scales, out),
+                false => decode_block::<C, true>(&*tables, w, scales, out),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`decode`], for one block.
+#[inline(always)]
+unsafe fn decode_block<C: Format, const SMALL: bool>(
+    tables: &Tables,
+    w: *const u8,
+    scale_bytes: *const u8,
+    out: *mut f32,
+) {
+    let two = std::hint::black_box(2);
+    // SAFETY: the caller vouches for the block.
+    unsafe {
+        for h in 0..two {
+            let factors = scales::<C>(scale_bytes.add(h * HALF));
+            let low = _mm256_castsi256_ps(_mm256_unpacklo_epi32(factors, factors));
+            let high = _mm256_castsi256_ps(_mm256_unpackhi_epi32(factors, factors));
+            for half in 0..two {
+                let piece = Piece::new::<C>(w, half);
+                for part in 0..4 {
+                    let values = floats::<C, SMALL>(tables, piece, part, h);
+                    let out = out.add((PIECE * half + 4 * part) * PANEL + HALF * h);
+                    if one_k::<C>() {
+                        for (i, value) in values.into_iter().enumerate() {
+                            let value = _mm256_mul_ps(value, _mm256_castsi256_ps(factors));
+                            _mm256_storeu_ps(out.add(i * PANEL), value);
+                        }
+                    } else {
+                        for i in 0..2 {
+                            let a = _mm256_mul_ps(values[i], low);
+                            let b = _mm256_mul_ps(values[2 + i], high);
+                            let out = out.add(2 * i * PANEL);
+                            _mm256_storeu_ps(out, _mm256_shuffle_ps::<0b10_00_10_00>(a, b));
+                            let second = _mm256_shuffle_ps::<0b11_01_11_01>(a, b);
+                            _mm256_storeu_ps(out.add(PANEL), second);
                         }
                     }
                 }

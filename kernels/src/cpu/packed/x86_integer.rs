@@ -33,6 +33,13 @@ pub(super) unsafe fn six_512(block: *const u8, c: usize) -> [__m512i; 2] {
     }
 }
 
+/// The integers of a plane, by code.
+#[inline(always)]
+unsafe fn table<const REST: bool>(tables: *const Tables) -> *const [u8; 64] {
+    // SAFETY: the caller vouches for the tables.
+    unsafe { if REST { &raw const (*tables).rest } else { &raw const (*tables).unsigned } }
+}
+
 /// The low four bits of each byte from `low`, the others from `high`.
 #[inline(always)]
 unsafe fn join_512(low: __m512i, high: __m512i) -> __m512i {
@@ -59,14 +66,14 @@ impl Integers for Vnni512 {
     }
 
     #[inline(always)]
-    unsafe fn decode<C: IntFormat>(
+    unsafe fn decode<C: IntFormat, const REST: bool>(
         tables: *const Tables,
         block: *const u8,
         c: usize,
     ) -> [__m512i; 2] {
-        // SAFETY: the caller vouches for the block; a table has 64 bytes.
+        // SAFETY: the caller vouches for the block and the table.
         unsafe {
-            let table = _mm512_load_si512((*tables).unsigned.as_ptr().cast());
+            let table = _mm512_loadu_si512(table::<REST>(tables).cast());
             match C::FORMAT.bits() {
                 4 => {
                     let codes = _mm512_load_si512(block.add(64 * c).cast());
@@ -103,6 +110,12 @@ impl Integers for Vnni512 {
     unsafe fn join<const NARROW: bool>(a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: register operation only.
         unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn join_planes(a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: register operations only.
+        unsafe { _mm512_add_epi32(_mm512_slli_epi32::<4>(a), b) }
     }
 
     #[inline(always)]
@@ -145,28 +158,28 @@ mod pairs {
         unsafe { [_mm256_load_si256(from.cast()), _mm256_load_si256(from.add(32).cast())] }
     }
 
-    /// A table of sixteen bytes in both halves of a register.
+    /// Sixteen bytes of a table in both halves of a register.
     #[inline(always)]
-    unsafe fn table(tables: *const Tables, quarter: usize) -> __m256i {
+    unsafe fn quarter(table: *const [u8; 64], i: usize) -> __m256i {
         // SAFETY: a table has 64 bytes.
         unsafe {
-            let table = (*tables).unsigned.as_ptr().add(16 * quarter);
-            _mm256_broadcastsi128_si256(_mm_load_si128(table.cast()))
+            let table = table.cast::<u8>().add(16 * i);
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(table.cast()))
         }
     }
 
     /// Looks up codes of six bits, of which bits 6 and 7 are arbitrary.
     #[inline(always)]
-    unsafe fn look_up(tables: *const Tables, codes: __m256i) -> __m256i {
+    unsafe fn look_up(codes_of: *const [u8; 64], codes: __m256i) -> __m256i {
         // SAFETY: the tables are there.
         unsafe {
             let low = _mm256_and_si256(codes, _mm256_set1_epi8(0xf));
             // A blend goes by bit 7 of each byte: bits 4 and 5 are moved there.
             let (four, five) = (_mm256_slli_epi16::<3>(codes), _mm256_slli_epi16::<2>(codes));
-            let a = _mm256_shuffle_epi8(table(tables, 0), low);
-            let b = _mm256_shuffle_epi8(table(tables, 1), low);
-            let c = _mm256_shuffle_epi8(table(tables, 2), low);
-            let d = _mm256_shuffle_epi8(table(tables, 3), low);
+            let a = _mm256_shuffle_epi8(quarter(codes_of, 0), low);
+            let b = _mm256_shuffle_epi8(quarter(codes_of, 1), low);
+            let c = _mm256_shuffle_epi8(quarter(codes_of, 2), low);
+            let d = _mm256_shuffle_epi8(quarter(codes_of, 3), low);
             let (first, second) = (_mm256_blendv_epi8(a, b, four), _mm256_blendv_epi8(c, d, four));
             _mm256_blendv_epi8(first, second, five)
         }
@@ -181,27 +194,28 @@ mod pairs {
 
     /// Codes of six bits: the low four of `low`, above them the other bits of `high`.
     #[inline(always)]
-    unsafe fn six(tables: *const Tables, low: __m256i, high: __m256i) -> __m256i {
+    unsafe fn six(codes_of: *const [u8; 64], low: __m256i, high: __m256i) -> __m256i {
         // SAFETY: register operations, and the tables are there.
         unsafe {
             let mask = _mm256_set1_epi8(0xf);
             let low = _mm256_and_si256(mask, low);
-            look_up(tables, _mm256_or_si256(low, _mm256_andnot_si256(mask, high)))
+            look_up(codes_of, _mm256_or_si256(low, _mm256_andnot_si256(mask, high)))
         }
     }
 
     #[inline(always)]
-    pub(super) unsafe fn decode<C: IntFormat>(
+    pub(super) unsafe fn decode<C: IntFormat, const REST: bool>(
         tables: *const Tables,
         block: *const u8,
         c: usize,
     ) -> [Two; 2] {
-        // SAFETY: the caller vouches for the block.
+        // SAFETY: the caller vouches for the block and the tables.
         unsafe {
+            let codes_of = table::<REST>(tables);
             match C::FORMAT.bits() {
                 4 => {
                     let [a, b] = load(block.add(64 * c));
-                    let table = table(tables, 0);
+                    let table = quarter(codes_of, 0);
                     let odd = [_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b)];
                     [[four(table, a), four(table, b)], [four(table, odd[0]), four(table, odd[1])]]
                 }
@@ -219,8 +233,8 @@ mod pairs {
                         ([p, q], [_mm256_srli_epi16::<2>(p), _mm256_srli_epi16::<2>(q)])
                     };
                     [
-                        [six(tables, a, first[0]), six(tables, b, first[1])],
-                        [six(tables, odd[0], second[0]), six(tables, odd[1], second[1])],
+                        [six(codes_of, a, first[0]), six(codes_of, b, first[1])],
+                        [six(codes_of, odd[0], second[0]), six(codes_of, odd[1], second[1])],
                     ]
                 }
                 _ => {
@@ -298,13 +312,13 @@ macro_rules! shared {
         }
 
         #[inline(always)]
-        unsafe fn decode<C: IntFormat>(
+        unsafe fn decode<C: IntFormat, const REST: bool>(
             tables: *const Tables,
             block: *const u8,
             c: usize,
         ) -> [pairs::Two; 2] {
             // SAFETY: the caller's promise is passed on.
-            unsafe { pairs::decode::<C>(tables, block, c) }
+            unsafe { pairs::decode::<C, REST>(tables, block, c) }
         }
 
         #[inline(always)]
@@ -322,6 +336,17 @@ macro_rules! shared {
                 } else {
                     [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
                 }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn join_planes(a: pairs::Two, b: pairs::Two) -> pairs::Two {
+            // SAFETY: register operations only.
+            unsafe {
+                [
+                    _mm256_add_epi32(_mm256_slli_epi32::<4>(a[0]), b[0]),
+                    _mm256_add_epi32(_mm256_slli_epi32::<4>(a[1]), b[1]),
+                ]
             }
         }
 
