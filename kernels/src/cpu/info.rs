@@ -75,6 +75,7 @@ fn way(kernels: &Kernels, problem: &LinearProblem, m: usize) -> &'static str {
     match kernels.packed.choose(problem, m) {
         Some(Path::Integer) => "exact integers",
         Some(Path::Split) => "exact integers, two an element",
+        Some(Path::Words) => "panels of exact integers of sixteen bits",
         Some(Path::Planes) => "exact integers, x in four planes",
         Some(Path::Bf16Codes(1)) => "bfloat16 from the codes",
         Some(Path::Bf16Codes(_)) => "two bfloat16 from the codes",

@@ -135,7 +135,7 @@ impl Integers for NeonDot {
     }
 
     #[inline(always)]
-    unsafe fn join<const NARROW: bool>(a: Words, b: Words) -> Words {
+    unsafe fn join<const ROOM: usize>(a: Words, b: Words) -> Words {
         // SAFETY: register operations only.
         std::array::from_fn(|i| unsafe { vaddq_s32(a[i], b[i]) })
     }
@@ -147,7 +147,7 @@ impl Integers for NeonDot {
     }
 
     #[inline(always)]
-    unsafe fn dot<const NARROW: bool>(acc: Words, w: Bytes, x: *const u8) -> Words {
+    unsafe fn dot<const ROOM: usize>(acc: Words, w: Bytes, x: *const u8) -> Words {
         let mut acc = acc;
         // SAFETY: the caller vouches for four bytes, and for the instruction.
         unsafe {
@@ -176,7 +176,7 @@ impl Integers for NeonDot {
     }
 
     #[inline(always)]
-    unsafe fn scale_add<const NARROW: bool>(
+    unsafe fn scale_add<const ROOM: usize>(
         sums: [float32x4_t; 4],
         acc: Words,
         scales: Words,
@@ -196,7 +196,7 @@ impl Integers for NeonDot {
 #[target_feature(enable = "dotprod")]
 unsafe fn dot<W: integer::Source<NeonDot>, const MR: usize>(args: &DotArgs) {
     // SAFETY: the caller's promise is passed on.
-    unsafe { integer::dot::<NeonDot, W, MR, 1, false>(args) }
+    unsafe { integer::dot::<NeonDot, W, MR, 1, ALL>(args) }
 }
 
 #[target_feature(enable = "dotprod")]
@@ -211,8 +211,8 @@ unsafe fn unpack<C: IntFormat>(
 }
 
 /// Sums have 32 bits, so how many fit sixteen makes no difference.
-const fn dots<W: integer::Source<NeonDot>>() -> [&'static [Dot]; 2] {
-    [&[dot::<W, 1>, dot::<W, 2>, dot::<W, 3>, dot::<W, 4>]; 2]
+const fn dots<W: integer::Source<NeonDot>>() -> [&'static [Dot]; 3] {
+    [&[dot::<W, 1>, dot::<W, 2>, dot::<W, 3>, dot::<W, 4>]; 3]
 }
 
 /// Only for machines with dotprod.
@@ -223,7 +223,7 @@ pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
         dots::<Codes<E2M1>>(),
         dots::<Codes<E2M3>>(),
         dots::<Codes<Int8>>(),
-        [&[dot::<Codes<E3M2>, 1>, dot::<Codes<E3M2>, 2>]; 2],
+        [&[dot::<Codes<E3M2>, 1>, dot::<Codes<E3M2>, 2>]; 3],
     ],
     together: [&[]; 4],
     panels: dots::<Unpacked>(),

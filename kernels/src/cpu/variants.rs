@@ -78,7 +78,7 @@ fn scale_row_impl(c: &[f32], factor: f64, bias: &[f64], out: &mut [f32]) {
 
 /// Nothing that works on repacked weights.
 const NO_PACKED: PackedKernels =
-    PackedKernels { together: false, integer: None, bf16: None, float: None };
+    PackedKernels { together: false, integer: None, words: None, bf16: None, float: None };
 
 macro_rules! variant {
     ($module:ident, $name:literal, $simd:ty, $panels:literal, [$($mr:literal),+],
@@ -256,6 +256,7 @@ variant!(
     PackedKernels {
         together: false,
         integer: Some(&x86::maddubs::KERNELS),
+        words: Some(&x86::maddubs::WORDS),
         bf16: None,
         float: Some(&x86::avx2::FLOATS),
     },
@@ -301,7 +302,11 @@ variant!(
 static AVX_VNNI: Kernels = Kernels {
     name: "avxvnni",
     needs: &["avx2", "fma", "f16c", "avxvnni"],
-    packed: PackedKernels { integer: Some(&x86::avx_vnni::KERNELS), ..avx2_kernels::TABLE.packed },
+    packed: PackedKernels {
+        integer: Some(&x86::avx_vnni::KERNELS),
+        words: Some(&x86::avx_vnni::WORDS),
+        ..avx2_kernels::TABLE.packed
+    },
     detect: || std::arch::is_x86_feature_detected!("avxvnni") && (avx2_kernels::TABLE.detect)(),
     ..avx2_kernels::TABLE
 };
@@ -340,6 +345,7 @@ static AVX512_VNNI: Kernels = Kernels {
     packed: PackedKernels {
         together: true,
         integer: Some(&x86::vnni512::KERNELS),
+        words: Some(&x86::vnni512::WORDS),
         bf16: None,
         float: Some(&x86::float512::FLOATS),
     },
@@ -359,6 +365,7 @@ const AVX512_BF16_TABLE: Kernels = Kernels {
     packed: PackedKernels {
         together: false,
         integer: Some(&x86::vnni512::KERNELS),
+        words: None,
         bf16: Some(&x86::bf16::AVX512),
         float: Some(&x86::float512::FLOATS),
     },
@@ -396,6 +403,7 @@ static AMX: Kernels = Kernels {
     packed: PackedKernels {
         together: true,
         integer: Some(&x86::vnni512::KERNELS),
+        words: None,
         bf16: Some(&x86::bf16::AMX),
         float: Some(&x86::float512::FLOATS),
     },

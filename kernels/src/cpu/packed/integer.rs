@@ -5,6 +5,7 @@
 //!
 //! e3m2 is an integer of nine bits and a sign once multiplied by 16. Such a weight is two planes of small integers, v =
 //! 16 a + b, each looked up; such an x is two rows. That is two or four products in place of one, all of them exact.
+//! More rows take panels of sixteen-bit integers.
 #![allow(unsafe_code)]
 // Two or three arrays run along one index; an iterator over one of them would hide that.
 #![allow(clippy::needless_range_loop)]
@@ -12,7 +13,7 @@
 use super::{
     super::{panel::PANEL, simd::Simd},
     layout::{BLOCK, PanelAt, block_bytes},
-    tables::Tables,
+    tables::{SPLIT_SHIFT, Tables, offset},
 };
 use crate::formats::ElementFormat;
 
@@ -68,12 +69,17 @@ impl IntFormat for Int8 {
     const FORMAT: ElementFormat = ElementFormat::MxInt8;
 }
 
+/// Sums of pairs in a block: all of them fit sixteen bits, or it makes no difference.
+pub(crate) const ALL: usize = BLOCK / 2;
+
 /// The operations of a machine.
 ///
 /// # Safety
 /// Every method may only run on a machine with the instructions, and pointers must be good for what
 /// the method's name says.
 pub(crate) trait Integers {
+    /// Bytes of an integer: two bytes of x are multiplied where it is two, else four.
+    const BYTES: usize = 1;
     type F: Simd;
     /// Four integers of each of sixteen rows.
     type W: Copy;
@@ -101,23 +107,43 @@ pub(crate) trait Integers {
     unsafe fn start(sum: *const i32) -> Self::Acc;
     unsafe fn zero() -> Self::Acc;
     /// The sum of two sums.
-    unsafe fn join<const NARROW: bool>(a: Self::Acc, b: Self::Acc) -> Self::Acc;
+    unsafe fn join<const ROOM: usize>(a: Self::Acc, b: Self::Acc) -> Self::Acc;
     /// 16 a + b, both of 32 bits.
     unsafe fn join_planes(a: Self::Acc, b: Self::Acc) -> Self::Acc;
-    /// acc + the products with four bytes of x, the same for every row. `NARROW` where a block's sums
-    /// of pairs fit sixteen bits.
-    unsafe fn dot<const NARROW: bool>(acc: Self::Acc, w: Self::W, x: *const u8) -> Self::Acc;
+    /// acc + the products with four bytes of x, the same for every row. So many sums of pairs fit sixteen bits: one,
+    /// two, or [`ALL`] of a block.
+    unsafe fn dot<const ROOM: usize>(acc: Self::Acc, w: Self::W, x: *const u8) -> Self::Acc;
+    /// The same with two registers and eight bytes of x, where `ROOM` is two.
+    #[inline(always)]
+    unsafe fn dot_two<const ROOM: usize>(
+        acc: Self::Acc,
+        w: [Self::W; 2],
+        x: *const u8,
+    ) -> Self::Acc {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { Self::dot::<ROOM>(Self::dot::<ROOM>(acc, w[0], x), w[1], x.add(4)) }
+    }
     /// Sixteen scale bytes, in the place of a float's exponent.
     type Scales: Copy;
     unsafe fn scales(from: *const u8) -> Self::Scales;
     /// sums + acc * 2^(scale + x scale); `sum` is what [`Integers::start`] had.
-    unsafe fn scale_add<const NARROW: bool>(
+    unsafe fn scale_add<const ROOM: usize>(
         sums: <Self::F as Simd>::V,
         acc: Self::Acc,
         scales: Self::Scales,
         x_scale: *const i32,
         sum: *const i32,
     ) -> <Self::F as Simd>::V;
+}
+
+/// Machines that make sixteen-bit integers.
+///
+/// # Safety
+/// As [`Integers`].
+pub(crate) trait Widen: Integers {
+    /// Bytes of four k to words of the first two and of the last two: less `offset`, and where there is a
+    /// `rest` 16 times as large and with it.
+    unsafe fn words(plane: Self::W, rest: Option<Self::W>, offset: i16) -> [Self::W; 2];
 }
 
 /// Where the registers of a block come from.
@@ -154,12 +180,12 @@ impl<S: Integers, C: IntFormat> Source<S> for Codes<C> {
 /// From what [`unpack`] wrote.
 pub(crate) struct Unpacked;
 impl<S: Integers> Source<S> for Unpacked {
-    const BYTES: usize = PANEL * BLOCK;
+    const BYTES: usize = PANEL * BLOCK * S::BYTES;
     const PLANES: usize = 1;
     const FAR: bool = false;
     #[inline(always)]
     unsafe fn pair<const REST: bool>(_: *const Tables, block: *const u8, c: usize) -> [S::W; 2] {
-        // SAFETY: a block has eight registers.
+        // SAFETY: a block has eight registers for each byte of an integer.
         unsafe { [S::load(block.add(128 * c)), S::load(block.add(128 * c + 64))] }
     }
 }
@@ -191,6 +217,42 @@ pub(crate) unsafe fn unpack<S: Integers, C: IntFormat>(
     }
 }
 
+/// Decodes `blocks` blocks of a panel into `out` as integers of sixteen bits, 1024 bytes each: pairs of k of all rows.
+///
+/// # Safety
+/// As [`unpack`].
+#[inline(always)]
+pub(crate) unsafe fn unpack_words<S: Widen, C: IntFormat>(
+    tables: *const Tables,
+    codes: *const u8,
+    blocks: usize,
+    out: *mut u8,
+) {
+    let offset = const { offset(C::FORMAT) << if C::PLANES == 2 { SPLIT_SHIFT } else { 0 } };
+    for b in 0..blocks {
+        let block = codes.wrapping_add(b * block_bytes(C::FORMAT));
+        for c in 0..4 {
+            // SAFETY: the caller vouches for the blocks.
+            unsafe {
+                S::F::prefetch(block.wrapping_add(2048 + c * 128));
+                S::F::prefetch(block.wrapping_add(2112 + c * 128));
+                let planes = S::decode::<C, false>(tables, block, c);
+                let mut rests = [None; 2];
+                if C::PLANES == 2 {
+                    let [first, second] = S::decode::<C, true>(tables, block, c);
+                    rests = [Some(first), Some(second)];
+                }
+                for i in 0..2 {
+                    let [first, second] = S::words(planes[i], rests[i], offset as i16);
+                    let out = out.add((b * 16 + 4 * c + 2 * i) * 64);
+                    S::store(out, first);
+                    S::store(out.add(64), second);
+                }
+            }
+        }
+    }
+}
+
 /// c[MR][NP * 16] (+)= x * w over the blocks, of NP panels in turns.
 ///
 /// # Safety
@@ -201,17 +263,17 @@ pub(crate) unsafe fn dot<
     W: Source<S>,
     const MR: usize,
     const NP: usize,
-    const NARROW: bool,
+    const ROOM: usize,
 >(
     args: &DotArgs,
 ) {
     // With few rows the sums of a block are two chains, as each waits for itself.
-    let two = W::PLANES == 2 || MR * NP <= 2;
+    let two = W::PLANES == 2 || MR * NP <= 2 && ROOM != 2;
     // SAFETY: all offsets stay within what the caller vouches for.
     unsafe {
         let mut sums = [[S::F::splat(0.0); NP]; MR];
         for b in 0..args.blocks {
-            let x = args.x.add(b * MR * BLOCK);
+            let x = args.x.add(b * MR * BLOCK * S::BYTES);
             let (x_sums, x_scales) = (args.x_sums.add(b * MR), args.x_scales.add(b * MR));
             if W::FAR {
                 for p in 0..NP {
@@ -224,24 +286,37 @@ pub(crate) unsafe fn dot<
                 acc[r] = [S::start(x_sums.add(r)); NP];
             }
             let mut other = [[S::zero(); NP]; MR];
-            for c in 0..4 {
+            for c in 0..4 * S::BYTES {
                 for p in 0..NP {
                     let w = args.panel.codes.add((p * args.panel_blocks + b) * W::BYTES);
                     let [first, second] = W::pair::<false>(args.tables, w, c);
+                    if ROOM == 2 {
+                        for r in 0..MR {
+                            let x = x.add(r * BLOCK * S::BYTES + 8 * c);
+                            acc[r][p] = S::dot_two::<ROOM>(acc[r][p], [first, second], x);
+                        }
+                        continue;
+                    }
                     for r in 0..MR {
-                        acc[r][p] = S::dot::<NARROW>(acc[r][p], first, x.add(r * BLOCK + 8 * c));
+                        acc[r][p] =
+                            S::dot::<ROOM>(acc[r][p], first, x.add(r * BLOCK * S::BYTES + 8 * c));
                     }
                     for r in 0..MR {
                         let chain = two && W::PLANES == 1;
                         let sum = if chain { &mut other[r][p] } else { &mut acc[r][p] };
-                        *sum = S::dot::<NARROW>(*sum, second, x.add(r * BLOCK + 8 * c + 4));
+                        *sum =
+                            S::dot::<ROOM>(*sum, second, x.add(r * BLOCK * S::BYTES + 8 * c + 4));
                     }
                     if W::PLANES == 2 {
                         let [first, second] = W::pair::<true>(args.tables, w, c);
                         for r in 0..MR {
                             let sum = &mut other[r][p];
-                            *sum = S::dot::<NARROW>(*sum, first, x.add(r * BLOCK + 8 * c));
-                            *sum = S::dot::<NARROW>(*sum, second, x.add(r * BLOCK + 8 * c + 4));
+                            *sum = S::dot::<ROOM>(*sum, first, x.add(r * BLOCK * S::BYTES + 8 * c));
+                            *sum = S::dot::<ROOM>(
+                                *sum,
+                                second,
+                                x.add(r * BLOCK * S::BYTES + 8 * c + 4),
+                            );
                         }
                     }
                 }
@@ -252,12 +327,12 @@ pub(crate) unsafe fn dot<
                     let sum = if W::PLANES == 2 {
                         S::join_planes(acc[r][p], other[r][p])
                     } else if two {
-                        S::join::<NARROW>(acc[r][p], other[r][p])
+                        S::join::<ROOM>(acc[r][p], other[r][p])
                     } else {
                         acc[r][p]
                     };
                     let (x_scale, x_sum) = (x_scales.add(r), x_sums.add(r));
-                    sums[r][p] = S::scale_add::<NARROW>(sums[r][p], sum, scales, x_scale, x_sum);
+                    sums[r][p] = S::scale_add::<ROOM>(sums[r][p], sum, scales, x_scale, x_sum);
                 }
             }
         }

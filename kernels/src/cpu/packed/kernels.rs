@@ -25,6 +25,8 @@ pub(crate) struct PackedKernels {
     /// Whether memory is read faster from several panels at once.
     pub together: bool,
     pub integer: Option<&'static IntegerKernels>,
+    /// Panels of sixteen-bit integers, for e3m2.
+    pub words: Option<&'static WordKernels>,
     pub bf16: Option<&'static Bf16Kernels>,
     pub float: Option<&'static FloatKernels>,
 }
@@ -34,14 +36,23 @@ pub(crate) struct PackedKernels {
 pub(crate) struct IntegerKernels {
     /// Whether sums of two products may need more than sixteen bits.
     pub wide: bool,
-    /// From codes: by [`code_index`], by whether a block's sums of pairs fit sixteen bits, by rows of x. Those of
+    /// From codes: by [`code_index`], by [`super::room`], by rows of x. Those of
     /// e3m2 may be missing.
-    pub codes: [[&'static [Dot]; 2]; 4],
+    pub codes: [[&'static [Dot]; 3]; 4],
     /// The same of several panels, where sums have 32 bits; may be fewer.
     pub together: [&'static [Together]; 4],
     /// From unpacked panels, by the latter two.
-    pub panels: [&'static [Dot]; 2],
+    pub panels: [&'static [Dot]; 3],
     pub unpack: [Unpack; 3],
+}
+
+/// See `integer`.
+#[derive(Debug)]
+pub(crate) struct WordKernels {
+    /// By rows of x.
+    pub tiles: &'static [Dot],
+    /// By [`code_index`].
+    pub unpack: [Unpack; 4],
 }
 
 /// See `x86_bf16`.
@@ -110,17 +121,17 @@ pub(crate) const fn float_index(format: ElementFormat) -> Option<usize> {
 pub(crate) mod x86 {
     use super::{
         super::{
-            integer::{self, Codes, DotArgs, E2M1, E2M3, E3M2 as I3M2, Int8, Unpacked},
+            integer::{self, ALL, Codes, DotArgs, E2M1, E2M3, E3M2 as I3M2, Int8, Unpacked},
             x86_amx,
             x86_bf16::{self, E2M1 as FE2M1, E2M3 as FE2M3, E3M2, E4M3, E5M2, Format},
             x86_float, x86_float512,
-            x86_integer::{AvxVnni, Maddubs, Vnni512},
+            x86_integer::{AvxVnni, Maddubs, Vnni512, Words512, WordsAvx2, WordsVnni},
         },
         *,
     };
 
     macro_rules! integer_kernels {
-        ($module:ident, $machine:ty, $wide:literal, [$($mr:literal),+], [$($split:literal),*],
+        ($module:ident, $machine:ty, $words:ty, $wide:literal, [$($mr:literal),+], [$($split:literal),*],
          [$(($rows:literal, $panels:literal)),*], [$($feature:literal),*]) => {
             pub(crate) mod $module {
                 use super::*;
@@ -130,12 +141,12 @@ pub(crate) mod x86 {
                     W: integer::Source<$machine>,
                     const MR: usize,
                     const NP: usize,
-                    const NARROW: bool,
+                    const ROOM: usize,
                 >(
                     args: &DotArgs,
                 ) {
                     // SAFETY: the caller's promise is passed on.
-                    unsafe { integer::dot::<$machine, W, MR, NP, NARROW>(args) }
+                    unsafe { integer::dot::<$machine, W, MR, NP, ROOM>(args) }
                 }
 
                 $(#[target_feature(enable = $feature)])*
@@ -149,14 +160,42 @@ pub(crate) mod x86 {
                     unsafe { integer::unpack::<$machine, C>(tables, codes, blocks, out) }
                 }
 
+                $(#[target_feature(enable = $feature)])*
+                unsafe fn words<const MR: usize>(args: &DotArgs) {
+                    // SAFETY: the caller's promise is passed on.
+                    unsafe { integer::dot::<$words, Unpacked, MR, 1, ALL>(args) }
+                }
+
+                $(#[target_feature(enable = $feature)])*
+                unsafe fn unpack_words<C: integer::IntFormat>(
+                    tables: *const Tables,
+                    codes: *const u8,
+                    blocks: usize,
+                    out: *mut u8,
+                ) {
+                    // SAFETY: the caller's promise is passed on.
+                    unsafe { integer::unpack_words::<$words, C>(tables, codes, blocks, out) }
+                }
+
+                pub(crate) static WORDS: WordKernels = WordKernels {
+                    tiles: &[$(words::<$mr>),+],
+                    unpack: [
+                        unpack_words::<E2M1>,
+                        unpack_words::<E2M3>,
+                        unpack_words::<Int8>,
+                        unpack_words::<I3M2>,
+                    ],
+                };
+
                 struct Of<W>(std::marker::PhantomData<W>);
                 impl<W: integer::Source<$machine>> Of<W> {
-                    const DOTS: [&'static [Dot]; 2] = [
-                        &[$(dot::<W, $mr, 1, { !$wide }>),+],
-                        &[$(dot::<W, $mr, 1, true>),+],
+                    const DOTS: [&'static [Dot]; 3] = [
+                        &[$(dot::<W, $mr, 1, { if $wide { 1 } else { ALL } }>),+],
+                        &[$(dot::<W, $mr, 1, { if $wide { 2 } else { ALL } }>),+],
+                        &[$(dot::<W, $mr, 1, ALL>),+],
                     ];
                     const TOGETHER: &'static [Together] =
-                        &[$(Together { panels: $panels, dot: dot::<W, $rows, $panels, true> }),*];
+                        &[$(Together { panels: $panels, dot: dot::<W, $rows, $panels, ALL> }),*];
                 }
 
                 pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
@@ -165,7 +204,7 @@ pub(crate) mod x86 {
                         Of::<Codes<E2M1>>::DOTS,
                         Of::<Codes<E2M3>>::DOTS,
                         Of::<Codes<Int8>>::DOTS,
-                        [&[$(dot::<Codes<I3M2>, $split, 1, true>),*]; 2],
+                        [&[$(dot::<Codes<I3M2>, $split, 1, ALL>),*]; 3],
                     ],
                     together: [
                         Of::<Codes<E2M1>>::TOGETHER,
@@ -180,10 +219,11 @@ pub(crate) mod x86 {
         };
     }
 
-    // Where sums of pairs are 32 bits wide, both kinds of kernel are the same one.
+    // Where sums of pairs are 32 bits wide, all kinds of kernel are the same one.
     integer_kernels!(
         vnni512,
         Vnni512,
+        Words512,
         false,
         [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
         [1, 2, 3, 4, 5, 6, 7, 8],
@@ -193,13 +233,23 @@ pub(crate) mod x86 {
     integer_kernels!(
         avx_vnni,
         AvxVnni,
+        WordsVnni,
         false,
         [1, 2, 3, 4, 5, 6],
         [1, 2],
         [],
         ["avx2", "fma", "f16c", "avxvnni"]
     );
-    integer_kernels!(maddubs, Maddubs, true, [1, 2, 3, 4], [], [], ["avx2", "fma", "f16c"]);
+    integer_kernels!(
+        maddubs,
+        Maddubs,
+        WordsAvx2,
+        true,
+        [1, 2, 3, 4],
+        [],
+        [],
+        ["avx2", "fma", "f16c"]
+    );
 
     pub(crate) mod bf16 {
         use super::*;

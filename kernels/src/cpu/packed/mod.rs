@@ -100,7 +100,9 @@ pub(crate) enum Path {
     Integer,
     /// The same where e3m2 takes part, two integers an element.
     Split,
-    /// The same with an x of floats in planes, see `planes`.
+    /// Panels of sixteen-bit integers, the same formats.
+    Words,
+    /// The first with an x of floats in planes, see `planes`.
     Planes,
     /// bfloat16 straight from the codes, x in so many parts.
     Bf16Codes(usize),
@@ -116,6 +118,8 @@ pub(crate) enum Path {
 const FLOAT_ROWS: usize = 4;
 /// Most rows of the kernels that are rows of x in two integers an element.
 const SPLIT_ROWS: usize = 8;
+/// Rows of x from which on panels of sixteen-bit integers beat fp32 straight from the codes.
+const WORD_ROWS: usize = 5;
 /// From this k on x in two bfloat16, exact to 2^-18, keeps to the bound of any data.
 const TWO_PARTS: usize = 512;
 
@@ -151,6 +155,9 @@ impl PackedKernels {
         if quantised.is_some_and(|x| self.takes_split(format, x, m)) {
             return Some(Path::Split);
         }
+        if quantised.is_some_and(|x| self.takes_words(format, x, m)) {
+            return Some(Path::Words);
+        }
         if m == 1 && self.takes_planes(problem) && (parts != Some(1) || self.bf16.is_none()) {
             return Some(Path::Planes);
         }
@@ -173,6 +180,15 @@ impl PackedKernels {
             && !integer.wide
             && !self.bf16_codes()
             && rows <= integer.codes[w][0].len().min(SPLIT_ROWS)
+    }
+
+    /// Whether m rows of x go through panels of sixteen-bit integers.
+    fn takes_words(&self, w: ElementFormat, x: ElementFormat, m: usize) -> bool {
+        self.words.is_some()
+            && [w, x].contains(&ElementFormat::Fp6E3M2)
+            && code_index(w).is_some()
+            && code_index(x).is_some()
+            && m >= WORD_ROWS
     }
 
     /// Whether one row of x may go in planes. Sums of sixteen bits have room for those of e2m1 alone.
@@ -233,6 +249,17 @@ const fn largest(format: ElementFormat) -> (i32, i32) {
 /// Whether sums of `terms` products fit sixteen bits.
 pub(crate) const fn sum_fits(w: ElementFormat, x: ElementFormat, terms: i32) -> bool {
     largest(w).0 * largest(x).1 * terms <= i16::MAX as i32
+}
+
+/// How many sums of pairs fit sixteen bits, as an index: one, two, or all of a block.
+pub(crate) const fn room(w: ElementFormat, x: ElementFormat) -> usize {
+    if sum_fits(w, x, layout::BLOCK as i32 / 2) {
+        2
+    } else if sum_fits(w, x, 4) {
+        1
+    } else {
+        0
+    }
 }
 
 // A block's sum of pairs fits sixteen bits for planes, too.

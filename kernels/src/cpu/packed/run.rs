@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use super::{
     Path, PreparedWeight,
     integer::{Dot, DotArgs},
-    kernels::{Bf16Kernels, IntegerKernels, Together},
+    kernels::{Bf16Kernels, Together, Unpack},
     layout::{BLOCK, LOWEST, Row, block_bytes},
     planes::Rest,
     way::{Inner, Tiles, Way},
@@ -41,8 +41,8 @@ pub(super) const COLUMNS: usize = 128;
 const CODE_PANELS: usize = 32;
 /// Bytes of x that stay in a second-level cache beside a panel.
 const NEAR: usize = 512 << 10;
-/// Blocks of k for which a panel of integers is unpacked: 16 KiB.
-const INTEGER_BLOCKS: usize = 32;
+/// Bytes of the panel that integers are unpacked to.
+const INTEGER_BYTES: usize = 16 << 10;
 
 /// See [`crate::linear_prepared`].
 #[allow(clippy::too_many_arguments)]
@@ -202,9 +202,9 @@ impl Call<'_> {
         let single = self.tiles.count() == 1;
         match self.way.inner {
             Inner::Codes(dots, together) => self.run_codes(dots, together, par),
-            Inner::Integer(kernels, index, narrow) if single => {
+            Inner::Integer(kernels, index, room) if single => {
                 let together = if self.way.together { kernels.together[index] } else { &[] };
-                self.run_codes(kernels.codes[index][narrow], together, par);
+                self.run_codes(kernels.codes[index][room], together, par);
             }
             _ => self.run_panels(par),
         }
@@ -413,8 +413,13 @@ impl Call<'_> {
             scratch::for_task(panel + c, |scratch| {
                 let (panel, c) = scratch.split_at_mut(panel);
                 match self.way.inner {
-                    Inner::Integer(kernels, index, narrow) => {
-                        self.integer_task(kernels, index, narrow, range, n0, used, panel, c);
+                    Inner::Integer(kernels, index, room) => {
+                        let (unpack, tiles) = (kernels.unpack[index], kernels.panels[room]);
+                        self.integer_task(unpack, tiles, range, n0, used, panel, c);
+                    }
+                    Inner::Words(kernels, index) => {
+                        let (unpack, tiles) = (kernels.unpack[index], kernels.tiles);
+                        self.integer_task(unpack, tiles, range, n0, used, panel, c);
                     }
                     Inner::Bf16(kernels, index) => {
                         self.bf16_task(kernels, index, range, n0, used, panel, c);
@@ -459,9 +464,8 @@ impl Call<'_> {
     #[allow(clippy::too_many_arguments)]
     fn integer_task(
         &self,
-        kernels: &IntegerKernels,
-        index: usize,
-        narrow: usize,
+        unpack: Unpack,
+        tiles: &[Dot],
         (t0, t1): (usize, usize),
         n0: usize,
         columns: usize,
@@ -470,17 +474,18 @@ impl Call<'_> {
     ) {
         let (m0, m1) = (self.tiles.start(t0), self.tiles.start(t1));
         let out = panel.as_mut_ptr().cast::<u8>();
-        self.steps(m1 - m0, columns / PANEL, INTEGER_BLOCKS, |p, b, blocks| {
+        let most = INTEGER_BYTES / (PANEL * self.way.form.block_bytes());
+        self.steps(m1 - m0, columns / PANEL, most, |p, b, blocks| {
             let codes = self.prepared.layout.at(n0 / PANEL + p, b).codes;
-            // SAFETY: the variant runs here, the panel holds INTEGER_BLOCKS blocks.
-            unsafe { kernels.unpack[index](&*self.prepared.tables, codes, blocks, out) };
+            // SAFETY: the variant runs here, the panel holds INTEGER_BYTES.
+            unsafe { unpack(&*self.prepared.tables, codes, blocks, out) };
             for t in t0..t1 {
                 let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
                 let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
                 let mut args = self.args(t, n0 / PANEL + p, b, blocks, c, columns);
                 args.panel.codes = out;
                 // SAFETY: as above, and everything is as `args` says.
-                unsafe { kernels.panels[narrow][end - start - 1](&args) };
+                unsafe { tiles[end - start - 1](&args) };
             }
         });
     }
@@ -532,9 +537,9 @@ fn chain(k: usize) -> usize {
 
 const MOST_CHAIN: usize = 512;
 
-/// Floats that hold INTEGER_BLOCKS blocks of integers or two panels of a chain of bfloat16.
+/// Floats that hold INTEGER_BYTES of integers or two panels of a chain of bfloat16.
 const PANEL_FLOATS: usize = 2 * PANEL * MOST_CHAIN / 2;
-const _: () = assert!(INTEGER_BLOCKS * PANEL * BLOCK <= 4 * PANEL_FLOATS);
+const _: () = assert!(INTEGER_BYTES <= 4 * PANEL_FLOATS);
 const _: () = assert!(block_bytes(crate::ElementFormat::MxInt8) == PANEL * BLOCK);
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use super::{
     Path,
     integer::Dot,
-    kernels::{Bf16Kernels, IntegerKernels, Together, code_index, float_index, integer_index},
-    layout::BLOCK,
+    kernels::{
+        Bf16Kernels, IntegerKernels, Together, WordKernels, code_index, float_index, integer_index,
+    },
     tables,
     x::Form,
 };
@@ -39,6 +40,7 @@ pub(super) enum Inner<'a> {
     /// All rows in one tile, by rows.
     Codes(&'a [Dot], &'a [Together]),
     Integer(&'a IntegerKernels, usize, usize),
+    Words(&'a WordKernels, usize),
     Bf16(&'a Bf16Kernels, usize),
 }
 
@@ -61,15 +63,15 @@ impl<'a> Way<'a> {
             Path::Integer => {
                 let (integer, x) = (packed.integer?, x?);
                 let index = integer_index(w)?;
-                let narrow = usize::from(super::sum_fits(w, x, BLOCK as i32 / 2));
+                let room = super::room(w, x);
                 let shift = tables::integer_shift(w)? + tables::integer_shift(x)?;
                 let form = Form::Integer {
                     shift: tables::integer_shift(x)?,
                     total: shift,
                     offset: tables::offset(w),
                 };
-                let most = integer.panels[narrow].len();
-                (Inner::Integer(integer, index, narrow), form, most)
+                let most = integer.panels[room].len();
+                (Inner::Integer(integer, index, room), form, most)
             }
             Path::Split => {
                 let (integer, index, x) = (packed.integer?, code_index(w)?, x?);
@@ -83,12 +85,17 @@ impl<'a> Way<'a> {
                 let inner = Inner::Codes(dots, together(integer.together[index]));
                 (inner, form, dots.len() / form.rows())
             }
+            Path::Words => {
+                let (words, shift) = (packed.words?, tables::whole_shift(x?)?);
+                let form = Form::Words { shift, total: shift + tables::whole_shift(w)? };
+                (Inner::Words(words, code_index(w)?), form, words.tiles.len())
+            }
             Path::Planes => {
                 let (integer, index) = (packed.integer?, code_index(w)?);
                 let form =
                     Form::Planes { offset: tables::offset(w), shift: tables::whole_shift(w)? };
                 let together = together(integer.together[index]);
-                (Inner::Codes(integer.codes[index][1], together), form, 1)
+                (Inner::Codes(integer.codes[index][2], together), form, 1)
             }
             Path::Bf16Codes(parts) => {
                 let bf16 = packed.bf16?;

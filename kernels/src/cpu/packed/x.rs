@@ -18,7 +18,9 @@ pub(crate) enum Form {
     /// i8, values times 2^shift, in [`super::layout::ORDER`]. `total` is the shift of both operands, taken
     /// back by the scale; `offset` is the weight's.
     Integer { shift: i32, total: i32, offset: i32 },
-    /// e3m2 as two such integers each, 16 times one and the other: [block][row][2][32].
+    /// i16 in their order, values times 2^shift; `total` is the shift of both operands.
+    Words { shift: i32, total: i32 },
+    /// e3m2 as two integers of eight bits each, 16 times one and the other: [block][row][2][32].
     Split { total: i32, offset: i32 },
     /// x itself in planes of such integers: [block][plane][32].
     Planes { offset: i32, shift: i32 },
@@ -38,7 +40,7 @@ impl Form {
         BLOCK
             * match self {
                 Self::Integer { .. } => 1,
-                Self::Split { .. } => 2,
+                Self::Words { .. } | Self::Split { .. } => 2,
                 Self::Planes { .. } => PLANES,
                 Self::Bf16 | Self::FoldedBf16 => 2,
                 Self::Parts(parts) => 2 * parts,
@@ -157,6 +159,17 @@ unsafe fn write(form: Form, values: &mut [f32; BLOCK], exponent: i32, b: usize, 
         let data = place.data.add(b * place.rows * (form.block_bytes() / form.rows()));
         let at = b * place.rows;
         match form {
+            Form::Words { shift, total } => {
+                let factor = (1 << shift) as f32;
+                let mut words = [0_i16; BLOCK];
+                for (word, v) in words.iter_mut().zip(&*values) {
+                    // SAFETY: elements times 2^shift are integers of at most ten bits.
+                    *word = (v * factor).to_int_unchecked::<i32>() as i16;
+                }
+                data.cast::<[i16; BLOCK]>().write_unaligned(words);
+                *place.scales.add(at) = (exponent - total) << 23;
+                *place.sums.add(at) = 0;
+            }
             Form::Split { total, offset } => {
                 let mut parts = [[0_u8; BLOCK]; 2];
                 let mut sums = [0; 2];

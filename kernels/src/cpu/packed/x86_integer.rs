@@ -4,8 +4,8 @@
 use std::arch::{asm, x86_64::*};
 
 use super::{
-    super::{avx2::Avx2, avx512::Avx512},
-    integer::{IntFormat, Integers},
+    super::{avx2::Avx2, avx512::Avx512, simd::Simd},
+    integer::{ALL, IntFormat, Integers, Widen},
     tables::Tables,
 };
 
@@ -107,7 +107,7 @@ impl Integers for Vnni512 {
     }
 
     #[inline(always)]
-    unsafe fn join<const NARROW: bool>(a: __m512i, b: __m512i) -> __m512i {
+    unsafe fn join<const ROOM: usize>(a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: register operation only.
         unsafe { _mm512_add_epi32(a, b) }
     }
@@ -119,7 +119,7 @@ impl Integers for Vnni512 {
     }
 
     #[inline(always)]
-    unsafe fn dot<const NARROW: bool>(acc: __m512i, w: __m512i, x: *const u8) -> __m512i {
+    unsafe fn dot<const ROOM: usize>(acc: __m512i, w: __m512i, x: *const u8) -> __m512i {
         // SAFETY: the caller vouches for four bytes.
         unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
     }
@@ -131,7 +131,7 @@ impl Integers for Vnni512 {
     }
 
     #[inline(always)]
-    unsafe fn scale_add<const NARROW: bool>(
+    unsafe fn scale_add<const ROOM: usize>(
         sums: __m512,
         acc: __m512i,
         scales: __m512i,
@@ -142,6 +142,25 @@ impl Integers for Vnni512 {
         unsafe {
             let scale = _mm512_add_epi32(scales, _mm512_set1_epi32(*x_scale));
             _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_castsi512_ps(scale), sums)
+        }
+    }
+}
+
+impl Widen for Vnni512 {
+    #[inline(always)]
+    unsafe fn words(plane: __m512i, rest: Option<__m512i>, offset: i16) -> [__m512i; 2] {
+        // SAFETY: register operations only.
+        unsafe {
+            let (low, offset) = (_mm512_set1_epi16(0xff), _mm512_set1_epi16(offset));
+            let mut even = _mm512_and_si512(plane, low);
+            let mut odd = _mm512_srli_epi16::<8>(plane);
+            if let Some(rest) = rest {
+                even = _mm512_slli_epi16::<4>(even);
+                odd = _mm512_slli_epi16::<4>(odd);
+                even = _mm512_add_epi16(even, _mm512_and_si512(rest, low));
+                odd = _mm512_add_epi16(odd, _mm512_srli_epi16::<8>(rest));
+            }
+            [_mm512_sub_epi16(even, offset), _mm512_sub_epi16(odd, offset)]
         }
     }
 }
@@ -251,6 +270,28 @@ mod pairs {
     }
 
     #[inline(always)]
+    pub(super) unsafe fn words(plane: Two, rest: Option<Two>, offset: i16) -> [Two; 2] {
+        // SAFETY: register operations only.
+        unsafe {
+            let (low, offset) = (_mm256_set1_epi16(0xff), _mm256_set1_epi16(offset));
+            let (mut evens, mut odds) = (plane, plane);
+            for h in 0..2 {
+                let mut even = _mm256_and_si256(plane[h], low);
+                let mut odd = _mm256_srli_epi16::<8>(plane[h]);
+                if let Some(rest) = rest {
+                    even = _mm256_slli_epi16::<4>(even);
+                    odd = _mm256_slli_epi16::<4>(odd);
+                    even = _mm256_add_epi16(even, _mm256_and_si256(rest[h], low));
+                    odd = _mm256_add_epi16(odd, _mm256_srli_epi16::<8>(rest[h]));
+                }
+                evens[h] = _mm256_sub_epi16(even, offset);
+                odds[h] = _mm256_sub_epi16(odd, offset);
+            }
+            [evens, odds]
+        }
+    }
+
+    #[inline(always)]
     pub(super) unsafe fn scales(from: *const u8) -> Two {
         // SAFETY: the caller vouches for sixteen bytes.
         unsafe {
@@ -328,10 +369,10 @@ macro_rules! shared {
         }
 
         #[inline(always)]
-        unsafe fn join<const NARROW: bool>(a: pairs::Two, b: pairs::Two) -> pairs::Two {
+        unsafe fn join<const ROOM: usize>(a: pairs::Two, b: pairs::Two) -> pairs::Two {
             // SAFETY: register operations only.
             unsafe {
-                if NARROW && $narrow {
+                if ROOM == ALL && $narrow {
                     [_mm256_add_epi16(a[0], b[0]), _mm256_add_epi16(a[1], b[1])]
                 } else {
                     [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
@@ -368,7 +409,7 @@ impl Integers for AvxVnni {
     }
 
     #[inline(always)]
-    unsafe fn dot<const NARROW: bool>(acc: pairs::Two, w: pairs::Two, x: *const u8) -> pairs::Two {
+    unsafe fn dot<const ROOM: usize>(acc: pairs::Two, w: pairs::Two, x: *const u8) -> pairs::Two {
         // SAFETY: the caller vouches for four bytes.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
@@ -377,7 +418,7 @@ impl Integers for AvxVnni {
     }
 
     #[inline(always)]
-    unsafe fn scale_add<const NARROW: bool>(
+    unsafe fn scale_add<const ROOM: usize>(
         sums: (__m256, __m256),
         acc: pairs::Two,
         scales: pairs::Two,
@@ -386,6 +427,14 @@ impl Integers for AvxVnni {
     ) -> (__m256, __m256) {
         // SAFETY: the caller's promise is passed on.
         unsafe { pairs::scale_add(sums, acc, scales, x_scale) }
+    }
+}
+
+impl Widen for AvxVnni {
+    #[inline(always)]
+    unsafe fn words(plane: pairs::Two, rest: Option<pairs::Two>, offset: i16) -> [pairs::Two; 2] {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { pairs::words(plane, rest, offset) }
     }
 }
 
@@ -424,12 +473,12 @@ impl Integers for Maddubs {
     }
 
     #[inline(always)]
-    unsafe fn dot<const NARROW: bool>(acc: pairs::Two, w: pairs::Two, x: *const u8) -> pairs::Two {
+    unsafe fn dot<const ROOM: usize>(acc: pairs::Two, w: pairs::Two, x: *const u8) -> pairs::Two {
         // SAFETY: the caller vouches for four bytes.
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
             let (a, b) = (_mm256_maddubs_epi16(w[0], x), _mm256_maddubs_epi16(w[1], x));
-            if NARROW {
+            if ROOM == ALL {
                 return [add16(acc[0], a), add16(acc[1], b)];
             }
             let ones = _mm256_set1_epi16(1);
@@ -439,7 +488,30 @@ impl Integers for Maddubs {
     }
 
     #[inline(always)]
-    unsafe fn scale_add<const NARROW: bool>(
+    unsafe fn dot_two<const ROOM: usize>(
+        acc: pairs::Two,
+        w: [pairs::Two; 2],
+        x: *const u8,
+    ) -> pairs::Two {
+        // SAFETY: the caller vouches for eight bytes.
+        unsafe {
+            let first = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            let second = _mm256_set1_epi32(x.add(4).cast::<i32>().read_unaligned());
+            let ones = _mm256_set1_epi16(1);
+            let mut acc = acc;
+            for h in 0..2 {
+                let pairs = add16(
+                    _mm256_maddubs_epi16(w[0][h], first),
+                    _mm256_maddubs_epi16(w[1][h], second),
+                );
+                acc[h] = add32(acc[h], _mm256_madd_epi16(pairs, ones));
+            }
+            acc
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale_add<const ROOM: usize>(
         sums: (__m256, __m256),
         acc: pairs::Two,
         scales: pairs::Two,
@@ -450,7 +522,7 @@ impl Integers for Maddubs {
         unsafe {
             let sum = _mm256_set1_epi32(*sum);
             let mut acc = acc;
-            if NARROW {
+            if ROOM == ALL {
                 let ones = _mm256_set1_epi16(1);
                 acc = [_mm256_madd_epi16(acc[0], ones), _mm256_madd_epi16(acc[1], ones)];
             }
@@ -459,3 +531,141 @@ impl Integers for Maddubs {
         }
     }
 }
+
+/// Defines a machine of sixteen-bit integers, which is another one but for its products.
+macro_rules! of_words {
+    ($(#[$doc:meta])* $name:ident, $machine:ty, $register:ty, |$acc:ident, $w:ident, $x:ident| $dot:block) => {
+        $(#[$doc])*
+        pub(crate) struct $name;
+
+        impl Integers for $name {
+            const BYTES: usize = 2;
+            type F = <$machine as Integers>::F;
+            type W = $register;
+            type Acc = $register;
+            type Scales = $register;
+
+            #[inline(always)]
+            unsafe fn load(from: *const u8) -> $register {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::load(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn store(to: *mut u8, w: $register) {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::store(to, w) }
+            }
+
+            #[inline(always)]
+            unsafe fn decode<C: IntFormat, const REST: bool>(
+                tables: *const Tables,
+                block: *const u8,
+                c: usize,
+            ) -> [$register; 2] {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::decode::<C, REST>(tables, block, c) }
+            }
+
+            #[inline(always)]
+            unsafe fn start(sum: *const i32) -> $register {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::start(sum) }
+            }
+
+            #[inline(always)]
+            unsafe fn zero() -> $register {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::zero() }
+            }
+
+            #[inline(always)]
+            unsafe fn join<const ROOM: usize>(a: $register, b: $register) -> $register {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::join::<ROOM>(a, b) }
+            }
+
+            #[inline(always)]
+            unsafe fn join_planes(a: $register, b: $register) -> $register {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::join_planes(a, b) }
+            }
+
+            #[inline(always)]
+            unsafe fn dot<const ROOM: usize>(
+                $acc: $register,
+                $w: $register,
+                x: *const u8,
+            ) -> $register {
+                // SAFETY: the caller vouches for four bytes.
+                unsafe {
+                    let $x = x.cast::<i32>().read_unaligned();
+                    $dot
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn scales(from: *const u8) -> $register {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::scales(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn scale_add<const ROOM: usize>(
+                sums: <Self::F as Simd>::V,
+                acc: $register,
+                scales: $register,
+                x_scale: *const i32,
+                sum: *const i32,
+            ) -> <Self::F as Simd>::V {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::scale_add::<ROOM>(sums, acc, scales, x_scale, sum) }
+            }
+        }
+
+        impl Widen for $name {
+            #[inline(always)]
+            unsafe fn words(
+                plane: $register,
+                rest: Option<$register>,
+                offset: i16,
+            ) -> [$register; 2] {
+                // SAFETY: the caller's promise is passed on.
+                unsafe { <$machine>::words(plane, rest, offset) }
+            }
+        }
+    };
+}
+
+of_words!(
+    /// Needs what [`Vnni512`] needs.
+    Words512,
+    Vnni512,
+    __m512i,
+    |acc, w, x| { _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x)) }
+);
+
+of_words!(
+    /// Needs what [`AvxVnni`] needs.
+    WordsVnni,
+    AvxVnni,
+    pairs::Two,
+    |acc, w, x| {
+        let x = _mm256_set1_epi32(x);
+        [_mm256_dpwssd_avx_epi32(acc[0], w[0], x), _mm256_dpwssd_avx_epi32(acc[1], w[1], x)]
+    }
+);
+
+of_words!(
+    /// Needs avx2 and fma; of [`AvxVnni`] it takes what needs no more.
+    WordsAvx2,
+    AvxVnni,
+    pairs::Two,
+    |acc, w, x| {
+        let x = _mm256_set1_epi32(x);
+        [
+            add32(acc[0], _mm256_madd_epi16(w[0], x)),
+            add32(acc[1], _mm256_madd_epi16(w[1], x)),
+        ]
+    }
+);
