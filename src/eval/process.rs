@@ -180,10 +180,14 @@ mod tests {
         assert_eq!(sha256_text("abc"), abc);
     }
 
+    /// One test at a time looks at the process's memory.
+    static MEMORY: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     /// Pieces that the allocator keeps when they are freed, as one behind them lives on.
     #[test]
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     fn what_an_earlier_stage_freed_does_not_count() {
+        let _alone = MEMORY.lock();
         let before = PeakMemory::start();
         let mut pieces: Vec<Vec<u8>> = (0..256 << 6).map(|_| vec![1_u8; 16 << 10]).collect();
         let last = pieces.pop();
@@ -198,6 +202,7 @@ mod tests {
 
     #[test]
     fn the_peak_is_that_of_the_stage() {
+        let _alone = MEMORY.lock();
         let peak = PeakMemory::start();
         let block = vec![1u8; 64 << 20];
         assert_eq!(block.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 64 << 20);

@@ -15,7 +15,7 @@ pub struct CpuInfo {
     pub threads: usize,
     /// The variant in use.
     pub chosen: &'static str,
-    /// Every variant of this build, the best first.
+    /// Every variant of this build: those that run here, the best first, then the others.
     pub variants: Vec<VariantInfo>,
     /// Ways of `MxMatMul` in the variant in use.
     pub products: Vec<ProductInfo>,
@@ -50,8 +50,9 @@ const ROWS: usize = 64;
 pub fn info() -> CpuInfo {
     let chosen = kernels();
     let mut variants: Vec<VariantInfo> = Vec::new();
-    for kernels in variants::ALL {
-        let runs = runnable().iter().any(|k| k.name == kernels.name);
+    let found = runnable().iter().map(|&kernels| (kernels, true));
+    let others = variants::ALL.iter().map(|&kernels| (kernels, false));
+    for (kernels, runs) in found.chain(others) {
         // Two tables of one name serve different machines.
         if variants.iter().all(|v| v.name != kernels.name) {
             variants.push(VariantInfo { name: kernels.name, needs: kernels.needs, runs });

@@ -51,8 +51,8 @@ fn runnable() -> &'static [&'static Kernels] {
     RUNNABLE.get_or_init(|| variants::ALL.iter().copied().filter(|k| (k.detect)()).collect())
 }
 
-/// Names of the variants that this machine can run, the best first: of `amx`, `avx512bf16`, `avx512vnni`,
-/// `avx512`, `avxvnni`, `avx2`; `neondotprod`, `neon`; `scalar`.
+/// Names of the variants that this machine can run, the best first: of `amx`, `avx512bf16`, `avx512vnni` (on Intel in
+/// the other order), `avx512`, `avxvnni`, `avx2`; `neondotprod`, `neon`; `scalar`.
 pub fn available_variants() -> Vec<&'static str> {
     runnable().iter().map(|k| k.name).collect()
 }

@@ -10,7 +10,7 @@ use super::{
     neon_dot::sdot,
     packed::{
         integer::{
-            self, Codes, Dot, DotArgs, E2M1, E2M3, E3M2, Int8, IntFormat, Integers, Unpacked,
+            self, ALL, Codes, Dot, DotArgs, E2M1, E2M3, E3M2, Int8, IntFormat, Integers, Unpacked,
         },
         kernels::IntegerKernels,
         tables::Tables,

@@ -377,7 +377,7 @@ const AVX512_BF16_TABLE: Kernels = Kernels {
 static AVX512_BF16: Kernels =
     Kernels { detect: || (AVX512_BF16_TABLE.detect)() && !is_intel(), ..AVX512_BF16_TABLE };
 
-/// The same where it is slower than [`AVX512_VNNI`], which comes first.
+/// The same where it is slower than [`AVX512_VNNI`], which comes first: for those who ask for it, and for tests.
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16_INTEL: Kernels =
     Kernels { detect: || (AVX512_BF16_TABLE.detect)() && is_intel(), ..AVX512_BF16_TABLE };

@@ -276,7 +276,8 @@ fn panels_at_a_time() {
         for w_format in formats() {
             for x_format in formats().map(Some).chain([None]) {
                 let spec = |format| QuantSpec::mx(format).unwrap();
-                let (m, k) = (1 + random.below(5), 1 + random.below(400));
+                // Enough work for more than one thread.
+                let (m, k) = (1 + random.below(5), 1030 + random.below(400));
                 for n in [64, 16 * 4 + 1, 16 * 7, 16 * 9 - 3] {
                     let values = random.normals(n * k);
                     let w = Weight::quantise(spec(w_format), n, k, &values);
@@ -297,10 +298,13 @@ fn panels_at_a_time() {
                     assert_close(&y, &want, &magnitude, 32.0, &what);
                     let bits = |y: &[f32]| y.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                     assert_eq!(bits(&y), bits(&run(&w, 3)), "{what}: three threads");
-                    let few = Weight::quantise(spec(w_format), 16, k, &values[..16 * k]);
+                    let panel = 16 * random.below(n / 16);
+                    let few = &values[panel * k..(panel + 16) * k];
+                    let few = Weight::quantise(spec(w_format), 16, k, few);
                     let alone = run(&few, 1);
                     for (row, alone) in y.chunks(n).zip(alone.chunks(16)) {
-                        assert_eq!(bits(&row[..16]), bits(alone), "{what}: a panel alone");
+                        let row = &row[panel..panel + 16];
+                        assert_eq!(bits(row), bits(alone), "{what}: panel of {panel} alone");
                     }
                 }
             }

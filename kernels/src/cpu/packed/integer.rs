@@ -268,7 +268,7 @@ pub(crate) unsafe fn dot<
     args: &DotArgs,
 ) {
     // With few rows the sums of a block are two chains, as each waits for itself.
-    let two = W::PLANES == 2 || MR * NP <= 2 && ROOM != 2;
+    let two = W::PLANES == 1 && MR * NP <= 2 && ROOM != 2;
     // SAFETY: all offsets stay within what the caller vouches for.
     unsafe {
         let mut sums = [[S::F::splat(0.0); NP]; MR];
@@ -302,8 +302,7 @@ pub(crate) unsafe fn dot<
                             S::dot::<ROOM>(acc[r][p], first, x.add(r * BLOCK * S::BYTES + 8 * c));
                     }
                     for r in 0..MR {
-                        let chain = two && W::PLANES == 1;
-                        let sum = if chain { &mut other[r][p] } else { &mut acc[r][p] };
+                        let sum = if two { &mut other[r][p] } else { &mut acc[r][p] };
                         *sum =
                             S::dot::<ROOM>(*sum, second, x.add(r * BLOCK * S::BYTES + 8 * c + 4));
                     }

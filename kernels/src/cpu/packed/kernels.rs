@@ -58,14 +58,14 @@ pub(crate) struct WordKernels {
 /// See `x86_bf16`.
 #[derive(Debug)]
 pub(crate) struct Bf16Kernels {
-    /// From codes, by [`float_index`], by rows of x; x in one part.
+    /// From codes, by [`float_index`], by rows of x; x in one part. Empty where fp32 is faster for a few rows.
     pub one: [&'static [Dot]; 5],
-    /// The same for x in two parts; empty where fp32 is faster for a few rows.
+    /// The same for x in two parts.
     pub two: [&'static [Dot]; 5],
     pub decode: [Decode; 5],
     /// Panels that a tile spans.
     pub panels: usize,
-    /// By rows of x; empty where panels of fp32 are faster.
+    /// By rows of x.
     pub tiles: &'static [Tile],
     /// Most rows of x that codes are multiplied with directly, and that integers are.
     pub code_rows: usize,

@@ -40,7 +40,7 @@ use crate::{
 ///
 /// It is as large as the packed bytes (rows rounded up to sixteen, k to 32) and independent of them, but
 /// [`crate::linear_prepared`] still needs them: what the kernels do not take (infinities, x with exponents
-/// at the ends of f32's range, few rows of x on some machines) is computed from the original.
+/// at the ends of f32's range, and on some machines all but few rows of x) is computed from the original.
 #[derive(Debug)]
 pub struct PreparedWeight {
     pub(crate) layout: Layout,
@@ -52,7 +52,7 @@ pub struct PreparedWeight {
 
 impl PreparedWeight {
     /// Repacks `w` for problems like `problem` on the threads of `par`; `None` where this machine has
-    /// no kernel that would use it: `mxint8` without integer products, blocks of 16, scales other than
+    /// no kernel that would use it, for one row of x or more: `mxint8` without integer products, blocks of 16, scales other than
     /// `e8m0`, fewer than eight features, and more than one row in 512 whose scales are over 2^40 apart or
     /// that has infinities.
     pub fn new(problem: &LinearProblem, w: &PackedWeight<'_>, par: &dyn Parallel) -> Option<Self> {
@@ -158,7 +158,7 @@ impl PackedKernels {
         if quantised.is_some_and(|x| self.takes_words(format, x, m)) {
             return Some(Path::Words);
         }
-        if m == 1 && self.takes_planes(problem) && (parts != Some(1) || self.bf16.is_none()) {
+        if m == 1 && self.takes_planes(problem) && (parts != Some(1) || !self.bf16_codes()) {
             return Some(Path::Planes);
         }
         self.choose_floats(problem, m, parts)
@@ -225,7 +225,7 @@ impl PackedKernels {
                 return Some(Path::Bf16Codes(parts));
             }
             let few = m <= FLOAT_ROWS && kernels[index].is_empty();
-            if exact && !few && !bf16.tiles.is_empty() && (parts == 1 || bf16.parts) {
+            if exact && !few && (parts == 1 || bf16.parts) {
                 return Some(Path::Bf16Panels(parts));
             }
         }

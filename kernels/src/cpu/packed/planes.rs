@@ -237,4 +237,46 @@ mod tests {
             assert!(rests.iter().any(|rest| rest.k == 38), "beside 1e4, 1e-9 is nothing");
         }
     }
+
+    /// Every code at every k of a block, with both widths.
+    #[test]
+    fn a_rest_meets_its_own_weights() {
+        use crate::{
+            PackedWeight, QuantSpec, Serial, cpu::packed::layout::Layout, formats::ElementFormat,
+        };
+        for format in [ElementFormat::Fp4E2M1, ElementFormat::Fp6E2M3, ElementFormat::Fp6E3M2] {
+            let (n, k) = (2 * PANEL, 2 * BLOCK);
+            let spec = QuantSpec::mx(format).unwrap();
+            let tables = Tables::new(format);
+            for shift in 0..format.code_count() {
+                let code =
+                    |r: usize, i: usize| ((r * 7 + i * 5) as u32 + shift) % format.code_count();
+                let bits = format.bits() as usize;
+                let mut codes = vec![0_u8; spec.codes_len(n, k)];
+                for (row, bytes) in codes.chunks_mut(spec.row_bytes(k)).enumerate() {
+                    for i in 0..k {
+                        for bit in (0..bits).filter(|bit| code(row, i) >> bit & 1 == 1) {
+                            bytes[(i * bits + bit) / 8] |= 1 << ((i * bits + bit) % 8);
+                        }
+                    }
+                }
+                let scales: Vec<u8> = (0..n * 2).map(|i| 120 + (i % 11) as u8).collect();
+                let w = PackedWeight::new(spec, n, k, &codes, &scales).unwrap();
+                let layout = Layout::new(&w, &Serial);
+                for at in 0..k {
+                    let (panel, b) = (at % 2, at / BLOCK);
+                    let mut sums = [1.5_f32; PANEL];
+                    let rest = Rest { k: at, value: 0.75 };
+                    // SAFETY: the panel has the block.
+                    unsafe { add_rest(&tables, bits, layout.at(panel, b), rest, &mut sums) };
+                    for (r, sum) in sums.into_iter().enumerate() {
+                        let row = panel * PANEL + r;
+                        let scale = power(i32::from(scales[row * 2 + b]) - 127);
+                        let want = format.decode(code(row, at)) * scale * 0.75 + 1.5;
+                        assert_eq!(sum, want, "{format} {shift} {at} {r}");
+                    }
+                }
+            }
+        }
+    }
 }

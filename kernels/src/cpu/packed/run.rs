@@ -11,6 +11,7 @@ use super::{
     kernels::{Bf16Kernels, Together, Unpack},
     layout::{BLOCK, LOWEST, Row, block_bytes},
     planes::Rest,
+    tables::words,
     way::{Inner, Tiles, Way},
     x::{Form, Place, XForm},
 };
@@ -201,10 +202,9 @@ impl Call<'_> {
         }
         let single = self.tiles.count() == 1;
         match self.way.inner {
-            Inner::Codes(dots, together) => self.run_codes(dots, together, par),
+            Inner::Codes(dots) => self.run_codes(dots, self.way.together, par),
             Inner::Integer(kernels, index, room) if single => {
-                let together = if self.way.together { kernels.together[index] } else { &[] };
-                self.run_codes(kernels.codes[index][room], together, par);
+                self.run_codes(kernels.codes[index][room], self.way.together, par);
             }
             _ => self.run_panels(par),
         }
@@ -267,9 +267,18 @@ impl Call<'_> {
                 row
             })
             .collect();
-        low >= LOWEST
+        low >= LOWEST + self.left_out()
             && low + self.prepared.layout.low >= LOWEST
             && !self.states.contains(&Row::Exact)
+    }
+
+    /// log2 of what elements of the weight are too small by as factors of an x that is not quantised: where
+    /// subnormal numbers are flushed, what is left of sums that cancel is to stay above them.
+    fn left_out(&self) -> i32 {
+        match (self.way.form, self.problem.activation) {
+            (Form::F32, None) => words(self.problem.weight.format).left_out,
+            _ => 0,
+        }
     }
 
     fn place(&self, r: usize, rests: *mut Vec<Rest>) -> Place {
@@ -335,6 +344,7 @@ impl Call<'_> {
             1 => CODE_PANELS,
             threads => panels.div_ceil(4 * threads).clamp(1, CODE_PANELS),
         };
+        // With so many threads that each has fewer, memory is shared out and an even split counts for more.
         if per_task > most {
             per_task = per_task.next_multiple_of(most);
         }
@@ -424,7 +434,7 @@ impl Call<'_> {
                     Inner::Bf16(kernels, index) => {
                         self.bf16_task(kernels, index, range, n0, used, panel, c);
                     }
-                    Inner::Codes(..) => {}
+                    Inner::Codes(_) => {}
                 }
                 let (m0, m1) = (self.tiles.start(range.0), self.tiles.start(range.1));
                 self.finish(m0, m1, n0, c, used);
@@ -561,15 +571,17 @@ mod tests {
             for kernels in runnable().iter().filter(|k| k.packed.integer.is_some()) {
                 let what = format!("{} {format}", kernels.name);
                 let Some(prepared) = PreparedWeight::with(kernels, &problem, &w, &Serial) else {
-                    assert_ne!(format, ElementFormat::Fp4E2M1, "{what}");
+                    let neon = cfg!(target_arch = "aarch64");
+                    assert!(neon && format == ElementFormat::Fp6E3M2, "{what}");
                     continue;
                 };
-                let room = kernels.packed.integer.is_some_and(|integer| !integer.wide);
+                let integer = kernels.packed.integer.unwrap();
+                let bf16 = kernels.packed.bf16.is_some_and(|bf16| bf16.code_rows > 0);
                 match format {
                     ElementFormat::Fp4E2M1 => {}
-                    ElementFormat::Fp6E2M3 if room => {}
-                    // Where bfloat16 is fast, e3m2 goes that way.
-                    ElementFormat::Fp6E3M2 if room && kernels.packed.together => {}
+                    ElementFormat::Fp6E2M3 if !integer.wide => {}
+                    // Where there are kernels of four rows, and bfloat16 is not the faster way.
+                    ElementFormat::Fp6E3M2 if integer.codes[3][2].len() >= 4 && !bf16 => {}
                     _ => continue,
                 }
                 assert_eq!(kernels.packed.choose(&problem, 1), Some(Path::Planes), "{what}");

@@ -37,8 +37,8 @@ impl Tiles {
 
 /// The kernels of a path, and what they want of x.
 pub(super) enum Inner<'a> {
-    /// All rows in one tile, by rows.
-    Codes(&'a [Dot], &'a [Together]),
+    /// Straight from the codes, by rows of a tile.
+    Codes(&'a [Dot]),
     Integer(&'a IntegerKernels, usize, usize),
     Words(&'a WordKernels, usize),
     Bf16(&'a Bf16Kernels, usize),
@@ -49,8 +49,8 @@ pub(super) struct Way<'a> {
     pub form: Form,
     /// Rows of the highest tile.
     pub most: usize,
-    /// Whether panels are read together, where there are kernels for it.
-    pub together: bool,
+    /// Kernels of several panels by rows, where memory is read faster so.
+    pub together: &'a [Together],
 }
 
 impl<'a> Way<'a> {
@@ -58,7 +58,7 @@ impl<'a> Way<'a> {
         let packed = &kernels.packed;
         let (w, x) = (problem.weight.format, problem.activation.map(|spec| spec.format));
         let quantised = x.is_some();
-        let together = |kernels: &'a [Together]| if packed.together { kernels } else { &[] };
+        let mut together: &[Together] = &[];
         let (inner, form, most) = match path {
             Path::Integer => {
                 let (integer, x) = (packed.integer?, x?);
@@ -71,6 +71,7 @@ impl<'a> Way<'a> {
                     offset: tables::offset(w),
                 };
                 let most = integer.panels[room].len();
+                together = integer.together[index];
                 (Inner::Integer(integer, index, room), form, most)
             }
             Path::Split => {
@@ -82,8 +83,8 @@ impl<'a> Way<'a> {
                     _ => Form::Integer { shift, total, offset },
                 };
                 let dots = integer.codes[index][0];
-                let inner = Inner::Codes(dots, together(integer.together[index]));
-                (inner, form, dots.len() / form.rows())
+                together = integer.together[index];
+                (Inner::Codes(dots), form, dots.len() / form.rows())
             }
             Path::Words => {
                 let (words, shift) = (packed.words?, tables::whole_shift(x?)?);
@@ -94,15 +95,15 @@ impl<'a> Way<'a> {
                 let (integer, index) = (packed.integer?, code_index(w)?);
                 let form =
                     Form::Planes { offset: tables::offset(w), shift: tables::whole_shift(w)? };
-                let together = together(integer.together[index]);
-                (Inner::Codes(integer.codes[index][2], together), form, 1)
+                together = integer.together[index];
+                (Inner::Codes(integer.codes[index][2]), form, 1)
             }
             Path::Bf16Codes(parts) => {
                 let bf16 = packed.bf16?;
                 let table = if parts == 1 { &bf16.one } else { &bf16.two };
                 let dots = table[float_index(w)?];
                 let form = if quantised { Form::Bf16 } else { Form::Parts(parts) };
-                (Inner::Codes(dots, &[]), form, dots.len())
+                (Inner::Codes(dots), form, dots.len())
             }
             Path::Bf16Panels(parts) => {
                 let bf16 = packed.bf16?;
@@ -112,11 +113,12 @@ impl<'a> Way<'a> {
             Path::FloatCodes => {
                 let (float, index) = (packed.float?, float_index(w)?);
                 let dots = float.dots[index];
-                let inner = Inner::Codes(dots, together(float.together[index]));
-                (inner, Form::F32, dots.len())
+                together = float.together[index];
+                (Inner::Codes(dots), Form::F32, dots.len())
             }
             Path::FloatPanels => return None,
         };
-        Some(Self { inner, form, most, together: packed.together })
+        let together = if packed.together { together } else { &[] };
+        Some(Self { inner, form, most, together })
     }
 }

@@ -52,9 +52,13 @@ fn small_elements_beside_large_ones_keep_their_digits() {
 /// the bound counts for a row in planes (`cpu/packed/planes.rs`).
 #[test]
 fn the_worst_row_for_planes_keeps_the_bound() {
+    let formats = [ElementFormat::Fp4E2M1, ElementFormat::Fp6E2M3, ElementFormat::Fp6E3M2];
     for way in ways() {
-        for k in [576_usize, 2016, 2048, 4096, 8192, 14336] {
-            let (n, blocks, unit) = (9, k / 32, 2f32.powi(-9));
+        let cases = formats
+            .into_iter()
+            .flat_map(|format| [576_usize, 2016, 2048, 4096, 8192, 14336].map(|k| (format, k)));
+        for (format, k) in cases {
+            let (n, blocks, unit) = (70, k / 32, 2f32.powi(-9));
             let part = 2f32.powi(if k < 2048 { -19 } else { -17 });
             let last = (k / 16).div_ceil(31);
             let (mut x, mut row) = (vec![0.0_f32; k], vec![0.0_f32; k]);
@@ -75,7 +79,7 @@ fn the_worst_row_for_planes_keeps_the_bound() {
                 }
                 set(at / 32 * 32, 8192.0 * unit, 0.0);
             }
-            let spec = QuantSpec::mx(ElementFormat::Fp4E2M1).unwrap();
+            let spec = QuantSpec::mx(format).unwrap();
             // Powers of two are exact whatever their block's scale.
             let w = Weight::quantise(spec, n, k, &row.repeat(n));
             let problem = w.problem(None);
@@ -83,7 +87,7 @@ fn the_worst_row_for_planes_keeps_the_bound() {
             let out = FloatMut::F32(&mut y);
             way.linear(&problem, Float::F32(&x), &w.view(), None, out, &Serial).unwrap();
             let (want, magnitude) = exact(&problem, &x, &w.view());
-            assert_close(&y, &want, &magnitude, any_data_units(k), &format!("{way} {k}"));
+            assert_close(&y, &want, &magnitude, any_data_units(k), &format!("{way} {format} {k}"));
         }
     }
 }
