@@ -10,7 +10,7 @@ use super::{
     neon_dot::sdot,
     packed::{
         integer::{
-            self, ALL, Codes, Dot, DotArgs, E2M1, E2M3, E3M2, Int8, IntFormat, Integers, Unpacked,
+            self, ALL, Codes, Dot, DotArgs, E2M1, E2M3, Int8, IntFormat, Integers, Unpacked,
         },
         kernels::IntegerKernels,
         tables::Tables,
@@ -218,13 +218,8 @@ const fn dots<W: integer::Source<NeonDot>>() -> [&'static [Dot]; 3] {
 /// Only for machines with dotprod.
 pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
     wide: false,
-    // Two planes of sums of two rows fill the registers.
-    codes: [
-        dots::<Codes<E2M1>>(),
-        dots::<Codes<E2M3>>(),
-        dots::<Codes<Int8>>(),
-        [&[dot::<Codes<E3M2>, 1>, dot::<Codes<E3M2>, 2>]; 3],
-    ],
+    // Kernels of e3m2 would serve single rows alone, for a copy of the weight.
+    codes: [dots::<Codes<E2M1>>(), dots::<Codes<E2M3>>(), dots::<Codes<Int8>>(), [&[]; 3]],
     together: [&[]; 4],
     panels: dots::<Unpacked>(),
     unpack: [unpack::<E2M1>, unpack::<E2M3>, unpack::<Int8>],

@@ -177,7 +177,7 @@ impl PackedKernels {
         };
         let rows = m * if x == ElementFormat::Fp6E3M2 { 2 } else { 1 };
         split
-            && !integer.wide
+            && !integer.codes[3][0].is_empty()
             && !self.bf16_codes()
             && rows <= integer.codes[w][0].len().min(SPLIT_ROWS)
     }

@@ -273,36 +273,54 @@ pub(crate) unsafe fn decode<C: Format, const F32: bool>(
         let look = Look::new(tables);
         for b in 0..blocks {
             let codes = panel.codes.add(b * block_bytes(C::FORMAT));
-            let mut e = exponents(panel.scales.add(b * PANEL));
-            let small = C::FORMAT.bits() < 8 || *panel.small.add(b) != 0;
-            if !small {
+            let e = exponents(panel.scales.add(b * PANEL));
+            let out = out.add(b * if F32 { 2048 } else { 1024 });
+            if C::FORMAT.bits() < 8 || *panel.small.add(b) != 0 {
+                decode_block::<C, F32, true>(&look, codes, e, out);
+            } else {
                 let left_out = const { words(C::FORMAT).left_out << 7 };
-                e = _mm512_add_epi16(e, _mm512_set1_epi16(left_out as i16));
+                let e = _mm512_add_epi16(e, _mm512_set1_epi16(left_out as i16));
+                decode_block::<C, F32, false>(&look, codes, e, out);
             }
-            for c in 0..4 {
-                let ahead = codes.wrapping_add(2048 + c * block_bytes(C::FORMAT) / 4);
-                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
-                let pairs = if small {
-                    look.eight::<C>(codes, c)
+        }
+    }
+}
+
+/// # Safety
+/// As [`decode`], for one block, with what is to be added to the words' exponents; without `SMALL`, it has
+/// eight bits and no magnitudes without an implicit bit.
+#[inline(always)]
+unsafe fn decode_block<C: Format, const F32: bool, const SMALL: bool>(
+    look: &Look,
+    codes: *const u8,
+    e: __m512i,
+    out: *mut u8,
+) {
+    // SAFETY: the caller vouches for the block.
+    unsafe {
+        for c in 0..4 {
+            let ahead = codes.wrapping_add(2048 + c * block_bytes(C::FORMAT) / 4);
+            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
+            let pairs = if SMALL {
+                look.eight::<C>(codes, c)
+            } else {
+                let codes = codes.add(128 * c).cast::<__m512i>();
+                let first = shifted::<C>(_mm512_load_si512(codes));
+                let second = shifted::<C>(_mm512_load_si512(codes.add(1)));
+                [first[0], first[1], second[0], second[1]]
+            };
+            for (j, pair) in pairs.into_iter().enumerate() {
+                // None of the shifted ones is zero.
+                let pair = if SMALL { fold(pair, e) } else { _mm512_add_epi16(pair, e) };
+                let at = 4 * c + j;
+                if F32 {
+                    let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                    let out = out.add(at * 128);
+                    _mm512_store_si512(out.cast(), _mm512_slli_epi32::<16>(pair));
+                    _mm512_store_si512(out.add(64).cast(), _mm512_and_si512(pair, mask));
                 } else {
-                    let codes = codes.add(128 * c).cast::<__m512i>();
-                    let first = shifted::<C>(_mm512_load_si512(codes));
-                    let second = shifted::<C>(_mm512_load_si512(codes.add(1)));
-                    [first[0], first[1], second[0], second[1]]
-                };
-                for (j, pair) in pairs.into_iter().enumerate() {
-                    // None of the shifted ones is zero.
-                    let pair = if small { fold(pair, e) } else { _mm512_add_epi16(pair, e) };
-                    let at = b * 16 + 4 * c + j;
-                    if F32 {
-                        let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-                        let out = out.add(at * 128);
-                        _mm512_store_si512(out.cast(), _mm512_slli_epi32::<16>(pair));
-                        _mm512_store_si512(out.add(64).cast(), _mm512_and_si512(pair, mask));
-                    } else {
-                        _mm512_store_si512(out.add(at * 64).cast(), pair);
-                    }
+                    _mm512_store_si512(out.add(at * 64).cast(), pair);
                 }
             }
         }
