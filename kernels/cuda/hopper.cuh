@@ -59,6 +59,8 @@ DEVICE u32 cluster_rank() {
     return rank;
 }
 DEVICE void cluster_sync() {
+    // Aligned: all threads of a warp have to come together, and one of them may have been by itself.
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // A barrier of `threads` threads that agree on `id`.

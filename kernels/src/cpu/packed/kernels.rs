@@ -125,7 +125,8 @@ pub(crate) mod x86 {
             x86_amx,
             x86_bf16::{self, E2M1 as FE2M1, E2M3 as FE2M3, E3M2, E4M3, E5M2, Format},
             x86_float, x86_float512,
-            x86_integer::{AvxVnni, Maddubs, Vnni512, Words512, WordsAvx2, WordsVnni},
+            x86_integer::{AvxVnni, Maddubs, Vnni512},
+            x86_words::{Words512, WordsAvx2, WordsVnni},
         },
         *,
     };

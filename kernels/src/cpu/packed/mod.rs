@@ -6,6 +6,7 @@ mod finish;
 pub(crate) mod integer;
 pub(crate) mod kernels;
 pub(crate) mod layout;
+mod panels;
 pub(crate) mod planes;
 mod run;
 pub(crate) mod tables;
@@ -21,6 +22,8 @@ mod x86_float;
 mod x86_float512;
 #[cfg(target_arch = "x86_64")]
 mod x86_integer;
+#[cfg(target_arch = "x86_64")]
+mod x86_words;
 
 pub(crate) use run::linear;
 
