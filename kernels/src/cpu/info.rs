@@ -15,7 +15,7 @@ pub struct CpuInfo {
     pub threads: usize,
     /// The variant in use.
     pub chosen: &'static str,
-    /// Every variant of this build: those that run here, the best first, then the others.
+    /// Every variant of this build, the best first.
     pub variants: Vec<VariantInfo>,
     /// Ways of `MxMatMul` in the variant in use.
     pub products: Vec<ProductInfo>,
@@ -50,11 +50,12 @@ const ROWS: usize = 64;
 pub fn info() -> CpuInfo {
     let chosen = kernels();
     let mut variants: Vec<VariantInfo> = Vec::new();
-    let found = runnable().iter().map(|&kernels| (kernels, true));
-    let others = variants::ALL.iter().map(|&kernels| (kernels, false));
-    for (kernels, runs) in found.chain(others) {
-        // Two tables of one name serve different machines.
-        if variants.iter().all(|v| v.name != kernels.name) {
+    for &kernels in variants::ALL {
+        let found = runnable().iter().find(|found| found.name == kernels.name);
+        // Two tables of one name serve different machines: the one that runs here has the place.
+        let other = found.is_some_and(|&found| !std::ptr::eq(found, kernels));
+        if !other && variants.iter().all(|v| v.name != kernels.name) {
+            let runs = found.is_some();
             variants.push(VariantInfo { name: kernels.name, needs: kernels.needs, runs });
         }
     }
