@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    integer::Dot,
+    integer::{Dot, DotArgs},
     kernels::{Bf16Kernels, Unpack},
     layout::{BLOCK, block_bytes},
     run::{COLUMNS, Call},
@@ -109,15 +109,35 @@ impl Call<'_> {
             let codes = self.prepared.layout.at(n0 / PANEL + p, b).codes;
             // SAFETY: the variant runs here, the panel holds INTEGER_BYTES.
             unsafe { unpack(&*self.prepared.tables, codes, blocks, out) };
-            for t in t0..t1 {
-                let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
-                let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
-                let mut args = self.args(t, n0 / PANEL + p, b, blocks, c, columns);
-                args.panel.codes = out;
+            let c = &mut c[p * PANEL..];
+            self.each_tile((t0, t1), n0 / PANEL + p, b, blocks, out, c, columns, |rows, args| {
                 // SAFETY: as above, and everything is as `args` says.
-                unsafe { tiles[end - start - 1](&args) };
-            }
+                unsafe { tiles[rows - 1](args) };
+            });
         });
+    }
+
+    /// Multiplies what a panel was decoded to with tiles t0 to t1: `f` gets their rows and what a kernel needs.
+    #[allow(clippy::too_many_arguments)]
+    fn each_tile(
+        &self,
+        (t0, t1): (usize, usize),
+        panel: usize,
+        b: usize,
+        blocks: usize,
+        decoded: *const u8,
+        c: &mut [f32],
+        columns: usize,
+        f: impl Fn(usize, &DotArgs),
+    ) {
+        let m0 = self.tiles.start(t0);
+        for t in t0..t1 {
+            let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
+            let c = c[(start - m0) * columns..].as_mut_ptr();
+            let mut args = self.args(t, panel, b, blocks, c, columns);
+            args.panel.codes = decoded;
+            f(end - start, &args);
+        }
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -147,14 +167,11 @@ impl Call<'_> {
                     kernels.decode[index](&*self.prepared.tables, at, blocks, out);
                 }
             }
-            for t in t0..t1 {
-                let (start, end) = (self.tiles.start(t), self.tiles.start(t + 1));
-                let c = c[(start - m0) * columns + p * PANEL..].as_mut_ptr();
-                let mut args = self.args(t, (n0 / PANEL + p).min(last), b, blocks, c, columns);
-                args.panel.codes = out;
+            let (c, panel) = (&mut c[p * PANEL..], (n0 / PANEL + p).min(last));
+            self.each_tile((t0, t1), panel, b, blocks, out, c, columns, |rows, args| {
                 // SAFETY: as above, and everything is as `args` says.
-                unsafe { kernels.tiles[end - start - 1](&args, stride) };
-            }
+                unsafe { kernels.tiles[rows - 1](args, stride) };
+            });
         });
     }
 }
