@@ -13,11 +13,13 @@ cargo fmt --all --check
 say "cargo clippy"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 say "cargo test"
-# The operator library must be on disk before tests load it from Python.
-cargo build --workspace --locked
+# The operator library, the Python module and the example must be on disk before tests load them. With
+# `--tests` the dependencies have the features that the tests ask for, and are compiled once for both.
+cargo build --workspace --lib --bins --tests --locked
 cargo test --workspace --locked -- --nocapture --test-threads="${MX_TEST_THREADS:-2}"
 say "the operators in ONNX Runtime 1.22 to 1.31"
-scripts/test_versions.sh
+built=$(realpath "${CARGO_TARGET_DIR:-target}")/debug
+MX_CUSTOM_OPS=$built/libmx_custom_ops.so MX_REWRITE=$built/mxrewrite scripts/test_versions.sh
 say "mini_pile.parquet is what its texts say"
 "$MX_PYTHON" scripts/make_mini_pile.py --check
 say "cargo doc"

@@ -18,6 +18,9 @@ pub(crate) trait Lanes {
     const N: usize;
     /// Whether [`Lanes::fma`] rounds once.
     const FUSED: bool;
+    /// Powers of two from one integer power to the next that [`Lanes::step`] knows: 1, or 8 where an
+    /// instruction looks them up.
+    const STEPS: f64 = 1.0;
 
     /// Asks for the cache line of an address, which need not be valid.
     unsafe fn prefetch(_address: *const u8) {}
@@ -39,8 +42,9 @@ pub(crate) trait Lanes {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// Whether a > b anywhere.
     unsafe fn any_above(a: Self::V, b: Self::V) -> bool;
-    /// The lowest nine bits as sign and exponent of a float.
-    unsafe fn low_bits_to_exponent(v: Self::V) -> Self::V;
+    /// 2^(i / STEPS - 127), where i is the lowest nine bits of v and those of a step (three for
+    /// eighths); 0 for i = 0, and for other powers below 2^-126 something below it.
+    unsafe fn step(v: Self::V) -> Self::V;
     /// v where p is above zero, 0 elsewhere.
     unsafe fn where_positive(p: Self::V, v: Self::V) -> Self::V;
     /// near where |d| <= 1, far elsewhere, NaN included.
@@ -178,7 +182,7 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn low_bits_to_exponent(v: P) -> P {
+    unsafe fn step(v: P) -> P {
         v.map(|v| f32::from_bits(v.to_bits() << 23))
     }
 
@@ -220,10 +224,26 @@ mod x86 {
         )+ };
     }
 
+    /// Mantissas of 2^(i / 8), rounded, less i << 20.
+    #[repr(align(32))]
+    struct Eighths([i32; 8]);
+
+    static EIGHTHS: Eighths = {
+        let mut eighths =
+            [0, 0x0b_95c2, 0x18_37f0, 0x25_fed7, 0x35_04f3, 0x45_672a, 0x57_44fd, 0x6a_c0c7];
+        let mut i = 0;
+        while i < 8 {
+            eighths[i] -= (i as i32) << 20;
+            i += 1;
+        }
+        Eighths(eighths)
+    };
+
     impl Lanes for Ymm {
         type V = __m256;
         const N: usize = 8;
         const FUSED: bool = true;
+        const STEPS: f64 = 8.0;
 
         methods! {
             fn prefetch(address: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
@@ -250,9 +270,13 @@ mod x86 {
             fn any_above(a: __m256, b: __m256) -> bool {
                 _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0
             }
-            fn low_bits_to_exponent(v: __m256) -> __m256 {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(v)))
-            }
+            fn step(v: __m256) -> __m256 {{
+                let v = _mm256_castps_si256(v);
+                // vpermd takes the lowest three bits; the shift leaves them above the mantissa's 20.
+                let table = _mm256_load_si256(EIGHTHS.0.as_ptr().cast());
+                let eighth = _mm256_permutevar8x32_epi32(table, v);
+                _mm256_castsi256_ps(_mm256_add_epi32(eighth, _mm256_slli_epi32::<20>(v)))
+            }}
             fn where_positive(p: __m256, v: __m256) -> __m256 {
                 _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(p, _mm256_setzero_ps()), v)
             }
@@ -296,7 +320,7 @@ mod x86 {
             fn any_above(a: __m512, b: __m512) -> bool {
                 _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0
             }
-            fn low_bits_to_exponent(v: __m512) -> __m512 {
+            fn step(v: __m512) -> __m512 {
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(v)))
             }
             fn where_positive(p: __m512, v: __m512) -> __m512 {

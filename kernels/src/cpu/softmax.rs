@@ -40,9 +40,10 @@ pub(super) unsafe fn widen<L: Lanes, T: Logit>(values: &[T], out: &mut [f32; CHU
 
 /// What exponentials are relative to.
 ///
-/// exp(v) = 2^n * 2^f with n = round(v * log2(e)); a kernel computes 2^(n - N) * 2^f, where N is n of
-/// the largest logit. So no difference is rounded before it goes into the exponential. log2(e) in
-/// f32 is 1.3e-8 of itself too small ([`drift`]), which the sums put right.
+/// exp(v) = 2^n * 2^f with n = round(v * log2(e)), to eighths where there is a table of their powers. A
+/// kernel computes 2^(n - N) * 2^f, where N is the whole number next to the largest logit's. So no
+/// difference is rounded before it goes into the exponential. log2(e) in f32 is 1.3e-8 of itself too
+/// small ([`drift`]), which the sums put right.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reference {
     pub max: f32,
@@ -52,7 +53,7 @@ pub(super) struct Reference {
     pub unit: f64,
     /// From here down an exponential is 0.
     lowest: f32,
-    /// Adding it rounds to an integer whose lowest bits are the exponent bits of 2^(n - N).
+    /// Adding it rounds to n, with (n - N + 127) * [`Lanes::STEPS`] as the lowest bits.
     magic: f32,
 }
 
@@ -76,7 +77,7 @@ impl Reference {
             n,
             unit: (n * LN_2 - f64::from(max) * (1.0 + drift::<L>())).exp(),
             lowest: ((n - 127.0) * LN_2) as f32,
-            magic: (12_582_912.0 + 127.0 - n) as f32, // 1.5 * 2^23
+            magic: ((1.5 * f64::from(1 << 23) / L::STEPS) + 127.0 - n) as f32,
         }
     }
 }
@@ -95,6 +96,16 @@ static POWER: Wide = Wide([
     [0.240_222_42; 16],
     [0.693_147; 16],
     [1.0; 16],
+]);
+
+/// (2^f - 1) / f on |f| <= 1/16, so that 2^f is within 2.6e-8; the highest power first.
+static STEP_POWER: Wide = Wide([
+    [0.055_511_475; 16],
+    [0.240_257_64; 16],
+    [0.693_147_2; 16],
+    [0.0; 16],
+    [0.0; 16],
+    [0.0; 16],
 ]);
 
 /// The sums of a chunk, one a lane.
@@ -143,6 +154,11 @@ impl<L: Lanes> Exp<L> {
         // SAFETY: the coefficients are whole registers.
         unsafe {
             let c = |i: usize| power.0[i].as_ptr();
+            if L::STEPS > 1.0 {
+                let p = L::fma(self.f, L::load(c(0)), L::load(c(1)));
+                self.p = L::mul(L::fma(p, self.f, L::load(c(2))), self.f);
+                return self;
+            }
             let p = L::fma(self.f, L::load(c(0)), L::load(c(1)));
             let p = L::fma(p, self.f, L::load(c(2)));
             self.p = L::fma(p, self.f, L::load(c(3)));
@@ -154,9 +170,13 @@ impl<L: Lanes> Exp<L> {
     unsafe fn finish(&self, power: &Wide) -> L::V {
         // SAFETY: the coefficients are whole registers.
         unsafe {
+            if L::STEPS > 1.0 {
+                let step = L::step(self.shifted);
+                return L::fma(step, self.p, step);
+            }
             let p = L::fma(self.p, self.f, L::load(power.0[4].as_ptr()));
             let p = L::fma(p, self.f, L::load(power.0[5].as_ptr()));
-            L::mul(p, L::low_bits_to_exponent(self.shifted))
+            L::mul(p, L::step(self.shifted))
         }
     }
 }
@@ -208,7 +228,7 @@ impl<'a, L: Lanes> Pass<'a, L> {
         let (zero, max) = unsafe { (L::splat(0.0), L::splat(f32::NEG_INFINITY)) };
         Self {
             r,
-            power: std::hint::black_box(&POWER),
+            power: std::hint::black_box(if L::STEPS > 1.0 { &STEP_POWER } else { &POWER }),
             max,
             sums: (zero, zero),
             weights: (zero, zero),
