@@ -255,7 +255,7 @@ variant!(
     ["avx2", "fma", "f16c"],
     PackedKernels {
         together: false,
-        integer: Some(&x86::maddubs::KERNELS),
+        integer: Some(&x86::MADDUBS),
         words: Some(&x86::maddubs::WORDS),
         bf16: None,
         float: Some(&x86::avx2::FLOATS),

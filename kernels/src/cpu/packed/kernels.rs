@@ -97,10 +97,13 @@ pub(crate) const fn integer_index(format: ElementFormat) -> Option<usize> {
     }
 }
 
+/// Place of e3m2 in the table of integer kernels from the codes.
+pub(crate) const SPLIT: usize = 3;
+
 /// Place of a format in the table of integer kernels from the codes: also e3m2, which is two integers.
 pub(crate) const fn code_index(format: ElementFormat) -> Option<usize> {
     match format {
-        ElementFormat::Fp6E3M2 => Some(3),
+        ElementFormat::Fp6E3M2 => Some(SPLIT),
         _ => integer_index(format),
     }
 }
@@ -124,7 +127,7 @@ pub(crate) mod x86 {
             integer::{self, ALL, Codes, DotArgs, E2M1, E2M3, E3M2 as I3M2, Int8, Unpacked},
             x86_amx,
             x86_bf16::{self, E2M1 as FE2M1, E2M3 as FE2M3, E3M2, E4M3, E5M2, Format},
-            x86_float, x86_float512,
+            x86_e2m3, x86_float, x86_float512,
             x86_integer::{AvxVnni, Maddubs, Vnni512},
             x86_words::{Words512, WordsAvx2, WordsVnni},
         },
@@ -138,7 +141,7 @@ pub(crate) mod x86 {
                 use super::*;
 
                 $(#[target_feature(enable = $feature)])*
-                unsafe fn dot<
+                pub(super) unsafe fn dot<
                     W: integer::Source<$machine>,
                     const MR: usize,
                     const NP: usize,
@@ -199,7 +202,7 @@ pub(crate) mod x86 {
                         &[$(Together { panels: $panels, dot: dot::<W, $rows, $panels, ALL> }),*];
                 }
 
-                pub(crate) static KERNELS: IntegerKernels = IntegerKernels {
+                pub(crate) const KERNELS: IntegerKernels = IntegerKernels {
                     wide: $wide,
                     codes: [
                         Of::<Codes<E2M1>>::DOTS,
@@ -252,6 +255,24 @@ pub(crate) mod x86 {
         [],
         ["avx2", "fma", "f16c"]
     );
+
+    /// AVX2's, with a kernel of its own for one row of x and a weight of e2m3.
+    pub(crate) static MADDUBS: IntegerKernels = {
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn one(args: &DotArgs) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { x86_e2m3::dot_one(args) }
+        }
+        type W = Codes<E2M3>;
+        use maddubs::dot;
+        let mut kernels = maddubs::KERNELS;
+        kernels.codes[1] = [
+            &[one, dot::<W, 2, 1, 1>, dot::<W, 3, 1, 1>, dot::<W, 4, 1, 1>],
+            &[one, dot::<W, 2, 1, 2>, dot::<W, 3, 1, 2>, dot::<W, 4, 1, 2>],
+            &[one, dot::<W, 2, 1, ALL>, dot::<W, 3, 1, ALL>, dot::<W, 4, 1, ALL>],
+        ];
+        kernels
+    };
 
     pub(crate) mod bf16 {
         use super::*;

@@ -17,6 +17,8 @@ pub(crate) mod x86_amx;
 #[cfg(target_arch = "x86_64")]
 mod x86_bf16;
 #[cfg(target_arch = "x86_64")]
+mod x86_e2m3;
+#[cfg(target_arch = "x86_64")]
 mod x86_float;
 #[cfg(target_arch = "x86_64")]
 mod x86_float512;
@@ -28,7 +30,7 @@ mod x86_words;
 pub(crate) use run::linear;
 
 use self::{
-    kernels::{PackedKernels, code_index, float_index, integer_index},
+    kernels::{PackedKernels, SPLIT, code_index, float_index, integer_index},
     layout::{Layout, Row},
     tables::Tables,
 };
@@ -180,7 +182,7 @@ impl PackedKernels {
         };
         let rows = m * if x == ElementFormat::Fp6E3M2 { 2 } else { 1 };
         split
-            && !integer.codes[3][0].is_empty()
+            && !integer.codes[SPLIT][0].is_empty()
             && !self.bf16_codes()
             && rows <= integer.codes[w][0].len().min(SPLIT_ROWS)
     }
@@ -201,7 +203,7 @@ impl PackedKernels {
             ElementFormat::Fp4E2M1 => true,
             ElementFormat::Fp6E2M3 => !integer.wide,
             ElementFormat::Fp6E3M2 => {
-                integer.codes[3][0].len() >= planes::PLANES && !self.bf16_codes()
+                integer.codes[SPLIT][0].len() >= planes::PLANES && !self.bf16_codes()
             }
             _ => false,
         };

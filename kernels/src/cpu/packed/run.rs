@@ -398,7 +398,7 @@ impl Call<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::kernels::SPLIT, *};
     use crate::{ElementFormat, QuantSpec, cpu::runnable};
 
     /// Ordinary rows go in planes wherever sums have room for them, and rows of many magnitudes do not.
@@ -425,7 +425,7 @@ mod tests {
                     ElementFormat::Fp4E2M1 => {}
                     ElementFormat::Fp6E2M3 if !integer.wide => {}
                     // Where there are kernels of four rows, and bfloat16 is not the faster way.
-                    ElementFormat::Fp6E3M2 if integer.codes[3][2].len() >= 4 && !bf16 => {}
+                    ElementFormat::Fp6E3M2 if integer.codes[SPLIT][2].len() >= 4 && !bf16 => {}
                     _ => continue,
                 }
                 assert_eq!(kernels.packed.choose(&problem, 1), Some(Path::Planes), "{what}");

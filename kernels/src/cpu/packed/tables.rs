@@ -73,6 +73,8 @@ pub(crate) struct Tables {
     pub rest: [u8; 64],
     /// The same without the offset, as i8.
     pub signed: [u8; 64],
+    /// By how much e2m3's integers from 16 up are above the low four bits of their codes.
+    pub above: [u8; 16],
     /// High and low bytes of the value as bfloat16: of the 128 magnitudes of eight-bit codes, of
     /// shorter codes with their signs.
     pub high: [u8; 128],
@@ -99,6 +101,7 @@ impl Tables {
             unsigned: std::array::from_fn(|i| (integer(i) + offset(format)) as u8),
             rest: std::array::from_fn(|i| if split { (whole(i) & 15) as u8 } else { 0 }),
             signed: std::array::from_fn(|i| integer(i) as u8),
+            above: std::array::from_fn(|i| (integer(16 + i) - i as i32) as u8),
             high: std::array::from_fn(|i| (bf16(i) >> 8) as u8),
             low: std::array::from_fn(|i| bf16(i) as u8),
             words: std::array::from_fn(bf16),

@@ -7,7 +7,9 @@ use super::{
     super::{avx2::Avx2, avx512::Avx512},
     integer::{ALL, IntFormat, Integers},
     tables::Tables,
+    x86_e2m3,
 };
+use crate::formats::ElementFormat;
 
 /// Needs avx512f, avx512bw, avx512vbmi and avx512vnni.
 pub(crate) struct Vnni512;
@@ -153,7 +155,7 @@ pub(super) mod pairs {
     pub(in super::super) type Two = [__m256i; 2];
 
     #[inline(always)]
-    pub(super) unsafe fn load(from: *const u8) -> Two {
+    pub(in super::super) unsafe fn load(from: *const u8) -> Two {
         // SAFETY: the caller vouches for 64 aligned bytes.
         unsafe { [_mm256_load_si256(from.cast()), _mm256_load_si256(from.add(32).cast())] }
     }
@@ -213,6 +215,10 @@ pub(super) mod pairs {
         unsafe {
             let codes_of = table::<REST>(tables);
             match C::FORMAT.bits() {
+                6 if matches!(C::FORMAT, ElementFormat::Fp6E2M3) => {
+                    let [first, second] = x86_e2m3::decode(tables, block, c);
+                    [first.map(|w| w.with_offset()), second.map(|w| w.with_offset())]
+                }
                 4 => {
                     let [a, b] = load(block.add(64 * c));
                     let table = quarter(codes_of, 0);
@@ -251,7 +257,7 @@ pub(super) mod pairs {
     }
 
     #[inline(always)]
-    pub(super) unsafe fn scales(from: *const u8) -> Two {
+    pub(in super::super) unsafe fn scales(from: *const u8) -> Two {
         // SAFETY: the caller vouches for sixteen bytes.
         unsafe {
             let (a, b) = (_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast()));
@@ -263,7 +269,7 @@ pub(super) mod pairs {
     }
 
     #[inline(always)]
-    pub(super) unsafe fn scale_add(
+    pub(in super::super) unsafe fn scale_add(
         sums: (__m256, __m256),
         acc: Two,
         scales: Two,
