@@ -8,8 +8,9 @@ setup_rust
 setup_python
 MX_REQUIRE=${MX_REQUIRE-versions}
 [ -n "${MX_CUSTOM_OPS:-}" ] || cargo build --locked >&2
-export MX_CUSTOM_OPS=${MX_CUSTOM_OPS:-$root/target/debug/libmx_custom_ops.so}
-export MX_REWRITE=${MX_REWRITE:-$root/target/debug/mxrewrite}
+built=$(realpath -m "${CARGO_TARGET_DIR:-target}")/debug
+export MX_CUSTOM_OPS=${MX_CUSTOM_OPS:-$built/libmx_custom_ops.so}
+export MX_REWRITE=${MX_REWRITE:-$built/mxrewrite}
 export PYTHONDONTWRITEBYTECODE=1
 
 work=$(mktemp -d)

@@ -98,7 +98,7 @@ static POWER: Wide = Wide([
     [1.0; 16],
 ]);
 
-/// (2^f - 1) / f on |f| <= 1/16, so that 2^f is within 2.6e-8; the highest power first.
+/// (2^f - 1) / f on |f| <= 1/16, so that 2^f is within 2.7e-8; the highest power first.
 static STEP_POWER: Wide = Wide([
     [0.055_511_475; 16],
     [0.240_257_64; 16],
@@ -121,7 +121,7 @@ pub(super) struct ChunkSums<L: Lanes> {
 /// exp(v) relative to the reference in three steps, within 2.5e-7; NaN for NaN, anything 88 above the
 /// reference's largest logit and more.
 ///
-/// One after another the steps are a chain of some 45 cycles, of which a core's window holds too few
+/// One after another the steps are a chain of 30 to 45 cycles, of which a core's window holds too few
 /// vectors to keep its units busy. A loop takes three vectors at a time, each a step further.
 struct Exp<L: Lanes> {
     v: L::V,
@@ -148,7 +148,7 @@ impl<L: Lanes> Exp<L> {
         }
     }
 
-    /// The upper half of 2^f.
+    /// The upper half of 2^f, or 2^f - 1 where the rest is a step.
     #[inline(always)]
     unsafe fn begin(mut self, power: &Wide) -> Self {
         // SAFETY: the coefficients are whole registers.

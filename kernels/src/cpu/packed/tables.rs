@@ -73,8 +73,6 @@ pub(crate) struct Tables {
     pub rest: [u8; 64],
     /// The same without the offset, as i8.
     pub signed: [u8; 64],
-    /// By how much e2m3's integers from 16 up are above the low four bits of their codes.
-    pub above: [u8; 16],
     /// High and low bytes of the value as bfloat16: of the 128 magnitudes of eight-bit codes, of
     /// shorter codes with their signs.
     pub high: [u8; 128],
@@ -85,7 +83,28 @@ pub(crate) struct Tables {
     /// What to flip in the bytes of small magnitudes that [`Words`] got wrong, by magnitude + 16 - [`Words::small`].
     pub mend_high: [u8; 16],
     pub mend_low: [u8; 16],
+    /// By how much e2m3's integers from 16 up are above the low four bits of their codes.
+    pub above: [u8; 16],
 }
+
+// AVX-512 takes these as whole registers.
+const _: () = {
+    use std::mem::offset_of;
+    let whole = [
+        offset_of!(Tables, unsigned),
+        offset_of!(Tables, rest),
+        offset_of!(Tables, signed),
+        offset_of!(Tables, high),
+        offset_of!(Tables, low),
+        offset_of!(Tables, words),
+        offset_of!(Tables, floats),
+    ];
+    let mut i = 0;
+    while i < whole.len() {
+        assert!(whole[i].is_multiple_of(align_of::<Tables>()));
+        i += 1;
+    }
+};
 
 impl Tables {
     pub(crate) fn new(format: ElementFormat) -> Self {
@@ -101,13 +120,13 @@ impl Tables {
             unsigned: std::array::from_fn(|i| (integer(i) + offset(format)) as u8),
             rest: std::array::from_fn(|i| if split { (whole(i) & 15) as u8 } else { 0 }),
             signed: std::array::from_fn(|i| integer(i) as u8),
-            above: std::array::from_fn(|i| (integer(16 + i) - i as i32) as u8),
             high: std::array::from_fn(|i| (bf16(i) >> 8) as u8),
             low: std::array::from_fn(|i| bf16(i) as u8),
             words: std::array::from_fn(bf16),
             floats: std::array::from_fn(value),
             mend_high: std::array::from_fn(|i| (mend(i) >> 8) as u8),
             mend_low: std::array::from_fn(|i| mend(i) as u8),
+            above: std::array::from_fn(|i| (integer(16 + i) - i as i32) as u8),
         }
     }
 }

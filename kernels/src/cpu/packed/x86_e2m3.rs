@@ -48,7 +48,8 @@ impl Parts {
     }
 }
 
-/// Codes whose low four bits are those of `low`, whose upper bit of the exponent and sign bits `Q` of `high`.
+/// Codes whose low four bits are those of `low`, whose upper bit of the exponent and sign are bits
+/// 2Q and 2Q + 1 of `high`.
 ///
 /// Below 16 the integer is the low four bits; from there on a table has what is above them. With the sign
 /// this takes four operations less than a look-up of 64 codes.
@@ -104,7 +105,7 @@ pub(super) unsafe fn decode(tables: *const Tables, block: *const u8, c: usize) -
 }
 
 /// c[16] (+)= one row of x times w over the blocks, from codes. x gets the signs of the weight, so that there is
-/// no offset to add and to take out, and sums of two pairs fit sixteen bits with any x.
+/// no offset to add and to take out, and sums of two pairs fit sixteen bits with any x, which is never -128.
 ///
 /// # Safety
 /// avx2 and fma are there; everything in `args` holds a row, a panel and `args.blocks` blocks.
