@@ -154,14 +154,10 @@ impl<L: Lanes> Exp<L> {
         // SAFETY: the coefficients are whole registers.
         unsafe {
             let c = |i: usize| power.0[i].as_ptr();
-            if L::STEPS > 1.0 {
-                let p = L::fma(self.f, L::load(c(0)), L::load(c(1)));
-                self.p = L::mul(L::fma(p, self.f, L::load(c(2))), self.f);
-                return self;
-            }
             let p = L::fma(self.f, L::load(c(0)), L::load(c(1)));
             let p = L::fma(p, self.f, L::load(c(2)));
-            self.p = L::fma(p, self.f, L::load(c(3)));
+            self.p =
+                if L::STEPS > 1.0 { L::mul(p, self.f) } else { L::fma(p, self.f, L::load(c(3))) };
         }
         self
     }
